@@ -1,0 +1,66 @@
+"""Differences between JAX releases, and the only place that touches what JAX does not document."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax._src import source_info_util
+from jax.extend import core
+
+# From JAX 0.12 on a jaxpr carries its own constants and `ClosedJaxpr` is the same class.
+_CLOSED = getattr(core, "ClosedJaxpr", core.Jaxpr)
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """The plain jaxpr and its constants, of an open or a closed one."""
+    if isinstance(jaxpr, _CLOSED) and hasattr(jaxpr, "jaxpr"):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, getattr(jaxpr, "consts", ())
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an equation's operand is a literal and not a variable."""
+    return isinstance(atom, core.Literal)
+
+
+@contextlib.contextmanager
+def at(eqn: Any) -> Iterator[None]:
+    """What is traced inside keeps the equation's source line, name stack and context."""
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
+        yield
+
+
+def bind(eqn: Any, *values: Any) -> list[Any]:
+    """The equation itself on other values of the same types."""
+    bound = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # parameters alone from JAX 0.9.2
+    out = eqn.primitive.bind(*functions, *values, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def scan_counts(eqn: Any, values: Sequence[Any]) -> tuple[int, int]:
+    """How many of a scan's operands are constants, and how many are carried."""
+    params = eqn.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # from JAX 0.11 on
+    return len(consts), len(carry)
+
+
+def shard_map_axes(eqn: Any) -> frozenset[Any]:
+    """The mesh axes over which a `shard_map` is manual."""
+    params = eqn.params
+    return frozenset(params.get("newly_manual_axes", params.get("manual_axes", ())))
+
+
+def is_explicit(array: Any) -> bool:
+    """Whether the array's type carries a sharding over a mesh with explicit axes."""
+    sharding = getattr(jax.typeof(array), "sharding", None)
+    return sharding is not None and not sharding.mesh.empty and sharding.mesh._any_axis_explicit
+
+
+def where(eqn: Any) -> str:
+    """The user's source line that made an equation."""
+    return source_info_util.summarize(eqn.source_info)

@@ -1,0 +1,173 @@
+"""Products of an activation with a network, one factor at a time: the order that never forms the weight."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora._factored import Network, einsum, scalar
+
+
+def apply(
+    x: jax.Array,
+    letters: str,
+    network: Network,
+    out: str,
+    *,
+    dtype: jnp.dtype,
+    first: bool = True,
+    precision: Any = None,
+    groups: tuple[str, jax.Array] | None = None,
+) -> jax.Array:
+    """`scale * einsum(x, factors -> out)`, where `x` takes up the factors from the inside out.
+
+    Arguments:
+        x: the activation.
+        letters: one letter for every axis of `x`. Letters that are not in `out` are contracted.
+        network: what the weight's update is made of.
+        out: the letters of the result, in order.
+        dtype: of the result. Factors are cast to the dtype of `x` where they meet it.
+        first: whether `x` is the left operand, which says on which side its free axes end up.
+        precision: as in `jax.lax.dot_general`.
+        groups: for a ragged product, the letter of the groups and their sizes along the only free axis of `x`.
+    """
+    x = drop(x, letters, network)
+    compute = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else dtype
+    x = x.astype(compute)
+    terms = _ordered(_scaled(network), letters, out, compute)
+    for k, (factor, term) in enumerate(terms):
+        later = "".join([out, groups[0] if groups else "", *(t for _, t in terms[k + 1 :])])
+        last = dtype if k == len(terms) - 1 else compute
+        x, letters = pair(x, letters, factor, term, later, dtype=last, first=first, precision=precision, groups=groups)
+    return spread(x.astype(dtype), letters, out)
+
+
+def drop(x: jax.Array, letters: str, network: Network) -> jax.Array:
+    """Dropout of a branch's input, one mask for every key of a stacked weight."""
+    if network.key is None:
+        return x
+    key, term = network.key, network.key_term
+    for name in [c for c in term if c not in letters]:  # keys of an axis that the input lacks: one is enough
+        key, term = jnp.take(key, 0, axis=term.index(name)), term.replace(name, "")
+    order = [letters.index(c) for c in term]
+    rest = [k for k in range(x.ndim) if k not in order]
+    shape = tuple(x.shape[k] for k in rest)
+    draw = jnp.vectorize(lambda k: jax.random.bernoulli(k, 1 - network.rate, shape), signature=f"()->({_dims(shape)})")
+    mask = draw(key).transpose([(*order, *rest).index(k) for k in range(x.ndim)])
+    return jnp.where(mask, x / scalar(1 - network.rate, x.dtype), jnp.zeros_like(x))
+
+
+def _dims(shape: Sequence[int]) -> str:
+    return ",".join(f"d{k}" for k in range(len(shape)))
+
+
+def _scaled(network: Network) -> list[tuple[jax.Array, str]]:
+    """Factors and terms, the scale moved into the smallest factor."""
+    factors = list(network.factors)
+    if network.scale != 1:
+        small = min(range(len(factors)), key=lambda k: factors[k].size)
+        factors[small] = factors[small] * scalar(network.scale, factors[small].dtype)
+    return list(zip(factors, network.terms, strict=True))
+
+
+def _ordered(
+    terms: list[tuple[jax.Array, str]], letters: str, out: str, dtype: jnp.dtype
+) -> list[tuple[jax.Array, str]]:
+    """Terms in the order in which the activation takes them up, cast to its dtype.
+
+    First those that share a contracted letter with it; several of them that share the same one become one, their
+    column-wise (Khatri-Rao) product, so that no wide letter stays open. Then whatever those lead to.
+    """
+    inner = set(letters) - set(out)
+    groups: list[list[int]] = []
+    for k, (_, term) in enumerate(terms):
+        touching = [g for g in groups if any(set(terms[j][1]) & set(term) & inner for j in g)]
+        if set(term) & inner:
+            groups = [g for g in groups if g not in touching] + [sorted([k, *(j for g in touching for j in g)])]
+    ready = []
+    for group in groups:
+        others = [t for k, (_, t) in enumerate(terms) if k not in group]
+        span = "".join(dict.fromkeys("".join(terms[k][1] for k in group)))
+        span = "".join(c for c in span if c in letters or c in out or any(c in t for t in others))
+        if len(group) == 1:
+            ready.append((terms[group[0]][0].astype(dtype), terms[group[0]][1]))
+        else:
+            ready.append((einsum([terms[k][1] for k in group], [terms[k][0] for k in group], span, dtype), span))
+    ready.sort(key=lambda pair: _growth(*pair, letters))
+    rest = [(f.astype(dtype), t) for k, (f, t) in enumerate(terms) if not any(k in g for g in groups)]
+    known = set(letters).union(*(t for _, t in ready))
+    while rest:
+        at = next((k for k, (_, t) in enumerate(rest) if set(t) & known), 0)
+        known |= set(rest[at][1])
+        ready.append(rest.pop(at))
+    return ready
+
+
+def _growth(factor: jax.Array, term: str, letters: str) -> float:
+    """By how much the activation grows when it takes up a factor."""
+    sizes = dict(zip(term, factor.shape, strict=True))
+    return math.prod(n for c, n in sizes.items() if c not in letters) / math.prod(
+        n for c, n in sizes.items() if c in letters
+    )
+
+
+def pair(
+    x: jax.Array,
+    xs: str,
+    t: jax.Array,
+    ts: str,
+    keep: str,
+    *,
+    dtype: jnp.dtype,
+    first: bool = True,
+    precision: Any = None,
+    groups: tuple[str, jax.Array] | None = None,
+) -> tuple[jax.Array, str]:
+    """One product of two arrays in letters: shared letters in `keep` are batched, the others contracted."""
+    t, ts = _sum(t, ts, xs + keep)
+    x, xs = _sum(x, xs, ts + keep)
+    if groups and groups[0] in ts:
+        return _ragged(x, xs, t, ts, groups, dtype=dtype, precision=precision)
+    inner = [c for c in xs if c in ts and c not in keep]
+    if not inner and set(ts) <= set(xs):
+        return x * spread(t, ts, xs), xs
+    batch = [c for c in xs if c in ts and c in keep]
+    rest = "".join(batch)
+    x_free, t_free = ("".join(c for c in s if c not in batch and c not in inner) for s in (xs, ts))
+    left, ls, right, rs = (x, xs, t, ts) if first else (t, ts, x, xs)
+    dims = tuple(tuple(tuple(s.index(c) for c in cs) for s in (ls, rs)) for cs in (inner, batch))
+    y = lax.dot_general(left, right, dims, precision=precision, preferred_element_type=dtype)
+    return y, rest + (x_free + t_free if first else t_free + x_free)
+
+
+def _sum(x: jax.Array, letters: str, keep: str) -> tuple[jax.Array, str]:
+    """Sums the letters that nothing else has."""
+    lone = [k for k, c in enumerate(letters) if c not in keep]
+    return (x.sum(lone), "".join(c for c in letters if c in keep)) if lone else (x, letters)
+
+
+def _ragged(
+    x: jax.Array, xs: str, t: jax.Array, ts: str, groups: tuple[str, jax.Array], *, dtype: jnp.dtype, precision: Any
+) -> tuple[jax.Array, str]:
+    name, sizes = groups
+    inner = [c for c in xs if c in ts]
+    (rows,) = (c for c in xs if c not in ts)
+    dims = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(([xs.index(c) for c in inner], [ts.index(c) for c in inner]), ([], [])),
+        lhs_ragged_dimensions=[xs.index(rows)],
+        rhs_group_dimensions=[ts.index(name)],
+    )
+    y = lax.ragged_dot_general(x, t, sizes, dims, precision=precision, preferred_element_type=dtype)
+    return y, rows + "".join(c for c in ts if c not in inner and c != name)
+
+
+def spread(x: jax.Array, letters: str, out: str) -> jax.Array:
+    """Transposes to the order of `out`, with axes of size one for the letters that `x` lacks."""
+    order = [letters.index(c) for c in out if c in letters]
+    if order != sorted(order):
+        x = x.transpose(order)
+    missing = [k for k, c in enumerate(out) if c not in letters]
+    return jnp.expand_dims(x, missing) if missing else x

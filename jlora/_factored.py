@@ -1,0 +1,261 @@
+"""The intermediate form: a weight as its base plus tensor networks, with every axis spelled in letters.
+
+    W = base + sum over networks of  scale * einsum(factors, terms -> axes)
+
+A letter stands for one index. An axis is a string of letters, major first: `"i"` for a plain axis, `"gh"` for one
+that joins two. A letter that no term of a network carries is a broadcast: the update is the same along it.
+"""
+
+import dataclasses
+import functools
+import math
+import string
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Origin = tuple[str, int]  # a path and an axis of the weight at that path
+
+
+class Letter(NamedTuple):
+    """One index of a weight: its name, its size, and the axes of parameters that it came from."""
+
+    name: str
+    size: int
+    origins: tuple[Origin, ...] = ()
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["factors", "key"],
+    meta_fields=["terms", "scale", "key_term", "rate"],
+)
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One tensor network, `scale * einsum(factors, terms -> axes)`.
+
+    Arguments:
+        factors: the arrays, one for every term.
+        terms: one string of letters a factor. Letters that no axis of the weight has (ranks) are summed.
+        scale: a static multiplier.
+        key: a PRNG key (or an array of keys, its axes spelled by `key_term`) that draws the dropout of the input.
+        rate: the share of the input that this branch drops where it has a key.
+    """
+
+    factors: tuple[jax.Array, ...]
+    terms: tuple[str, ...]
+    scale: float = 1.0
+    key: jax.Array | None = None
+    key_term: str = ""
+    rate: float = 0.0
+
+    def map(self, name: str, fn: Callable[[jax.Array, int], jax.Array], new: str | None = None) -> "Network":
+        """Applies `fn(array, axis)` wherever the letter stands, and spells it `new` from then on."""
+        new = name if new is None else new
+        arrays = [fn(f, t.index(name)) if name in t else f for f, t in zip(self.factors, self.terms, strict=True)]
+        key = fn(self.key, self.key_term.index(name)) if self.key is not None and name in self.key_term else self.key
+        return dataclasses.replace(
+            self,
+            factors=tuple(arrays),
+            terms=tuple(t.replace(name, new) for t in self.terms),
+            key=key,
+            key_term=self.key_term.replace(name, new),
+        )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether one factor already spans all that the network spans, so that forming it costs nothing."""
+        span = set("".join(self.terms))
+        return any(set(term) == span for term in self.terms)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["base", "networks"], meta_fields=["axes", "letters", "paths"]
+)
+@dataclasses.dataclass(frozen=True)
+class Factored:
+    """A weight that carries networks: what a parameter is inside an adapted program.
+
+    Arguments:
+        base: the frozen array.
+        networks: what is added to it.
+        axes: for every axis of `base`, its letters; none is empty.
+        letters: what every letter in `axes` stands for.
+        paths: the parameters that this weight was made of.
+    """
+
+    base: jax.Array
+    networks: tuple[Network, ...]
+    axes: tuple[str, ...]
+    letters: tuple[Letter, ...]
+    paths: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.base.dtype
+
+    def letter(self, name: str) -> Letter:
+        return next(letter for letter in self.letters if letter.name == name)
+
+    def size(self, names: str) -> int:
+        return math.prod(self.letter(name).size for name in names)
+
+    def used(self) -> str:
+        """Every letter that is taken, the networks' own ones included."""
+        return "".join([*self.axes, *(t for n in self.networks for t in n.terms)])
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether at least two indices of size above one came from parameters: what a low-rank update can change."""
+        return sum(letter.size > 1 and bool(letter.origins) for letter in self.letters) > 1
+
+    @property
+    def is_dense(self) -> bool:
+        return all(network.is_dense for network in self.networks)
+
+
+def fresh(used: Iterable[str], count: int = 1) -> str:
+    """Letters that `used` lacks."""
+    taken = set("".join(used))
+    free = [c for c in string.ascii_letters if c not in taken]
+    if len(free) < count:
+        raise ValueError(f"jlora spells axes in {len(string.ascii_letters)} letters, and this weight needs more.")
+    return "".join(free[:count])
+
+
+def weight(base: jax.Array, path: str) -> Factored:
+    """A parameter as the program starts with it: one letter an axis, no network."""
+    axes = tuple(fresh((), base.ndim))
+    letters = tuple(Letter(c, n, ((path, k),)) for k, (c, n) in enumerate(zip(axes, base.shape, strict=True)))
+    return Factored(base, (), axes, letters, (path,))
+
+
+def dense(f: Factored, dtype: jnp.dtype | None = None) -> jax.Array:
+    """The weight itself, `base + sum of networks`: in float32 (or wider), and rounded once."""
+    dtype = f.dtype if dtype is None else dtype
+    if not f.networks:
+        return f.base.astype(dtype)
+    wide = jnp.promote_types(jnp.float32, f.dtype)
+    return (f.base.astype(wide) + delta(f, wide)).astype(dtype)
+
+
+def delta(f: Factored, dtype: jnp.dtype) -> jax.Array:
+    """What the networks add to the base, in the base's shape."""
+    order = "".join(f.axes)
+    total = jnp.zeros(f.shape, dtype)
+    for network in f.networks:
+        span = "".join(c for c in order if any(c in term for term in network.terms))
+        value = einsum(network.terms, network.factors, span, dtype)
+        value = jnp.expand_dims(value, [k for k, c in enumerate(order) if c not in span])
+        value = jnp.broadcast_to(value, [f.size(c) for c in order]).reshape(f.shape)
+        total = total + value * scalar(network.scale, dtype)
+    return total
+
+
+def einsum(terms: Sequence[str], factors: Sequence[jax.Array], out: str, dtype: jnp.dtype) -> jax.Array:
+    """`jnp.einsum` of factors in one dtype, at full float32 precision."""
+    arrays = [factor.astype(dtype) for factor in factors]
+    return jnp.einsum(f"{','.join(terms)}->{out}", *arrays, precision=lax.Precision.HIGHEST)
+
+
+def scalar(value: float, dtype: jnp.dtype) -> jax.Array:
+    return jnp.asarray(value, dtype)
+
+
+# What structural rules do to the networks. Each returns a weight whose `base` is still the old one.
+
+
+def respell(f: Factored, base: jax.Array, axes: Sequence[str], letters: Iterable[Letter] = ()) -> Factored:
+    """The same networks under another base and other axes; `letters` adds to those that are known."""
+    known = {letter.name: letter for letter in (*f.letters, *letters)}
+    order = "".join(axes)
+    return dataclasses.replace(f, base=base, axes=tuple(axes), letters=tuple(known[c] for c in order))
+
+
+def map_letter(f: Factored, name: str, fn: Callable[[jax.Array, int], jax.Array], size: int) -> Factored:
+    """Applies `fn(array, axis)` to every factor that carries the letter, whose size becomes `size`."""
+    letters = tuple(x._replace(size=size) if x.name == name else x for x in f.letters)
+    return dataclasses.replace(f, networks=tuple(n.map(name, fn) for n in f.networks), letters=letters)
+
+
+def rename(f: Factored, names: dict[str, str]) -> Factored:
+    """Spells letters anew, the networks' own ones included."""
+    table = str.maketrans(names)
+
+    def network(n: Network) -> Network:
+        terms = tuple(t.translate(table) for t in n.terms)
+        return dataclasses.replace(n, terms=terms, key_term=n.key_term.translate(table))
+
+    return dataclasses.replace(
+        f,
+        networks=tuple(map(network, f.networks)),
+        axes=tuple(a.translate(table) for a in f.axes),
+        letters=tuple(x._replace(name=names.get(x.name, x.name)) for x in f.letters),
+    )
+
+
+def split_letter(f: Factored, name: str, sizes: tuple[int, int]) -> Factored:
+    """Spells one letter as two, major first: an axis of 12 becomes (3, 4) in every factor that carries it."""
+    major, minor = name, fresh([f.used()])
+    old = f.letter(name)
+
+    def fn(array: jax.Array, axis: int) -> jax.Array:
+        return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
+
+    two = (old._replace(size=sizes[0]), Letter(minor, sizes[1], old.origins))
+    letters = [y for x in f.letters for y in (two if x.name == name else (x,))]
+    return dataclasses.replace(
+        f,
+        networks=tuple(n.map(name, fn, major + minor) for n in f.networks),
+        axes=tuple(a.replace(name, major + minor) for a in f.axes),
+        letters=tuple(letters),
+    )
+
+
+def drop_letter(f: Factored, name: str) -> Factored:
+    """Removes a letter of size one from every factor; the caller removes it from the axes."""
+    return dataclasses.replace(f, networks=tuple(n.map(name, jnp.squeeze, "") for n in f.networks))
+
+
+def unify(f: Factored) -> Factored:
+    """Spells every axis in one letter where the networks allow it: where each factor carries all of an axis or none.
+
+    An axis that some factor carries only in part (a Kronecker product) keeps its letters.
+    """
+    for axis in f.axes:
+        terms = [t for n in f.networks for t in (*n.terms, n.key_term)]
+        if len(axis) > 1 and all(set(axis) <= set(t) or not set(axis) & set(t) for t in terms):
+            f = _join(f, axis)
+    return f
+
+
+def _join(f: Factored, axis: str) -> Factored:
+    keep = axis[0]
+
+    def one(array: jax.Array, term: str) -> tuple[jax.Array, str]:
+        if keep not in term:
+            return array, term
+        rest = [c for c in term if c not in axis]
+        array = array.transpose([term.index(c) for c in (*axis, *rest)])
+        return array.reshape(-1, *array.shape[len(axis) :]), keep + "".join(rest)
+
+    def network(n: Network) -> Network:
+        pairs = [one(a, t) for a, t in zip(n.factors, n.terms, strict=True)]
+        key, key_term = (n.key, n.key_term) if n.key is None else one(n.key, n.key_term)
+        factors, terms = tuple(a for a, _ in pairs), tuple(t for _, t in pairs)
+        return dataclasses.replace(n, factors=factors, terms=terms, key=key, key_term=key_term)
+
+    origins = tuple(dict.fromkeys(o for c in axis for o in f.letter(c).origins))
+    letter = Letter(keep, f.size(axis), origins)
+    axes = tuple(keep if a == axis else a for a in f.axes)
+    known = {**{x.name: x for x in f.letters}, keep: letter}
+    return dataclasses.replace(
+        f, networks=tuple(map(network, f.networks)), axes=axes, letters=tuple(known[c] for a in axes for c in a)
+    )

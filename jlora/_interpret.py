@@ -1,0 +1,59 @@
+"""The interpreter: evaluates a jaxpr with factored weights where weights were."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jlora import _compat, _control
+from jlora._context import Context, Value
+from jlora._factored import Factored, dense
+from jlora.rules import RULES
+
+_RULES = {**RULES, **_control.RULES}
+
+
+def run(ctx: Context, jaxpr: Any, consts: Sequence[Any], values: Sequence[Value]) -> list[Value]:
+    """Evaluates a jaxpr. Equations without a factored operand are bound unchanged.
+
+    Arguments:
+        ctx: what rules may ask for.
+        jaxpr: an open jaxpr.
+        consts: values of its constants.
+        values: values of its arguments, arrays or `Factored`.
+
+    Returns:
+        the values of its outputs, `Factored` where a weight is handed through.
+    """
+    env: dict[Any, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
+
+    def read(atom: Any) -> Value:
+        return atom.val if _compat.is_literal(atom) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        operands = [read(atom) for atom in eqn.invars]
+        with _compat.at(eqn):
+            if any(isinstance(v, Factored) for v in operands):
+                out = _apply(ctx, eqn, operands)
+            else:
+                out = _compat.bind(eqn, *operands)
+        env.update(zip(eqn.outvars, out, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _apply(ctx: Context, eqn: Any, operands: list[Value]) -> list[Value]:
+    rule = _RULES.get(eqn.primitive.name)
+    out = rule(ctx, eqn, *operands) if rule else None
+    if out is None:
+        out = _compat.bind(eqn, *(_formed(ctx, eqn, v) if isinstance(v, Factored) else v for v in operands))
+    for var, value in zip(eqn.outvars, out, strict=True):
+        if value.shape != var.aval.shape or value.dtype != var.aval.dtype:
+            raise AssertionError(
+                f"jlora's rule for {eqn.primitive.name} at {_compat.where(eqn)} gave {value.dtype}{list(value.shape)} "
+                f"where the program has {var.aval.str_short()}. This is a fault in jlora; please report it."
+            )
+    return out
+
+
+def _formed(ctx: Context, eqn: Any, f: Factored) -> Any:
+    ctx.record(eqn, f, {}, factored=False, added=f.base.size)
+    ctx.on_dense(f, eqn)
+    return dense(f)

@@ -1,0 +1,66 @@
+"""A function with its arguments as a jaxpr whose first inputs are the parameters' arrays."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jlora import _compat
+from jlora._paths import is_array, named_leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What staging a call gives.
+
+    Arguments:
+        jaxpr: the program, an open jaxpr.
+        consts: values of its constants.
+        paths: the paths of the parameters' arrays, in the order of the jaxpr's first inputs.
+        params: those arrays.
+        args: the arrays among the other arguments, in the order of the remaining inputs.
+        rebuild: the function's result from the values of the jaxpr's outputs.
+    """
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    paths: list[str]
+    params: list[Any]
+    args: list[Any]
+    rebuild: Callable[[Sequence[Any]], Any]
+
+
+def stage(fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    """Traces `fun(params, *args, **kwargs)`.
+
+    Arrays (and `jax.ShapeDtypeStruct`) are inputs; whatever else the arguments hold, Python numbers and booleans
+    included, the function sees as it is. Outputs that are no arrays pass through as well.
+    """
+    leaves, treedef = jax.tree.flatten((params, args, kwargs))
+    names = [path for path, _ in named_leaves(params)]
+    dynamic = [k for k, leaf in enumerate(leaves) if is_array(leaf)]
+    result: dict[str, Any] = {}
+
+    def flat(values: list[Any]) -> list[Any]:
+        filled = list(leaves)
+        for k, value in zip(dynamic, values, strict=True):
+            filled[k] = value
+        new_params, new_args, new_kwargs = jax.tree.unflatten(treedef, filled)
+        out, result["treedef"] = jax.tree.flatten(fun(new_params, *new_args, **new_kwargs))
+        result["leaves"] = [None if is_array(leaf) else leaf for leaf in out]
+        result["arrays"] = [k for k, leaf in enumerate(out) if is_array(leaf)]
+        return [out[k] for k in result["arrays"]]
+
+    values = [leaves[k] for k in dynamic]
+    jaxpr, consts = _compat.open_jaxpr(jax.make_jaxpr(flat)(values))
+    count = sum(k < len(names) for k in dynamic)
+
+    def rebuild(outputs: Sequence[Any]) -> Any:
+        filled = list(result["leaves"])
+        for k, value in zip(result["arrays"], outputs, strict=True):
+            filled[k] = value
+        return jax.tree.unflatten(result["treedef"], filled)
+
+    paths = [names[k] for k in dynamic[:count]]
+    return Program(jaxpr, consts, paths, values[:count], values[count:], rebuild)

@@ -1,0 +1,156 @@
+"""The transform, and new adapters."""
+
+import functools
+import hashlib
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jlora import _compat, _interpret
+from jlora._context import Context
+from jlora._factored import Factored, dense, weight
+from jlora._lower import check, lowered
+from jlora._method import Adapter, Method, Update
+from jlora._paths import near
+from jlora._program import stage
+from jlora._site import Site
+from jlora._trace import Sites
+
+
+class DenseWarning(UserWarning):
+    """A weight with a low-rank update was formed: right, but as dear as training it whole."""
+
+
+class DenseError(RuntimeError):
+    """A weight would be formed where `adapt(..., on_dense="error")` forbids it."""
+
+
+def adapt(
+    fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"] = "warn"
+) -> Callable[..., Any]:
+    """Makes a program of base parameters one of base parameters and an adapter, without merging the two.
+
+        adapt(f)(params, adapter, *args)  ==  f(merge(params, adapter), *args)
+
+    The base parameters are constants to differentiation: gradients reach the adapter and the other arguments. What
+    else is trained (a head, a norm) is an argument of its own, or has the method `Full` in the adapter.
+
+    Arguments:
+        fun: `fun(params, *args, **kwargs)`, any function that `jax.jit` could trace. Python numbers, booleans and
+            other arguments that are no arrays reach it as they are.
+        on_dense: what to do where a weight must be formed because no rule covers its use: `"warn"` (the default),
+            `"error"`, or `"allow"`. `jlora.explain` lists such uses.
+
+    Returns:
+        `g(params, adapter, *args, **kwargs)`. Pass the base parameters to `jax.jit` as an argument: closed over they
+        become a constant, which XLA folds for minutes and holds twice.
+
+    Raises:
+        ValueError: where the adapter does not fit the parameters, with every misfit; where `on_dense` is unknown.
+        DenseError: with `on_dense="error"`.
+
+    Hu et al. 2021, arXiv:2106.09685.
+    """
+    if on_dense not in ("warn", "error", "allow"):
+        raise ValueError(f"on_dense is 'warn', 'error' or 'allow', not {on_dense!r}.")
+
+    @functools.wraps(fun)
+    def adapted(params: Any, adapter: Adapter, *args: Any, **kwargs: Any) -> Any:
+        params = jax.tree.map(lambda a: jax.lax.stop_gradient(a) if isinstance(a, jax.Array) else a, params)
+        program = stage(fun, params, args, kwargs)
+        leaves = dict(zip(program.paths, program.params, strict=True))
+        check(adapter, leaves)
+        formed: dict[str, None] = {}
+        ctx = Context(_interpret.run, functools.partial(_on_dense, formed, on_dense))
+        weights = [
+            lowered(adapter[path], weight(leaf, path)) if path in adapter else leaf for path, leaf in leaves.items()
+        ]
+        out = _interpret.run(ctx, program.jaxpr, program.consts, [*weights, *program.args])
+        if formed:
+            warnings.warn(
+                "jlora formed weights, at the cost of a dense update. jlora.explain shows all of it; "
+                "on_dense='allow' silences this:\n  " + "\n  ".join(formed),
+                DenseWarning,
+                stacklevel=2,
+            )
+        return program.rebuild([dense(v) if isinstance(v, Factored) else v for v in out])
+
+    return adapted
+
+
+def _on_dense(formed: dict[str, None], action: str, f: Factored, eqn: Any) -> None:
+    if f.is_dense:  # an update of the weight's own shape has no other form
+        return
+    what = f"{', '.join(f.paths)}: {eqn.primitive.name} at {_compat.where(eqn)}"
+    if any(n.key is not None for n in f.networks):
+        raise ValueError(f"Dropout acts on a branch's input, and there is none where the weight is formed: {what}. "
+                         "Exclude the path, or set its dropout to 0.")
+    if action == "error":
+        raise DenseError(f"The weight would be formed: {what}.")
+    if action == "warn":
+        formed[what] = None
+
+
+Targets = Mapping[str, Method | None] | Method
+
+
+def init(key: jax.Array, sites: Sites, targets: Targets, *, dtype: Any = jnp.float32) -> Adapter:
+    """Makes a new adapter, under `jax.jit` and `jax.eval_shape` too.
+
+    Arguments:
+        key: a PRNG key. Each update's own is folded from its path, so that adding a target changes no other.
+        sites: from `jlora.trace`.
+        targets: patterns (`re.fullmatch` on the path; the first that matches decides) with their methods, None to
+            exclude; or one method for every weight that a product or a convolution consumes.
+        dtype: of the factors.
+
+    Returns:
+        the adapter, a dict from path to `Update`.
+
+    Raises:
+        ValueError: where a pattern matches nothing, never decides, or matches what its method cannot adapt.
+    """
+    return {path: _update(key, sites[path], method, dtype) for path, method in _choose(sites, targets).items()}
+
+
+def _update(key: jax.Array, site: Site, method: Method, dtype: Any) -> Update:
+    refusal = method.refusal(site)
+    if refusal:
+        raise ValueError(
+            f"{type(method).__name__} cannot adapt {site.path} {site.shape}: {refusal}. "
+            "Narrow the pattern, exclude the path with an earlier pattern and None, or give it jlora.Full()."
+        )
+    factors = method.init(jax.random.fold_in(key, path_number(site.path)), site, dtype)
+    return Update(factors, method.settled(), site.roles, site.shape)
+
+
+def path_number(path: str) -> int:
+    """A number that a path always has, for folding into keys."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little")
+
+
+def _choose(sites: Sites, targets: Targets) -> dict[str, Method]:
+    if isinstance(targets, Method):
+        chosen = {path: targets for path, site in sites.items() if site.is_product}
+        if not chosen:
+            raise ValueError("No product or convolution of the program uses a parameter. print(sites) shows all.")
+        return chosen
+    first: dict[str, str] = {}
+    for pattern in targets:
+        matched = [path for path in sites if re.fullmatch(pattern, path)]
+        if not matched:
+            raise ValueError(
+                f"The pattern {pattern!r} matches no parameter; {near(pattern, sites)}. Patterns are regular "
+                "expressions for the whole path; print(sites) shows all."
+            )
+        if all(path in first for path in matched):
+            raise ValueError(f"The pattern {pattern!r} never decides: {matched[0]} and all else that it matches is "
+                             f"taken by an earlier one, {first[matched[0]]!r}. Put the narrower pattern first.")
+        for path in matched:
+            first.setdefault(path, pattern)
+    chosen = {path: targets[first[path]] for path in sites if path in first}
+    return {path: method for path, method in chosen.items() if method is not None}

@@ -1,0 +1,32 @@
+"""Full: a trained difference of the weight's own shape."""
+
+import dataclasses
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+
+from jlora._factored import Factored, Network
+from jlora._method import Method, Update
+from jlora._site import Site
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Full(Method):
+    """Adds a difference of the weight's own shape: for biases, norms, heads, whatever has no low-rank form.
+
+        W + D,    D: the shape of W, zero at the start
+
+    It adapts every floating-point parameter that the program uses, and costs what training that parameter costs.
+    """
+
+    def refusal(self, site: Site) -> str:
+        return site.refusal if not site.uses or not jnp.issubdtype(site.dtype, jnp.floating) else ""
+
+    def init(self, key: jax.Array, site: Site, dtype: Any) -> dict[str, jax.Array]:
+        return {"d": jnp.zeros(site.shape, dtype)}
+
+    def lower(self, update: Update, w: Factored) -> Factored:
+        network = Network((update.factors["d"],), ("".join(w.axes),), update.scale)
+        return dataclasses.replace(w, networks=(*w.networks, network))

@@ -1,0 +1,130 @@
+"""Reading rows of a weight: `gather` (indexing, `take`, embeddings) and `dynamic_slice`."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import _compat, _contract
+from jlora._context import Context, Role, Value
+from jlora._factored import Factored, Letter, Network, fresh, map_letter, respell, unify
+
+
+def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | None:
+    if not isinstance(f, Factored) or isinstance(indices, Factored):
+        return None
+    p, d = eqn.params, eqn.params["dimension_numbers"]
+    f = unify(f)
+    taken = (*d.collapsed_slice_dims, *d.operand_batching_dims)
+    windows = [k for k in range(len(f.shape)) if k not in taken]
+    indexed = [k for k in d.start_index_map if p["slice_sizes"][k] < f.shape[k] or k in taken]
+    touched = {f.axes[k] for k in (*indexed, *d.operand_batching_dims)}
+    if any(len(f.axes[k]) > 1 for k in (*indexed, *taken)) or not all(_carries(n, touched) for n in f.networks):
+        return None
+    (base,) = _compat.bind(eqn, f.base, indices)
+
+    new = fresh([f.used()], indices.ndim - 1)
+    batch = [Letter(c, n) for c, n in zip(new, indices.shape[:-1], strict=True)]
+    window = {k: f.axes[k] for k in windows}
+    if len(set(d.start_index_map) - set(indexed)):  # start indices along whole axes are always zero: not looked at
+        pass
+    networks = tuple(_gathered(n, f, eqn, indices, "".join(new)) for n in f.networks)
+    axes = _place([window[k] for k in windows], [x.name for x in batch], d.offset_dims)
+    letters = [
+        x._replace(size=p["slice_sizes"][k])
+        for k in windows
+        for x in f.letters
+        if x.name in f.axes[k] and len(f.axes[k]) == 1
+    ]
+    out = respell(dataclasses.replace(f, networks=networks), base, axes, (*batch, *letters))
+    return [read(ctx, eqn, f, out, [f.axes[k] for k in indexed], [f.axes[k] for k in d.operand_batching_dims])]
+
+
+def _carries(network: Network, names: set[str]) -> bool:
+    """Whether every letter stands in a term, so that an index out of bounds can put a zero there."""
+    return all(any(name in t for t in network.terms) for name in names)
+
+
+def _gathered(n: Network, f: Factored, eqn: Any, indices: jax.Array, batch: str) -> Network:
+    """The same rows of every factor that has them; rows out of bounds are zero, as the base decides their value."""
+    pairs = [_rows(a, t, f, eqn, indices, batch) for a, t in zip(n.factors, n.terms, strict=True)]
+    return dataclasses.replace(
+        n, factors=tuple(a for a, _ in pairs), terms=tuple(t for _, t in pairs), key=None, key_term="", rate=0.0
+    )
+
+
+def _rows(
+    factor: jax.Array, term: str, f: Factored, eqn: Any, indices: jax.Array, batch: str
+) -> tuple[jax.Array, str]:
+    p, d = eqn.params, eqn.params["dimension_numbers"]
+    axis = {f.axes[k]: k for k in range(len(f.shape)) if len(f.axes[k]) == 1}
+    dims = [axis.get(c) for c in term]  # for every axis of the factor, the weight's axis
+    columns = [j for j, k in enumerate(d.start_index_map) if k in dims]
+    collapsed = tuple(j for j, k in enumerate(dims) if k in d.collapsed_slice_dims)
+    batching = [(dims.index(k), s) for k, s in zip(d.operand_batching_dims, d.start_indices_batching_dims, strict=True) if k in dims]
+    batching.sort()
+    if not columns and not batching:
+        return factor, term
+    windows = [j for j in range(len(term)) if j not in collapsed and j not in [b for b, _ in batching]]
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(len(batch), len(batch) + len(windows))),
+        collapsed_slice_dims=collapsed,
+        start_index_map=tuple(dims.index(d.start_index_map[j]) for j in columns),
+        operand_batching_dims=tuple(b for b, _ in batching),
+        start_indices_batching_dims=tuple(s for _, s in batching),
+    )
+    sizes = [factor.shape[j] if k is None else p["slice_sizes"][k] for j, k in enumerate(dims)]
+    picked = indices[..., jnp.array(columns, jnp.int32)] if columns else indices[..., :0]
+    rows = lax.gather(factor, picked, numbers, tuple(sizes), mode=p["mode"], fill_value=0)
+    return rows, batch + "".join(term[j] for j in windows)
+
+
+def _place(windows: list[str], batch: list[str], offsets: tuple[int, ...]) -> list[str]:
+    """The axes of a gather's result: windows at the offset dimensions, indices elsewhere."""
+    window, index = iter(windows), iter(batch)
+    return [next(window) if k in offsets else next(index) for k in range(len(windows) + len(batch))]
+
+
+def dynamic_slice(ctx: Context, eqn: Any, f: Value, *starts: Value) -> list[Value] | None:
+    if not isinstance(f, Factored) or any(isinstance(s, Factored) for s in starts):
+        return None
+    f = unify(f)
+    sizes = eqn.params["slice_sizes"]
+    cut = [k for k in range(len(sizes)) if sizes[k] != f.shape[k]]
+    if any(len(f.axes[k]) > 1 for k in cut):
+        return None
+    (base,) = _compat.bind(eqn, f.base, *starts)
+    out = f
+    for k in cut:
+        out = map_letter(
+            out, f.axes[k], lambda a, axis, k=k: lax.dynamic_slice_in_dim(a, starts[k], sizes[k], axis), sizes[k]
+        )
+    return [read(ctx, eqn, f, respell(out, base, f.axes), [f.axes[k] for k in cut if sizes[k] == 1], [])]
+
+
+def read(ctx: Context, eqn: Any, f: Factored, out: Factored, indexed: list[str], stacked: list[str]) -> Value:
+    """Rows that were read: vectors are a lookup, and so an activation; matrices are still a weight."""
+    left = [x for x in out.letters if x.size > 1 and x.origins]
+    if not indexed or len(left) > 1:
+        return out
+    roles: dict[str, Role] = {x.name: "out" for x in f.letters}
+    roles |= dict.fromkeys(indexed, "in") | dict.fromkeys(stacked, "stack")
+    ctx.record(eqn, f, roles, added=2 * sum(out.base.size * a.shape[-1] for n in out.networks for a in n.factors[:1]))
+    value = out.base
+    spelled = "".join(out.axes)
+    for n in out.networks:
+        order = sorted(range(len(n.terms)), key=lambda k: not any(c in n.terms[k] for c in _new(out)))
+        n = dataclasses.replace(n, factors=tuple(n.factors[k] for k in order), terms=tuple(n.terms[k] for k in order))
+        head, rest = n.factors[0].astype(value.dtype), Network(n.factors[1:], n.terms[1:], n.scale)
+        y = _contract.apply(head, n.terms[0], rest, spelled, dtype=value.dtype)
+        value = value + jnp.broadcast_to(y, [out.size(c) for c in spelled]).reshape(value.shape)
+    return value
+
+
+def _new(f: Factored) -> set[str]:
+    return {x.name for x in f.letters if not x.origins}
+
+
+RULES = {"gather": gather, "dynamic_slice": dynamic_slice}

@@ -1,0 +1,288 @@
+"""What programs do to a weight before they use it: reorder, reshape, cast, cut, join and scale. Nothing is formed."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import _compat
+from jlora._context import Context, Value
+from jlora._factored import (
+    Factored,
+    Letter,
+    Network,
+    drop_letter,
+    fresh,
+    map_letter,
+    rename,
+    respell,
+    split_letter,
+    unify,
+)
+
+Rule = Callable[..., list[Value] | None]
+
+
+def unchanged(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
+    """What leaves shape and meaning alone: the base alone goes through."""
+    return [dataclasses.replace(f, base=_compat.bind(eqn, f.base)[0])]
+
+
+def convert_element_type(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
+    return unchanged(ctx, eqn, f) if jnp.issubdtype(eqn.params["new_dtype"], jnp.floating) else None
+
+
+def optimization_barrier(ctx: Context, eqn: Any, *values: Value) -> list[Value] | None:
+    return list(lax.optimization_barrier(values))
+
+
+def transpose(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
+    (base,) = _compat.bind(eqn, f.base)
+    return [respell(f, base, [f.axes[k] for k in eqn.params["permutation"]])]
+
+
+def squeeze(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
+    (base,) = _compat.bind(eqn, f.base)
+    gone = [k % len(f.axes) for k in eqn.params["dimensions"]]
+    axes = [a for k, a in enumerate(f.axes) if k not in gone]
+    for k in gone:
+        for name in f.axes[k]:
+            f = drop_letter(f, name)
+    return [respell(f, base, axes)]
+
+
+def reshape(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
+    """Splits and joins axes by splitting and joining letters."""
+    if eqn.params["dimensions"] is not None or f.base.size == 0:
+        return None
+    (base,) = _compat.bind(eqn, f.base)
+    f = unify(f)
+    for letter in f.letters:  # letters of size one have no place of their own
+        if letter.size == 1:
+            f = drop_letter(f, letter.name)
+    left = [x.name for x in f.letters if x.size > 1]
+    axes, new = [], []
+    for size in eqn.params["new_sizes"]:
+        axis, reach = "", 1
+        while reach < size:
+            name = left.pop(0)
+            whole, part = f.letter(name).size, size // reach
+            if whole > part or part % whole:
+                if size % reach or whole % part:
+                    return None
+                before = {x.name for x in f.letters}
+                f = split_letter(f, name, (part, whole // part))
+                left.insert(0, next(x.name for x in f.letters if x.name not in before))
+                whole = part
+            axis, reach = axis + name, reach * whole
+        if not axis:
+            axis = fresh([f.used(), *axes])
+            new.append(Letter(axis, 1))
+        axes.append(axis)
+    return [respell(f, base, axes, new)]
+
+
+def broadcast_in_dim(ctx: Context, eqn: Any, f: Factored, *sizes: Value) -> list[Value] | None:
+    """New axes, and axes of size one that grow, get letters that no factor carries."""
+    if sizes:
+        return None
+    (base,) = _compat.bind(eqn, f.base)
+    came = dict(zip(eqn.params["broadcast_dimensions"], range(len(f.axes)), strict=True))
+    axes, new = [], []
+    for k, size in enumerate(base.shape):
+        if k in came and f.shape[came[k]] == size:
+            axes.append(f.axes[came[k]])
+            continue
+        if k in came:
+            for name in f.axes[came[k]]:
+                f = drop_letter(f, name)
+        axes.append(fresh([f.used(), *axes]))
+        new.append(Letter(axes[-1], size))
+    return [respell(f, base, axes, new)]
+
+
+def rev(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
+    (base,) = _compat.bind(eqn, f.base)
+    for k in eqn.params["dimensions"]:
+        for name in f.axes[k]:
+            f = map_letter(f, name, lambda a, axis: lax.rev(a, (axis,)), f.letter(name).size)
+    return [dataclasses.replace(f, base=base)]
+
+
+def slice_(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
+    p = eqn.params
+    strides = p["strides"] or [1] * len(f.axes)
+    cuts = list(zip(p["start_indices"], p["limit_indices"], strides, strict=True))
+    return _cut(f, _compat.bind(eqn, f.base)[0], cuts)
+
+
+def split(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
+    axis, start, out = eqn.params["axis"], 0, []
+    for size, base in zip(eqn.params["sizes"], _compat.bind(eqn, f.base), strict=True):
+        cuts = [(start, start + size, 1) if k == axis else (0, n, 1) for k, n in enumerate(f.shape)]
+        piece = _cut(f, base, cuts)
+        if piece is None:
+            return None
+        out += piece
+        start += size
+    return out
+
+
+def _cut(f: Factored, base: jax.Array, cuts: list[tuple[int, int, int]]) -> list[Value] | None:
+    f = unify(f)
+    for k, (start, limit, stride) in enumerate(cuts):
+        if (start, limit, stride) == (0, f.shape[k], 1):
+            continue
+        if len(f.axes[k]) > 1:
+            return None
+        f = map_letter(
+            f, f.axes[k], functools.partial(_slice_axis, start=start, limit=limit, stride=stride), base.shape[k]
+        )
+    return [dataclasses.replace(f, base=base)]
+
+
+def _slice_axis(a: jax.Array, axis: int, *, start: int, limit: int, stride: int) -> jax.Array:
+    return lax.slice_in_dim(a, start, limit, stride, axis)
+
+
+def pad(ctx: Context, eqn: Any, f: Value, value: Value) -> list[Value] | None:
+    """Padding belongs to the base; the update is zero there."""
+    if not isinstance(f, Factored) or isinstance(value, Factored):
+        return None
+    (base,) = _compat.bind(eqn, f.base, value)
+    f = unify(f)
+    for k, config in enumerate(eqn.params["padding_config"]):
+        if tuple(config) != (0, 0, 0):
+            if len(f.axes[k]) > 1:
+                return None
+            f = _pad_letter(f, f.axes[k], config, base.shape[k])
+    return [dataclasses.replace(f, base=base)]
+
+
+def _pad_letter(f: Factored, name: str, config: tuple[int, int, int], size: int) -> Factored:
+    """Pads with zeros, in every network; one that is the same along the letter gets a term that says where it ends."""
+    old = f.letter(name).size
+
+    def marked(n: Network) -> Network:
+        if any(name in t for t in n.terms):
+            return n
+        return dataclasses.replace(n, factors=(*n.factors, jnp.ones(old, n.factors[0].dtype)), terms=(*n.terms, name))
+
+    f = dataclasses.replace(f, networks=tuple(map(marked, f.networks)))
+
+    def fn(a: jax.Array, axis: int) -> jax.Array:
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            return a
+        return lax.pad(a, jnp.zeros((), a.dtype), [config if k == axis else (0, 0, 0) for k in range(a.ndim)])
+
+    return map_letter(f, name, fn, size)
+
+
+def concatenate(ctx: Context, eqn: Any, *values: Value) -> list[Value] | None:
+    """Weights side by side (a fused projection): each network is padded with zeros to the joint size."""
+    weights = [unify(v) for v in values if isinstance(v, Factored)]
+    if any(not f.is_matrix or any(len(a) > 1 for a in f.axes) for f in weights):
+        return None
+    (base,) = _compat.bind(eqn, *(v.base if isinstance(v, Factored) else v for v in values))
+    axis, start, parts = eqn.params["dimension"], 0, []
+    for v in values:
+        size = v.shape[axis]
+        if isinstance(v, Factored):
+            f = unify(v)
+            parts.append(_pad_letter(f, f.axes[axis], (start, base.shape[axis] - start - size, 0), base.shape[axis]))
+        start += size
+    return [join(parts, base)]
+
+
+def join(weights: list[Factored], base: jax.Array) -> Factored:
+    """One weight with the networks of several, whose axes are of one letter and one size each."""
+    first = weights[0]
+    networks, origins = list(first.networks), {x.name: x.origins for x in first.letters}
+    for f in weights[1:]:
+        ranks = [c for c in dict.fromkeys(f.used()) if c not in f.axes]
+        apart = fresh([f.used(), first.used()], len(ranks) + len(f.axes))
+        f = rename(f, dict(zip([*ranks, *f.axes], apart, strict=True)))
+        f = rename(f, dict(zip(f.axes, first.axes, strict=True)))
+        networks += f.networks
+        for x in f.letters:
+            origins[x.name] = (*origins[x.name], *x.origins)
+    letters = tuple(Letter(c, n, origins[c]) for c, n in zip(first.axes, base.shape, strict=True))
+    paths = tuple(dict.fromkeys(p for f in weights for p in f.paths))
+    return Factored(base, tuple(networks), first.axes, letters, paths)
+
+
+def add(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value] | None:
+    """The sum of two weights; a weight added to anything else is formed."""
+    if not (isinstance(left, Factored) and isinstance(right, Factored)) or left.shape != right.shape:
+        return None
+    left, right = unify(left), unify(right)
+    if any(len(a) > 1 for a in (*left.axes, *right.axes)) or not (left.is_matrix and right.is_matrix):
+        return None
+    if eqn.primitive.name == "sub":
+        right = _times(right, -1.0)
+    base = _compat.bind(eqn, left.base, dataclasses.replace(right).base)[0]
+    return [join([left, right], base)]
+
+
+def mul(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value] | None:
+    """A weight times a scalar, or times a vector along some of its axes: one more factor."""
+    f, v = (left, right) if isinstance(left, Factored) else (right, left)
+    if isinstance(v, Factored) or (eqn.primitive.name == "div" and f is right) or not f.is_matrix:
+        return None
+    (base,) = _compat.bind(eqn, *(x.base if isinstance(x, Factored) else x for x in (left, right)))
+    shape = jax.typeof(v).shape
+    if base.shape != f.shape or not jnp.issubdtype(jax.typeof(v).dtype, jnp.floating):
+        return None
+    f = unify(f)
+    along = [k for k, n in enumerate(shape) if n > 1]
+    if len(along) == len([n for n in f.shape if n > 1]) and along or any(len(f.axes[k]) > 1 for k in along):
+        return None
+    term = "".join(f.axes[k] for k in along)
+    vector = jnp.asarray(v).reshape([shape[k] for k in along])
+
+    def network(n: Network) -> Network:
+        factor = vector.astype(n.factors[0].dtype)
+        factor = 1 / factor if eqn.primitive.name == "div" else factor
+        if not term:  # a scalar goes into the first factor: no product of its own
+            return dataclasses.replace(n, factors=(n.factors[0] * factor, *n.factors[1:]))
+        return dataclasses.replace(n, factors=(*n.factors, factor), terms=(*n.terms, term))
+
+    return [dataclasses.replace(f, base=base, networks=tuple(map(network, f.networks)))]
+
+
+def neg(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
+    return [dataclasses.replace(_times(f, -1.0), base=_compat.bind(eqn, f.base)[0])]
+
+
+def _times(f: Factored, factor: float) -> Factored:
+    return dataclasses.replace(
+        f, networks=tuple(dataclasses.replace(n, scale=n.scale * factor) for n in f.networks)
+    )
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        ("copy", "copy_p", "stop_gradient", "sharding_constraint", "layout_constraint", "name", "reduce_precision", "pvary", "pcast"),
+        unchanged,
+    ),
+    "convert_element_type": convert_element_type,
+    "optimization_barrier": optimization_barrier,
+    "transpose": transpose,
+    "squeeze": squeeze,
+    "reshape": reshape,
+    "broadcast_in_dim": broadcast_in_dim,
+    "rev": rev,
+    "slice": slice_,
+    "split": split,
+    "pad": pad,
+    "concatenate": concatenate,
+    "add": add,
+    "sub": add,
+    "mul": mul,
+    "div": mul,
+    "neg": neg,
+}
