@@ -55,10 +55,20 @@ def shard_map_axes(eqn: Any) -> frozenset[Any]:
     return frozenset(params.get("newly_manual_axes", params.get("manual_axes", ())))
 
 
-def is_explicit(array: Any) -> bool:
-    """Whether the array's type carries a sharding over a mesh with explicit axes."""
-    sharding = getattr(jax.typeof(array), "sharding", None)
-    return sharding is not None and not sharding.mesh.empty and sharding.mesh._any_axis_explicit
+def is_plain(*arrays: Any) -> bool:
+    """Whether no mesh is in sight: neither a context mesh nor one in the arrays' types."""
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(a).sharding.mesh for a in arrays)]
+    return all(mesh.empty for mesh in meshes)
+
+
+def is_one_device(ctx: Any) -> bool:
+    """Whether a lowering rule's context is a program for a single device."""
+    return getattr(ctx.module_context.axis_context, "num_devices", 0) == 1
+
+
+def is_tracer(leaf: Any) -> bool:
+    """Whether a leaf is being traced."""
+    return isinstance(leaf, jax.core.Tracer)
 
 
 def where(eqn: Any) -> str:

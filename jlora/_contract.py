@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._factored import Network, einsum, scalar
+from jlora._product import product
 
 
 def apply(
@@ -138,8 +139,12 @@ def pair(
     rest = "".join(batch)
     x_free, t_free = ("".join(c for c in s if c not in batch and c not in inner) for s in (xs, ts))
     left, ls, right, rs = (x, xs, t, ts) if first else (t, ts, x, xs)
-    dims = tuple(tuple(tuple(s.index(c) for c in cs) for s in (ls, rs)) for cs in (inner, batch))
-    y = lax.dot_general(left, right, dims, precision=precision, preferred_element_type=dtype)
+    contracted, batched = (tuple(tuple(s.index(c) for c in cs) for s in (ls, rs)) for cs in (inner, batch))
+    if batch:
+        dims = (contracted, batched)
+        y = lax.dot_general(left, right, dims, precision=precision, preferred_element_type=dtype)
+    else:
+        y = product(left, right, contracted, precision=precision, dtype=dtype)
     return y, rest + (x_free + t_free if first else t_free + x_free)
 
 

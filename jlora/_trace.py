@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _interpret
+from jlora import _compat, _interpret
 from jlora._context import Context, Use
 from jlora._factored import weight
 from jlora._flops import flops
@@ -118,7 +118,7 @@ def trace(fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Si
 
 
 def _sharding(leaf: Any) -> Any:
-    return None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    return None if _compat.is_tracer(leaf) else getattr(leaf, "sharding", None)
 
 
 def explain(fun: Callable[..., Any], params: Any, adapter: Adapter, *args: Any, **kwargs: Any) -> Explanation:

@@ -1,0 +1,97 @@
+"""A product of an activation with a thin factor that the CPU runs fast.
+
+On the CPU, XLA copies a whole activation-sized cotangent for the factor's gradient where the product contracts several
+leading axes, (batch, time, in) x (in, rank); with the leading axes joined it does not. So this product is
+`jax.lax.dot_general` everywhere, and joins the axes only in programs that are lowered for one CPU device: programs for
+GPU and TPU are untouched, and no sharded axis is ever joined with another.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jlora import _compat
+
+Dims = tuple[tuple[int, ...], tuple[int, ...]]  # the contracted axes of both operands, pairwise
+
+
+def product(x: jax.Array, w: jax.Array, contracted: Dims, *, precision: Any, dtype: Any) -> jax.Array:
+    """Contracts axes of `x` with axes of `w`; the result has the free axes of `x`, then those of `w`."""
+    if not _compat.is_plain(x, w):
+        return lax.dot_general(x, w, (contracted, ((), ())), precision=precision, preferred_element_type=dtype)
+    return product_p.bind(x, w, contracted=contracted, precision=precision, dtype=dtype)
+
+
+def _plain(x: jax.Array, w: jax.Array, *, contracted: Dims, precision: Any, dtype: Any) -> jax.Array:
+    return lax.dot_general(x, w, (contracted, ((), ())), precision=precision, preferred_element_type=dtype)
+
+
+def _joined(x: jax.Array, w: jax.Array, *, contracted: Dims, precision: Any, dtype: Any) -> jax.Array:
+    """The same with one free and one contracted axis for each operand, where they lie side by side."""
+    if not all(_at_one_end(a.ndim, c) for a, c in zip((x, w), contracted, strict=True)):
+        return _plain(x, w, contracted=contracted, precision=precision, dtype=dtype)
+    free = [[n for k, n in enumerate(a.shape) if k not in c] for a, c in zip((x, w), contracted, strict=True)]
+    flat, inner = [], []
+    for a, c, sizes in zip((x, w), contracted, free, strict=True):
+        two = [math.prod(a.shape[k] for k in c), math.prod(sizes)]
+        inner.append((0,) if c[0] == 0 else (1,))
+        flat.append(a.reshape(two if c[0] == 0 else two[::-1]))
+    y = _plain(*flat, contracted=(inner[0], inner[1]), precision=precision, dtype=dtype)
+    return y.reshape([*free[0], *free[1]])
+
+
+def _at_one_end(ndim: int, axes: tuple[int, ...]) -> bool:
+    """Whether axes are the first or the last of an array, in order."""
+    return bool(axes) and axes in (tuple(range(len(axes))), tuple(range(ndim - len(axes), ndim)))
+
+
+def _transpose_x(g: jax.Array, x: Any, w: jax.Array, *, contracted: Dims, precision: Any, dtype: Any) -> jax.Array:
+    xc, wc = contracted
+    shape = x.aval.shape
+    w_free = tuple(k for k in range(w.ndim) if k not in wc)
+    g_free = tuple(range(g.ndim - len(w_free), g.ndim))
+    y = product(g, w, (g_free, w_free), precision=precision, dtype=x.aval.dtype)
+    # The axes of y: the free ones of x, then the contracted ones in the order of w.
+    order = [k for k in range(len(shape)) if k not in xc] + [xc[wc.index(k)] for k in sorted(wc)]
+    return _arrange(y, order)
+
+
+def _transpose_w(g: jax.Array, x: jax.Array, w: Any, *, contracted: Dims, precision: Any, dtype: Any) -> jax.Array:
+    xc, wc = contracted
+    shape = w.aval.shape
+    x_free = tuple(k for k in range(x.ndim) if k not in xc)
+    y = product(x, g, (x_free, tuple(range(len(x_free)))), precision=precision, dtype=w.aval.dtype)
+    order = [wc[xc.index(k)] for k in sorted(xc)] + [k for k in range(len(shape)) if k not in wc]
+    return _arrange(y, order)
+
+
+def _arrange(y: jax.Array, order: list[int]) -> jax.Array:
+    """Puts axis k of `y` at `order[k]`."""
+    return y if order == sorted(order) else y.transpose([order.index(k) for k in range(len(order))])
+
+
+def _batched(args: tuple[Any, Any], axes: tuple[Any, Any], **params: Any) -> tuple[jax.Array, int]:
+    return jax.vmap(lambda x, w: _plain(x, w, **params), in_axes=axes)(*args), 0
+
+
+def _abstract(x: Any, w: Any, *, contracted: Dims, precision: Any, dtype: Any) -> Any:
+    free = [n for a, c in zip((x, w), contracted, strict=True) for k, n in enumerate(a.shape) if k not in c]
+    return jax.typeof(jax.ShapeDtypeStruct(free, dtype))
+
+
+def _lowered(ctx: Any, x: Any, w: Any, **params: Any) -> Any:
+    fun = _joined if _compat.is_one_device(ctx) else _plain
+    return mlir.lower_fun(fun, multiple_results=False)(ctx, x, w, **params)
+
+
+product_p = Primitive("jlora_product")
+product_p.def_impl(jax.jit(product_p.bind, static_argnames=("contracted", "precision", "dtype")))
+product_p.def_abstract_eval(_abstract)
+ad.defbilinear(product_p, _transpose_x, _transpose_w)
+batching.primitive_batchers[product_p] = _batched
+mlir.register_lowering(product_p, mlir.lower_fun(_plain, multiple_results=False))
+mlir.register_lowering(product_p, _lowered, platform="cpu")
