@@ -19,3 +19,6 @@ from jlora._transform import adapt as adapt
 from jlora._transform import init as init
 from jlora.methods import Full as Full
 from jlora.methods import LoRA as LoRA
+from jlora.io.orbax import CheckpointError as CheckpointError
+from jlora.io.orbax import load as load
+from jlora.io.orbax import save as save
