@@ -17,8 +17,8 @@ from jlora._transform import DenseError as DenseError
 from jlora._transform import DenseWarning as DenseWarning
 from jlora._transform import adapt as adapt
 from jlora._transform import init as init
-from jlora.methods import Full as Full
-from jlora.methods import LoRA as LoRA
 from jlora.io.orbax import CheckpointError as CheckpointError
 from jlora.io.orbax import load as load
 from jlora.io.orbax import save as save
+from jlora.methods import Full as Full
+from jlora.methods import LoRA as LoRA

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax._src import source_info_util
+from jax.core import Tracer
 from jax.extend import core
 
 # From JAX 0.12 on a jaxpr carries its own constants and `ClosedJaxpr` is the same class.
@@ -68,7 +69,7 @@ def is_one_device(ctx: Any) -> bool:
 
 def is_tracer(leaf: Any) -> bool:
     """Whether a leaf is being traced."""
-    return isinstance(leaf, jax.core.Tracer)
+    return isinstance(leaf, Tracer)
 
 
 def where(eqn: Any) -> str:

@@ -75,7 +75,9 @@ class Context:
     ) -> None:
         """Notes what `eqn` does with the letters of a weight."""
         for path in f.paths:
-            axes = {axis: roles[x.name] for x in f.letters for p, axis in x.origins if p == path and x.name in roles}
+            axes: dict[int, Role] = {
+                axis: roles[x.name] for x in f.letters for p, axis in x.origins if p == path and x.name in roles
+            }
             self.uses[*self.stack, id(eqn), path] = Use(
                 path=path,
                 primitive=eqn.primitive.name,

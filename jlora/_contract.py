@@ -97,7 +97,7 @@ def _ordered(
             ready.append((terms[group[0]][0].astype(dtype), terms[group[0]][1]))
         else:
             ready.append((einsum([terms[k][1] for k in group], [terms[k][0] for k in group], span, dtype), span))
-    ready.sort(key=lambda pair: _growth(*pair, letters))
+    ready.sort(key=lambda item: _growth(item[0], item[1], letters))
     rest = [(f.astype(dtype), t) for k, (f, t) in enumerate(terms) if not any(k in g for g in groups)]
     known = set(letters).union(*(t for _, t in ready))
     while rest:
@@ -139,9 +139,9 @@ def pair(
     rest = "".join(batch)
     x_free, t_free = ("".join(c for c in s if c not in batch and c not in inner) for s in (xs, ts))
     left, ls, right, rs = (x, xs, t, ts) if first else (t, ts, x, xs)
-    contracted, batched = (tuple(tuple(s.index(c) for c in cs) for s in (ls, rs)) for cs in (inner, batch))
+    contracted = tuple(ls.index(c) for c in inner), tuple(rs.index(c) for c in inner)
     if batch:
-        dims = (contracted, batched)
+        dims = contracted, (tuple(ls.index(c) for c in batch), tuple(rs.index(c) for c in batch))
         y = lax.dot_general(left, right, dims, precision=precision, preferred_element_type=dtype)
     else:
         y = product(left, right, contracted, precision=precision, dtype=dtype)

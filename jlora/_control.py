@@ -1,4 +1,4 @@
-"""Programs inside programs: `jit`, `checkpoint`, `scan`, `while`, `cond` and `shard_map`, rebuilt with public functions."""
+"""Programs inside programs (`jit`, `checkpoint`, loops, branches, `shard_map`), rebuilt with public functions."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -32,8 +32,8 @@ def jit(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
     inner = ctx.inside(eqn)
 
     def fun(*values: Value) -> list[Value]:
-        values = [_constrain(v, s) for v, s in zip(values, p["in_shardings"], strict=True)]
-        out = ctx.run(inner, *_compat.open_jaxpr(p["jaxpr"]), values)
+        constrained = [_constrain(v, s) for v, s in zip(values, p["in_shardings"], strict=True)]
+        out = ctx.run(inner, *_compat.open_jaxpr(p["jaxpr"]), constrained)
         return [_constrain(v, s) for v, s in zip(out, p["out_shardings"], strict=True)]
 
     fun.__name__ = fun.__qualname__ = p["name"]
@@ -119,7 +119,12 @@ def scan(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
     first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), sliced)
     carry = _steady(ctx, eqn, [init[k] for k in free], lambda c: body(c, first)[0])
     carry, ys = lax.scan(
-        formed_body, carry, sliced, length=length, reverse=p["reverse"], unroll=p["unroll"],
+        formed_body,
+        carry,
+        sliced,
+        length=length,
+        reverse=p["reverse"],
+        unroll=p["unroll"],
         **({"_split_transpose": True} if p.get("_split_transpose") else {}),
     )
     done = dict(zip(free, carry, strict=True)) | kept
@@ -222,7 +227,9 @@ def shard_map(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
             (v,) = _form(ctx, eqn, [v])
         operands.append(v)
         specs.append(spec if cut is None else _specs(v, spec, cut))
-    cuts = [_letter_specs(v, s, p["mesh"]) if _is_weight(v) else None for v, s in zip(values, p["in_specs"], strict=True)]
+    cuts = [
+        _letter_specs(v, s, p["mesh"]) if _is_weight(v) else None for v, s in zip(values, p["in_specs"], strict=True)
+    ]
 
     def fun(*values: Value) -> list[Value]:
         local = [_local(v, cut, p["mesh"]) if _is_weight(v) else v for v, cut in zip(values, cuts, strict=True)]

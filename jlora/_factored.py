@@ -142,8 +142,13 @@ def dense(f: Factored, dtype: jnp.dtype | None = None) -> jax.Array:
     dtype = f.dtype if dtype is None else dtype
     if not f.networks:
         return f.base.astype(dtype)
-    wide = jnp.promote_types(jnp.float32, f.dtype)
+    wide = widened(f.dtype)
     return (f.base.astype(wide) + delta(f, wide)).astype(dtype)
+
+
+def widened(dtype: jnp.dtype) -> jnp.dtype:
+    """Float32, or the dtype itself where that is wider. Not `jnp.promote_types`, which strict promotion forbids."""
+    return jnp.dtype(dtype) if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
 def delta(f: Factored, dtype: jnp.dtype) -> jax.Array:

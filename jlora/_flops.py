@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jlora import _compat
 
@@ -36,4 +36,4 @@ def _equation(eqn: Any) -> float:
 
 def _jaxprs(value: Any) -> list[Any]:
     values = value if isinstance(value, (tuple, list)) else (value,)
-    return [v for v in values if isinstance(v, (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr))]
+    return [v for v in values if isinstance(v, (Jaxpr, ClosedJaxpr))]

@@ -26,7 +26,9 @@ def check(adapter: Adapter, leaves: Mapping[str, Any]) -> None:
             continue
         leaf = leaves[path]
         if tuple(leaf.shape) != update.shape:
-            misfits.append(f"{path}: the adapter was made for shape {update.shape}, the parameter has {tuple(leaf.shape)}")
+            misfits.append(
+                f"{path}: the adapter was made for shape {update.shape}, the parameter has {tuple(leaf.shape)}"
+            )
         elif not jnp.issubdtype(leaf.dtype, jnp.floating):
             misfits.append(f"{path}: the parameter's dtype {jnp.dtype(leaf.dtype).name} is not floating-point")
     if misfits:

@@ -4,9 +4,8 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jlora._factored import Factored, delta, dense, weight
+from jlora._factored import Factored, delta, dense, weight, widened
 from jlora._lower import check, lowered
 from jlora._method import Adapter, Update
 from jlora._paths import is_array, named_leaves
@@ -61,7 +60,7 @@ def _merged(w: jax.Array, update: Update, path: str) -> jax.Array:
 
 def _unmerged(w: jax.Array, update: Update, path: str) -> jax.Array:
     f = _lowered(w, update, path)
-    wide = jnp.promote_types(jnp.float32, w.dtype)
+    wide = widened(w.dtype)
     return (w.astype(wide) - delta(f, wide)).astype(w.dtype)
 
 

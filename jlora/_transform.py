@@ -29,9 +29,7 @@ class DenseError(RuntimeError):
     """A weight would be formed where `adapt(..., on_dense="error")` forbids it."""
 
 
-def adapt(
-    fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"] = "warn"
-) -> Callable[..., Any]:
+def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"] = "warn") -> Callable[..., Any]:
     """Makes a program of base parameters one of base parameters and an adapter, without merging the two.
 
         adapt(f)(params, adapter, *args)  ==  f(merge(params, adapter), *args)
@@ -87,8 +85,10 @@ def _on_dense(formed: dict[str, None], action: str, f: Factored, eqn: Any) -> No
         return
     what = f"{', '.join(f.paths)}: {eqn.primitive.name} at {_compat.where(eqn)}"
     if any(n.key is not None for n in f.networks):
-        raise ValueError(f"Dropout acts on a branch's input, and there is none where the weight is formed: {what}. "
-                         "Exclude the path, or set its dropout to 0.")
+        raise ValueError(
+            f"Dropout acts on a branch's input, and there is none where the weight is formed: {what}. "
+            "Exclude the path, or set its dropout to 0."
+        )
     if action == "error":
         raise DenseError(f"The weight would be formed: {what}.")
     if action == "warn":
@@ -148,8 +148,10 @@ def _choose(sites: Sites, targets: Targets) -> dict[str, Method]:
                 "expressions for the whole path; print(sites) shows all."
             )
         if all(path in first for path in matched):
-            raise ValueError(f"The pattern {pattern!r} never decides: {matched[0]} and all else that it matches is "
-                             f"taken by an earlier one, {first[matched[0]]!r}. Put the narrower pattern first.")
+            raise ValueError(
+                f"The pattern {pattern!r} never decides: {matched[0]} and all else that it matches is "
+                f"taken by an earlier one, {first[matched[0]]!r}. Put the narrower pattern first."
+            )
         for path in matched:
             first.setdefault(path, pattern)
     chosen = {path: targets[first[path]] for path in sites if path in first}

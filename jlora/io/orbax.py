@@ -102,7 +102,9 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged and cannot be read: {error!r}") from error
     if version > FORMAT:
-        raise CheckpointError(f"{folder} has format {version}, and this release of jlora reads up to {FORMAT}; upgrade.")
+        raise CheckpointError(
+            f"{folder} has format {version}, and this release of jlora reads up to {FORMAT}; upgrade."
+        )
     if not intact:
         raise CheckpointError(f"{file} was altered after it was written.")
     return meta

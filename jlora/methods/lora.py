@@ -79,7 +79,8 @@ class LoRA(Method):
 
     def lower(self, update: Update, w: Factored) -> Factored:
         stack, inner, outer = (
-            "".join(a for a, r in zip(w.axes, update.roles, strict=True) if r == role) for role in ("stack", "in", "out")
+            "".join(a for a, r in zip(w.axes, update.roles, strict=True) if r == role)
+            for role in ("stack", "in", "out")
         )
         rank = fresh(w.used())
         network = Network(
@@ -99,5 +100,3 @@ def stacked(init: Initializer, key: jax.Array, stack: tuple[int, ...], shape: tu
         return init(key, shape, dtype)
     keys = jax.random.split(key, math.prod(stack))
     return jax.vmap(lambda k: init(k, shape, dtype))(keys)
-
-

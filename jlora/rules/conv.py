@@ -25,7 +25,11 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Value, f: Value) -> list[Val
     (base,) = _compat.bind(eqn, x, f.base)
     roles: dict[str, Role] = {axis: "out" if k == out_axis else "in" for k, axis in enumerate(f.axes)}
     rows = base.size // max(f.shape[out_axis], 1)
-    sizes = [(p["feature_group_count"] if f.axes[out_axis] not in t else 1) * a.size for n in f.networks for a, t in zip(n.factors, n.terms, strict=True)]
+    sizes = [
+        (p["feature_group_count"] if f.axes[out_axis] not in t else 1) * a.size
+        for n in f.networks
+        for a, t in zip(n.factors, n.terms, strict=True)
+    ]
     ctx.record(eqn, f, roles, flops=2 * rows * math.prod(f.shape), added=2 * rows * sum(sizes))
     for n in f.networks:
         base = base + _branch(x, f, n, eqn, base)

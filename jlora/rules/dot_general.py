@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jlora import _compat, _contract
 from jlora._context import Context, Role, Value
-from jlora._factored import Factored, dense, fresh, unify
+from jlora._factored import Factored, dense, fresh, unify, widened
 
 
 def dot_general(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value]:
@@ -17,8 +17,8 @@ def dot_general(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value
         ctx.on_dense(left, eqn)
         left = dense(left)
     first = isinstance(right, Factored)
-    x, f = (left, right) if first else (right, left)
-    f = unify(ctx.drop(f))
+    x: Any = left if first else right
+    f = unify(ctx.drop(right if first else left))
     (x_in, f_in), (x_batch, f_batch) = ((d if first else d[::-1]) for d in eqn.params["dimension_numbers"])
     (base,) = _compat.bind(eqn, *((x, f.base) if first else (f.base, x)))
 
@@ -35,16 +35,18 @@ def dot_general(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value
     for k, c in zip(x_free, fresh([f.used()], len(x_free)), strict=True):
         spelled[k] = c
     letters = "".join(spelled[k] for k in range(x.ndim))
-    sizes = [n for k in range(x.ndim) for n in ([f.letter(c).size for c in spelled[k]] if k not in x_free else [x.shape[k]])]
+    sizes = [
+        n for k in range(x.ndim) for n in ([f.letter(c).size for c in spelled[k]] if k not in x_free else [x.shape[k]])
+    ]
     batch = [spelled[k] for k in x_batch]
     free = [[spelled[k] for k in x_free], [f.axes[j] for j in range(len(f.axes)) if j not in (*f_in, *f_batch)]]
     out = "".join([*batch, *free[not first], *free[first]])
     known = {**dict(zip(letters, sizes, strict=True)), **{c.name: c.size for c in f.letters}}
     x = x.reshape(sizes)
+    if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != f.dtype:  # a mixed product is as exact as its wider side
+        x = x.astype(max(widened(x.dtype), widened(f.dtype), key=lambda dtype: dtype.itemsize))
     for n in f.networks:
-        y = _contract.apply(
-            x, letters, n, out, dtype=base.dtype, first=first, precision=eqn.params["precision"]
-        )
+        y = _contract.apply(x, letters, n, out, dtype=base.dtype, first=first, precision=eqn.params["precision"])
         if y.shape != base.shape:
             y = jnp.broadcast_to(y, [known[c] for c in out]).reshape(base.shape)
         base = base + y

@@ -19,17 +19,19 @@ def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | No
     f = unify(f)
     taken = (*d.collapsed_slice_dims, *d.operand_batching_dims)
     windows = [k for k in range(len(f.shape)) if k not in taken]
-    indexed = [k for k in d.start_index_map if p["slice_sizes"][k] < f.shape[k] or k in taken]
-    touched = {f.axes[k] for k in (*indexed, *d.operand_batching_dims)}
-    if any(len(f.axes[k]) > 1 for k in (*indexed, *taken)) or not all(_carries(n, touched) for n in f.networks):
+    cut = [k for k in range(len(f.shape)) if p["slice_sizes"][k] < f.shape[k]]
+    indexed = [k for k in d.start_index_map if k in cut or k in taken]
+    fills = p["mode"] == lax.GatherScatterMode.FILL_OR_DROP  # then even the index of a whole axis may be out of bounds
+    touched = (*(d.start_index_map if fills else indexed), *d.operand_batching_dims)
+    if any(len(f.axes[k]) > 1 for k in (*cut, *touched, *taken)):
+        return None
+    if not all(_carries(n, {f.axes[k] for k in touched}) for n in f.networks):
         return None
     (base,) = _compat.bind(eqn, f.base, indices)
 
     new = fresh([f.used()], indices.ndim - 1)
     batch = [Letter(c, n) for c, n in zip(new, indices.shape[:-1], strict=True)]
     window = {k: f.axes[k] for k in windows}
-    if len(set(d.start_index_map) - set(indexed)):  # start indices along whole axes are always zero: not looked at
-        pass
     networks = tuple(_gathered(n, f, eqn, indices, "".join(new)) for n in f.networks)
     axes = _place([window[k] for k in windows], [x.name for x in batch], d.offset_dims)
     letters = [
@@ -50,23 +52,28 @@ def _carries(network: Network, names: set[str]) -> bool:
 def _gathered(n: Network, f: Factored, eqn: Any, indices: jax.Array, batch: str) -> Network:
     """The same rows of every factor that has them; rows out of bounds are zero, as the base decides their value."""
     pairs = [_rows(a, t, f, eqn, indices, batch) for a, t in zip(n.factors, n.terms, strict=True)]
+    key = None if n.key is None else n.key.reshape(-1)[0]  # one serves all rows: their inputs are drawn apart
     return dataclasses.replace(
-        n, factors=tuple(a for a, _ in pairs), terms=tuple(t for _, t in pairs), key=None, key_term="", rate=0.0
+        n, factors=tuple(a for a, _ in pairs), terms=tuple(t for _, t in pairs), key=key, key_term=""
     )
 
 
-def _rows(
-    factor: jax.Array, term: str, f: Factored, eqn: Any, indices: jax.Array, batch: str
-) -> tuple[jax.Array, str]:
+def _rows(factor: jax.Array, term: str, f: Factored, eqn: Any, indices: jax.Array, batch: str) -> tuple[jax.Array, str]:
     p, d = eqn.params, eqn.params["dimension_numbers"]
     axis = {f.axes[k]: k for k in range(len(f.shape)) if len(f.axes[k]) == 1}
     dims = [axis.get(c) for c in term]  # for every axis of the factor, the weight's axis
     columns = [j for j, k in enumerate(d.start_index_map) if k in dims]
     collapsed = tuple(j for j, k in enumerate(dims) if k in d.collapsed_slice_dims)
-    batching = [(dims.index(k), s) for k, s in zip(d.operand_batching_dims, d.start_indices_batching_dims, strict=True) if k in dims]
+    batching = [
+        (dims.index(k), s)
+        for k, s in zip(d.operand_batching_dims, d.start_indices_batching_dims, strict=True)
+        if k in dims
+    ]
     batching.sort()
-    if not columns and not batching:
-        return factor, term
+    sizes = [factor.shape[j] if k is None else p["slice_sizes"][k] for j, k in enumerate(dims)]
+    if not columns and not batching:  # a window that no index moves lies at the start
+        first = lax.slice(factor, [0] * factor.ndim, sizes)
+        return lax.squeeze(first, collapsed), "".join(c for j, c in enumerate(term) if j not in collapsed)
     windows = [j for j in range(len(term)) if j not in collapsed and j not in [b for b, _ in batching]]
     numbers = lax.GatherDimensionNumbers(
         offset_dims=tuple(range(len(batch), len(batch) + len(windows))),
@@ -75,7 +82,6 @@ def _rows(
         operand_batching_dims=tuple(b for b, _ in batching),
         start_indices_batching_dims=tuple(s for _, s in batching),
     )
-    sizes = [factor.shape[j] if k is None else p["slice_sizes"][k] for j, k in enumerate(dims)]
     picked = indices[..., jnp.array(columns, jnp.int32)] if columns else indices[..., :0]
     rows = lax.gather(factor, picked, numbers, tuple(sizes), mode=p["mode"], fill_value=0)
     return rows, batch + "".join(term[j] for j in windows)
@@ -110,7 +116,7 @@ def read(ctx: Context, eqn: Any, f: Factored, out: Factored, indexed: list[str],
     if not indexed or len(left) > 1:
         return out
     roles: dict[str, Role] = {x.name: "out" for x in f.letters}
-    roles |= dict.fromkeys(indexed, "in") | dict.fromkeys(stacked, "stack")
+    roles.update({**dict.fromkeys(indexed, "in"), **dict.fromkeys(stacked, "stack")})
     ctx.record(eqn, f, roles, added=2 * sum(out.base.size * a.shape[-1] for n in out.networks for a in n.factors[:1]))
     value = out.base
     spelled = "".join(out.axes)

@@ -36,6 +36,11 @@ def convert_element_type(ctx: Context, eqn: Any, f: Factored) -> list[Value] | N
     return unchanged(ctx, eqn, f) if jnp.issubdtype(eqn.params["new_dtype"], jnp.floating) else None
 
 
+def stop_gradient(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
+    """Stops the factors' gradients too, as it would stop those of the merged weight."""
+    return [jax.tree.map(lax.stop_gradient, f)]
+
+
 def optimization_barrier(ctx: Context, eqn: Any, *values: Value) -> list[Value] | None:
     return list(lax.optimization_barrier(values))
 
@@ -239,7 +244,7 @@ def mul(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value] | None
         return None
     f = unify(f)
     along = [k for k, n in enumerate(shape) if n > 1]
-    if len(along) == len([n for n in f.shape if n > 1]) and along or any(len(f.axes[k]) > 1 for k in along):
+    if (len(along) == len([n for n in f.shape if n > 1]) and along) or any(len(f.axes[k]) > 1 for k in along):
         return None
     term = "".join(f.axes[k] for k in along)
     vector = jnp.asarray(v).reshape([shape[k] for k in along])
@@ -259,17 +264,26 @@ def neg(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
 
 
 def _times(f: Factored, factor: float) -> Factored:
-    return dataclasses.replace(
-        f, networks=tuple(dataclasses.replace(n, scale=n.scale * factor) for n in f.networks)
-    )
+    return dataclasses.replace(f, networks=tuple(dataclasses.replace(n, scale=n.scale * factor) for n in f.networks))
 
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        ("copy", "copy_p", "stop_gradient", "sharding_constraint", "layout_constraint", "name", "reduce_precision", "pvary", "pcast"),
+        (
+            "copy",
+            "copy_p",
+            "stop_gradient",
+            "sharding_constraint",
+            "layout_constraint",
+            "name",
+            "reduce_precision",
+            "pvary",
+            "pcast",
+        ),
         unchanged,
     ),
     "convert_element_type": convert_element_type,
+    "stop_gradient": stop_gradient,
     "optimization_barrier": optimization_barrier,
     "transpose": transpose,
     "squeeze": squeeze,
