@@ -19,7 +19,11 @@ def params() -> dict:
 
     return {
         "embed": normal(VOCABULARY, WIDTH),
-        "layers": {"up": normal(LAYERS, WIDTH, HIDDEN), "down": normal(LAYERS, HIDDEN, WIDTH), "bias": normal(LAYERS, WIDTH)},
+        "layers": {
+            "up": normal(LAYERS, WIDTH, HIDDEN),
+            "down": normal(LAYERS, HIDDEN, WIDTH),
+            "bias": normal(LAYERS, WIDTH),
+        },
         "mix": {"kernel": normal(WIDTH, WIDTH), "bias": normal(WIDTH)},
     }
 

@@ -87,7 +87,9 @@ def test_a_weight_under_a_transformation_is_adapted_the_same(wrap):
     def f(p, x):
         return wrapped(p["w"], x)
 
-    sites = jlora.trace(f, params, x) if wrap != "custom_vjp" else jlora.trace(lambda p, x: product(p["w"], x), params, x)
+    sites = (
+        jlora.trace(f, params, x) if wrap != "custom_vjp" else jlora.trace(lambda p, x: product(p["w"], x), params, x)
+    )
     adapter = small.nonzero(jlora.init(jax.random.key(0), sites, {"w": jlora.LoRA(rank=2)}))
     apply = jlora.adapt(f, on_dense="allow" if wrap == "custom_vjp" else "error")
     value, grads = jax.jit(jax.value_and_grad(lambda a: small.loss(apply(params, a, x))))(adapter)

@@ -81,7 +81,9 @@ def test_every_truncated_or_altered_file_is_noticed(saved):
     for file in sorted(f for f in folder.rglob("*") if f.is_file()):
         content = file.read_bytes()
         half = len(content) // 2
-        for damaged in (content[:half], content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]) if content else ():
+        for damaged in (
+            (content[:half], content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]) if content else ()
+        ):
             file.write_bytes(damaged)
             try:
                 loaded = jlora.load(folder)
@@ -125,7 +127,9 @@ def test_a_killed_save_leaves_nothing_half_written(tmp_path):
     )
     for wait in (0.05, 0.21):
         folder = tmp_path / str(wait)
-        process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, env={**os.environ})
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, env={**os.environ}
+        )
         with process.stdout as out:
             assert out.readline() == b"ready\n"
             time.sleep(wait)

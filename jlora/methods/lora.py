@@ -6,6 +6,7 @@ from typing import Any, final
 
 import jax
 from jax.nn.initializers import Initializer
+from jaxtyping import Array, Float
 
 from jlora._factored import Factored, Network, fresh
 from jlora._method import Method, Update
@@ -67,15 +68,19 @@ class LoRA(Method):
         return dataclasses.replace(self, a_init=None, b_init=None)
 
     def init(self, key: jax.Array, site: Site, dtype: Any) -> dict[str, jax.Array]:
+        stack, inner, outer = (site.sizes(role) for role in ("stack", "in", "out"))
+        a, b = self._matrices(key, stack, math.prod(inner), math.prod(outer), site.is_lookup, dtype)
+        return {"a": a.reshape(*stack, *inner, self.rank), "b": b.reshape(*stack, self.rank, *outer)}
+
+    def _matrices(
+        self, key: jax.Array, stack: tuple[int, ...], n_in: int, n_out: int, lookup: bool, dtype: Any
+    ) -> tuple[Float[Array, "*stack {n_in} {self.rank}"], Float[Array, "*stack {self.rank} {n_out}"]]:
         kaiming = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         zeros, normal = jax.nn.initializers.zeros, jax.nn.initializers.normal(1.0)
-        a_init = self.a_init or (zeros if site.is_lookup else kaiming)
-        b_init = self.b_init or (normal if site.is_lookup else zeros)
-        stack, inner, outer = (site.sizes(role) for role in ("stack", "in", "out"))
         a_key, b_key = jax.random.split(key)
-        a = stacked(a_init, a_key, stack, (math.prod(inner), self.rank), dtype)
-        b = stacked(b_init, b_key, stack, (self.rank, math.prod(outer)), dtype)
-        return {"a": a.reshape(*stack, *inner, self.rank), "b": b.reshape(*stack, self.rank, *outer)}
+        a = stacked(self.a_init or (zeros if lookup else kaiming), a_key, stack, (n_in, self.rank), dtype)
+        b = stacked(self.b_init or (normal if lookup else zeros), b_key, stack, (self.rank, n_out), dtype)
+        return a, b
 
     def lower(self, update: Update, w: Factored) -> Factored:
         stack, inner, outer = (
@@ -94,7 +99,9 @@ class LoRA(Method):
         return dataclasses.replace(w, networks=(*w.networks, network))
 
 
-def stacked(init: Initializer, key: jax.Array, stack: tuple[int, ...], shape: tuple[int, int], dtype: Any) -> jax.Array:
+def stacked(
+    init: Initializer, key: jax.Array, stack: tuple[int, ...], shape: tuple[int, int], dtype: Any
+) -> Float[Array, "*stack {shape[0]} {shape[1]}"]:
     """An initialiser's matrices, one with a key of its own for each layer of a stack."""
     if not stack:
         return init(key, shape, dtype)

@@ -1,5 +1,6 @@
 """Convolutions: `conv_general_dilated` of any rank, stride, dilation, grouping and layout."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,88 +10,170 @@ from jax import lax
 
 from jlora import _compat, _contract
 from jlora._context import Context, Role, Value
-from jlora._factored import Factored, Network, einsum, fresh, scalar, unify
+from jlora._factored import Factored, Network, einsum, fresh, scalar, split_letter, unify
 
 
 def conv_general_dilated(ctx: Context, eqn: Any, x: Value, f: Value) -> list[Value] | None:
-    """A convolution onto the rank, then a product from the rank to the output channels."""
+    """A product onto the rank, a convolution and a product from the rank, as far as the networks have them.
+
+    Forward, a network is a kernel onto the rank and a matrix to the output channels; in the gradient with respect to
+    the input, where the kernel stands the other way round, a matrix onto the rank and a kernel from there.
+    """
     p = eqn.params
     if isinstance(x, Factored) or p["batch_group_count"] != 1:
         return None
-    f = unify(ctx.drop(f))
-    out_axis, *in_axes = p["dimension_numbers"].rhs_spec
-    inner = "".join(f.axes[k] for k in in_axes)
-    if any(len(axis) > 1 for axis in f.axes) or any(not _splits(n, inner, f.axes[out_axis]) for n in f.networks):
+    out_axis, in_axis, *spatial_axes = p["dimension_numbers"].rhs_spec
+    split = _split_groups(unify(ctx.drop(f)), out_axis, p["feature_group_count"])
+    if split is None:
+        return None
+    f, group = split
+    spatial, inner = "".join(f.axes[k] for k in spatial_axes), f.axes[in_axis]
+    parts = [_parts(n, spatial, inner, group, f.axes[out_axis][len(group) :]) for n in f.networks]
+    if any(part is None for part in parts):
         return None
     (base,) = _compat.bind(eqn, x, f.base)
-    roles: dict[str, Role] = {axis: "out" if k == out_axis else "in" for k, axis in enumerate(f.axes)}
+    roles: dict[str, Role] = {c: "out" if k == out_axis else "in" for k, axis in enumerate(f.axes) for c in axis}
     rows = base.size // max(f.shape[out_axis], 1)
-    sizes = [
-        (p["feature_group_count"] if f.axes[out_axis] not in t else 1) * a.size
-        for n in f.networks
-        for a, t in zip(n.factors, n.terms, strict=True)
-    ]
-    ctx.record(eqn, f, roles, flops=2 * rows * math.prod(f.shape), added=2 * rows * sum(sizes))
-    for n in f.networks:
-        base = base + _branch(x, f, n, eqn, base)
+    added = 2 * rows * sum(p["feature_group_count"] ** (not set(t) & set(group)) * a.size for a, t in _factors(f))
+    ctx.record(eqn, f, roles, flops=2 * rows * math.prod(f.shape), added=added)
+    for n, part in zip(f.networks, parts, strict=True):
+        base = base + _branch(_contract.drop(x, fresh([f.used()], x.ndim), n), f, n, part, eqn, base)
     return [base]
 
 
-def _splits(n: Network, inner: str, outer: str) -> bool:
-    """Whether no factor spans both sides, so that a rank lies between the kernel's input and output."""
-    tail = [t for t in n.terms if outer in t]
-    return 0 < len(tail) < len(n.terms) and not any(set(t) & set(inner) for t in tail)
+def _factors(f: Factored) -> list[tuple[jax.Array, str]]:
+    return [pair for n in f.networks for pair in zip(n.factors, n.terms, strict=True)]
 
 
-def _branch(x: jax.Array, f: Factored, n: Network, eqn: Any, base: jax.Array) -> jax.Array:
+def _split_groups(f: Factored, out_axis: int, groups: int) -> tuple[Factored, str] | None:
+    """The weight with letters of their own, the first of the output axis, for the groups."""
+    group, left = "", groups
+    while left > 1:
+        name = f.axes[out_axis][len(group)]
+        size = f.letter(name).size
+        if size > left and size % left == 0:
+            f, size = split_letter(f, name, (left, size // left)), left
+        if left % size:
+            return None
+        group, left = group + name, left // size
+    return f, group
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a network does before, in and after the convolution; the letters that lead into and out of its kernel."""
+
+    before: list[int]
+    kernel: list[int]
+    after: list[int]
+    spatial: str
+    group: str
+    inner: str
+    outer: str
+    into: str
+    out_of: str
+
+
+def _parts(n: Network, spatial: str, inner: str, group: str, outer: str) -> _Parts | None:
+    """Divides the factors, or gives None where the kernel would be as wide as the weight."""
+
+    def touching(letters: str) -> set[int]:
+        return {k for k, t in enumerate(n.terms) if set(t) & set(letters)}
+
+    first, last = touching(inner), touching(outer)
+    kernel = (touching(spatial) or first or last) | (first & last)
+    kernel |= first if kernel & first else set()
+    kernel |= last if kernel & last else set()
+    if kernel & first and kernel & last:
+        return None
+    before, after = first - kernel, last - kernel
+    kernel = set(range(len(n.terms))) - before - after
+
+    def shared(side: set[int], others: set[int]) -> str:
+        letters = dict.fromkeys("".join(n.terms[k] for k in sorted(side)))
+        return "".join(c for c in letters if c not in inner + group + outer and any(c in n.terms[k] for k in others))
+
+    into, out_of = shared(before, kernel | after), shared(after, kernel | before)
+    if set(into) & set(out_of):  # a rank that runs through all three
+        return None
+    return _Parts(
+        *(sorted(s) for s in (before, kernel, after)),
+        spatial=spatial,
+        group=group,
+        inner=inner,
+        outer=outer,
+        into=into if before else inner,
+        out_of=out_of if after else outer if kernel & last else "",
+    )
+
+
+def _branch(x: jax.Array, f: Factored, n: Network, part: _Parts, eqn: Any, base: jax.Array) -> jax.Array:
     p, spec = eqn.params, eqn.params["dimension_numbers"]
     groups = p["feature_group_count"]
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else base.dtype
-    kernel, tail, rank = _kernel_and_tail(f, n, spec.rhs_spec)
-    kernel = jnp.tile(kernel, [groups if k == spec.rhs_spec[0] else 1 for k in range(kernel.ndim)])
-    last = (0, x.ndim - 1, *range(1, x.ndim - 1))  # channels last, so that what follows is a plain product
-    z = lax.conv_general_dilated(
-        _contract.drop(x, fresh([f.used()], x.ndim), n),
-        kernel.astype(compute),
+    last = (0, x.ndim - 1, *range(1, x.ndim - 1))  # channels last, so that what surrounds it is a plain product
+    x, lhs_spec = x.astype(compute), spec.lhs_spec
+    if part.before:
+        x = x.transpose([lhs_spec[0], *lhs_spec[2:], lhs_spec[1]])
+        matrix = _einsum(n, part.before, f, part.group, part.inner, part.into)
+        x, lhs_spec = _mix(x, matrix.astype(compute), groups, compute, p["precision"]), last
+    y = lax.conv_general_dilated(
+        x,
+        _kernel(f, n, part, spec.rhs_spec, groups).astype(compute),
         p["window_strides"],
         p["padding"],
         p["lhs_dilation"],
         p["rhs_dilation"],
-        lax.ConvDimensionNumbers(spec.lhs_spec, spec.rhs_spec, last),
+        lax.ConvDimensionNumbers(lhs_spec, spec.rhs_spec, last),
         feature_group_count=groups,
         precision=p["precision"],
     )
-    options = {"dtype": base.dtype, "precision": p["precision"]}
-    tail = tail.astype(compute)
-    if groups == 1:
-        xs = fresh("ro", x.ndim - 1)
-        y, _ = _contract.pair(z, xs + "r", tail, "ro", xs + "o", **options)
-    else:
-        z = z.reshape(-1, groups, rank)
-        y, ys = _contract.pair(z, "bgr", tail.reshape(rank, groups, -1), "rgo", "bgo", **options)
-        y = _contract.spread(y, ys, "bgo")
-    sizes = [base.shape[k] for k in spec.out_spec]
-    y = y.reshape(sizes[0], *sizes[2:], sizes[1])
+    if part.after:
+        matrix = _einsum(n, part.after, f, part.group, part.out_of, part.outer)
+        y = _mix(y, matrix.astype(compute), groups, base.dtype, p["precision"])
+    elif not part.out_of:  # the same for all outputs of a group
+        y = jnp.repeat(y, f.size(part.outer), axis=-1)
+    y = y.astype(base.dtype)
     return y.transpose(_inverse((spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])))
 
 
-def _kernel_and_tail(f: Factored, n: Network, rhs_spec: tuple[int, ...]) -> tuple[jax.Array, jax.Array, int]:
-    """The kernel onto the rank, laid out like the weight, and the `(rank, out)` matrix that follows it."""
-    out_axis, *in_axes = rhs_spec
-    outer = f.axes[out_axis]
-    pairs = list(zip(n.factors, n.terms, strict=True))
-    heads, tails = [(a, t) for a, t in pairs if outer not in t], [(a, t) for a, t in pairs if outer in t]
-    both = "".join(dict.fromkeys(c for _, t in heads for c in t if any(c in s for _, s in tails)))
-    order = "".join(f.axes[k] for k in in_axes) + both
-    present = "".join(c for c in order if any(c in t for _, t in heads))
-    kernel = einsum([t for _, t in heads], [a for a, _ in heads], present, jnp.float32)
-    sizes = {c: a.shape[k] for a, t in heads for k, c in enumerate(t)}
-    shape = [f.shape[k] for k in in_axes]
-    kernel = jnp.broadcast_to(_contract.spread(kernel, present, order), [*shape, *(sizes[c] for c in both)])
-    kernel = kernel.reshape(*shape, -1) * scalar(n.scale, kernel.dtype)
-    tail = einsum([t for _, t in tails], [a for a, _ in tails], both + outer, jnp.float32)
-    rank = kernel.shape[-1]
-    return kernel.transpose(_inverse((*in_axes, out_axis))), tail.reshape(rank, -1), rank
+def _mix(x: jax.Array, matrix: jax.Array, groups: int, dtype: Any, precision: Any) -> jax.Array:
+    """A product of the channels, the last axis, with a matrix for each group, `(1 or groups, in, out)`."""
+    xs = fresh("gio", x.ndim - 1)
+    if groups == 1:
+        return _contract.pair(x, xs + "i", matrix[0], "io", xs + "o", dtype=dtype, precision=precision)[0]
+    term = "gio" if matrix.shape[0] > 1 else "io"
+    matrix = matrix if matrix.shape[0] > 1 else matrix[0]
+    x = x.reshape(*x.shape[:-1], groups, -1)
+    y, ys = _contract.pair(x, xs + "gi", matrix, term, xs + "go", dtype=dtype, precision=precision)
+    y = _contract.spread(y, ys, xs + "go")
+    return y.reshape(*y.shape[:-2], -1)
+
+
+def _einsum(n: Network, which: list[int], f: Factored, *axes: str) -> jax.Array:
+    """The product of some factors, each axis spelled by letters; of size one where no factor has any of them."""
+    terms, factors = [n.terms[k] for k in which], [n.factors[k] for k in which]
+    sizes = {c: a.shape[k] for a, t in zip(factors, terms, strict=True) for k, c in enumerate(t)}
+    shape = [math.prod(sizes.get(c, f.size(c)) for c in axis) if set(axis) & set(sizes) else 1 for axis in axes]
+    order = "".join(axis for axis in axes if set(axis) & set(sizes))
+    present = "".join(c for c in order if c in sizes)
+    value = _contract.spread(einsum(terms, factors, present, jnp.float32), present, order)
+    return jnp.broadcast_to(value, [sizes.get(c, f.size(c)) if c not in sizes else sizes[c] for c in order]).reshape(
+        shape
+    )
+
+
+def _kernel(f: Factored, n: Network, part: _Parts, rhs_spec: tuple[int, ...], groups: int) -> jax.Array:
+    """The small kernel, laid out like the weight."""
+    out_axis, in_axis, *spatial_axes = rhs_spec
+    axes = [*(f.axes[k] for k in spatial_axes), part.into, part.group, part.out_of]
+    kernel = _einsum(n, part.kernel, f, *axes) * scalar(n.scale, jnp.float32)
+    shape = [*(f.shape[k] for k in spatial_axes), *kernel.shape[-3:]]
+    shape[-2] = groups
+    if not part.before:
+        shape[-3] = f.shape[in_axis]
+    kernel = jnp.broadcast_to(kernel, shape).reshape(*shape[:-2], -1)
+    return kernel.transpose(_inverse((*spatial_axes, in_axis, out_axis)))
 
 
 def _inverse(order: tuple[int, ...]) -> list[int]:

@@ -84,10 +84,11 @@ def reshape(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
                 left.insert(0, next(x.name for x in f.letters if x.name not in before))
                 whole = part
             axis, reach = axis + name, reach * whole
-        if not axis:
-            axis = fresh([f.used(), *axes])
-            new.append(Letter(axis, 1))
         axes.append(axis)
+    for k, axis in enumerate(axes):  # axes of size one: only now, so that no split takes their letters
+        if not axis:
+            axes[k] = fresh([f.used(), *axes])
+            new.append(Letter(axes[k], 1))
     return [respell(f, base, axes, new)]
 
 
