@@ -1,5 +1,6 @@
 """Names of parameters: one path a leaf, the same for every library."""
 
+import collections
 import difflib
 import sys
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ def is_array(leaf: Any) -> bool:
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
     """Every leaf with its path, in the order of `jax.tree.leaves`.
 
-    An `nnx.Variable` counts as a leaf, so its path has no trailing `/value`.
+    An `nnx.Variable` counts as a leaf, so its path has no trailing `/value`. Two leaves of one path raise.
     """
     out = []
     for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
@@ -28,6 +29,9 @@ def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
             out.append((path, inner[0][1]))
         else:
             out += [("/".join(filter(None, (path, _spell(more)))), leaf) for more, leaf in inner]
+    twice = [path for path, count in collections.Counter(path for path, _ in out).items() if count > 1]
+    if twice:
+        raise ValueError(f"Several parameters have the path {twice[0]!r}: rename a key that contains '/'.")
     return out
 
 

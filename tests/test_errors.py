@@ -35,13 +35,13 @@ def test_a_weight_that_is_merely_added(path, reason):
 def test_an_unused_weight():
     sites = jlora.trace(lambda p, x: x @ p["a"], {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}, jnp.ones((1, 2)))
     for method in (jlora.LoRA(rank=1), jlora.Full()):
-        with pytest.raises(ValueError, match="cannot adapt b .*does not use it"):
+        with pytest.raises(ValueError, match=r"cannot adapt b .*does not use it"):
             jlora.init(KEY, sites, {"b": method})
 
 
 def test_a_weight_that_is_not_floating_point():
     sites = jlora.trace(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 2), jnp.int8)}, jnp.ones((1, 2), jnp.int8))
-    with pytest.raises(ValueError, match="cannot adapt w .*int8"):
+    with pytest.raises(ValueError, match=r"cannot adapt w .*int8"):
         jlora.init(KEY, sites, {"w": jlora.LoRA(rank=1)})
 
 
@@ -74,13 +74,14 @@ def test_an_adapter_that_does_not_fit_names_every_misfit(call):
     params, adapter = small.params(), small.adapter()
     other = {**params, "mix": {"kernel": jnp.ones((8, 9)), "bias": jnp.ones(9)}, "embed": jnp.ones((11, 8), jnp.int32)}
     del other["layers"]
+    calls = {
+        "adapt": lambda: jlora.adapt(lambda p, x: x)(other, adapter, small.tokens()),
+        "explain": lambda: jlora.explain(lambda p, x: x, other, adapter, small.tokens()),
+        "merge": lambda: jlora.merge(other, adapter),
+        "unmerge": lambda: jlora.unmerge(other, adapter),
+    }
     with pytest.raises(ValueError, match="does not fit") as caught:
-        if call == "adapt":
-            jlora.adapt(lambda p, x: x)(other, adapter, small.tokens())
-        elif call == "explain":
-            jlora.explain(lambda p, x: x, other, adapter, small.tokens())
-        else:
-            getattr(jlora, call)(other, adapter)
+        calls[call]()
     text = str(caught.value)
     assert "mix/kernel: the adapter was made for shape (8, 8), the parameter has (8, 9)" in text
     assert "layers/up: no such parameter" in text
@@ -90,6 +91,12 @@ def test_an_adapter_that_does_not_fit_names_every_misfit(call):
 def test_something_that_is_no_adapter():
     with pytest.raises(TypeError, match=r"jlora\.init"):
         jlora.merge(small.params(), {"mix/kernel": jnp.ones(3)})
+
+
+def test_two_parameters_of_one_path():
+    params = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}
+    with pytest.raises(ValueError, match="Several parameters have the path 'a/b'"):
+        jlora.trace(lambda p, x: x, params, jnp.ones(2))
 
 
 def test_an_unknown_action():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -11,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import assets
+import minilm
+import reviews
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import assets  # noqa: E402  # pyright: ignore[reportMissingImports]
-import minilm  # noqa: E402  # pyright: ignore[reportMissingImports]
-import reviews  # noqa: E402  # pyright: ignore[reportMissingImports]
-
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "minilm.json").read_text())
 
 

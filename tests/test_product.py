@@ -1,4 +1,4 @@
-"""The product that joins leading axes on one CPU device: its values, its derivatives, and where it leaves programs alone."""
+"""The product that joins leading axes on one CPU device: values, derivatives, and the programs it leaves alone."""
 
 import jax
 import jax.export

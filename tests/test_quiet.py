@@ -143,8 +143,7 @@ def test_scaling_travels_with_the_adapter(tmp_path):
     jlora.save(tmp_path / "adapter", adapter)
     loaded = jlora.load(tmp_path / "adapter")
     assert jax.tree.structure(adapter) == jax.tree.structure(loaded)
-    for a, b in zip(jax.tree.leaves(jlora.merge(params, adapter)), jax.tree.leaves(jlora.merge(params, loaded))):
-        assert np.array_equal(a, b)
+    close(jlora.merge(params, loaded), jlora.merge(params, adapter), 0)
     u = adapter["mix/kernel"].factors
     expected = params["mix"]["kernel"] + 0.5 * 7.0 / np.sqrt(2) * u["a"] @ u["b"]
     close(jlora.merge(params, loaded)["mix"]["kernel"], expected)

