@@ -40,7 +40,13 @@ def _joined(x: jax.Array, w: jax.Array, *, contracted: Dims, precision: Any, dty
         two = [math.prod(a.shape[k] for k in c), math.prod(sizes)]
         inner.append((0,) if c[0] == 0 else (1,))
         flat.append(a.reshape(two if c[0] == 0 else two[::-1]))
-    y = _plain(*flat, contracted=(inner[0], inner[1]), precision=precision, dtype=dtype)
+    if inner == [(0,), (0,)] and flat[0].shape[1] > flat[1].shape[1]:
+        # The gradient of a factor onto the rank. XLA's product of a tall, thin result takes four times as long as that
+        # of the transposed one, and without the barrier it turns the latter into the former.
+        y = _plain(*flat[::-1], contracted=(inner[1], inner[0]), precision=precision, dtype=dtype)
+        y = lax.optimization_barrier(y).T
+    else:
+        y = _plain(*flat, contracted=(inner[0], inner[1]), precision=precision, dtype=dtype)
     return y.reshape([*free[0], *free[1]])
 
 
