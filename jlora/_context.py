@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 
 from jlora import _compat
-from jlora._factored import Factored, Network
+from jlora._factored import Factored, Network, dense
 
 Role = Literal["in", "out", "stack"]
 Value = Any  # an array, or a Factored where a weight was
@@ -50,6 +50,7 @@ class Context:
         stack: the equations around this one.
         times: how often this equation runs, as far as loops say.
         draws: how many uses of dropout each parameter has had, so that no two share a mask.
+        looking: whether nothing is computed and all that matters is what the program does with its weights.
     """
 
     run: "Callable[[Context, Any, Sequence[Any], Sequence[Value]], list[Value]]"
@@ -58,6 +59,7 @@ class Context:
     stack: tuple[int, ...] = ()
     times: float = 1
     draws: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    looking: bool = False
 
     def inside(self, eqn: Any, times: float = 1, branch: int = 0) -> "Context":
         """The context of a program inside `eqn` that runs `times` for each run of `eqn`."""
@@ -72,15 +74,20 @@ class Context:
         factored: bool = True,
         flops: float = 0,
         added: float = 0,
+        primitive: str = "",
     ) -> None:
-        """Notes what `eqn` does with the letters of a weight."""
+        """Notes what `eqn` does with the letters of a weight; `primitive` names the lookup that it completes."""
         for path in f.paths:
-            axes: dict[int, Role] = {
-                axis: roles[x.name] for x in f.letters for p, axis in x.origins if p == path and x.name in roles
-            }
+            axes: dict[int, Role] = {}
+            known = [x for x in f.letters if x.name in roles]
+            for letter in sorted(known, key=lambda x: ("stack", "out", "in").index(roles[x.name])):
+                # An axis that was split may play several roles: the factors are shared along what is not contracted.
+                axes |= {axis: roles[letter.name] for p, axis in letter.origins if p == path}
+            if primitive:
+                axes |= {axis: "in" for p, axis in f.read if p == path}
             self.uses[*self.stack, id(eqn), path] = Use(
                 path=path,
-                primitive=eqn.primitive.name,
+                primitive=primitive or eqn.primitive.name,
                 where=_compat.where(eqn),
                 roles=tuple(sorted(axes.items())),
                 factored=factored,
@@ -88,6 +95,19 @@ class Context:
                 added=added * self.times,
                 bytes=0 if factored else f.base.size * f.dtype.itemsize,
             )
+
+    def form(self, eqn: Any, f: Factored) -> jax.Array:
+        """The weight itself, where `eqn` has no rule that keeps it factored.
+
+        Rows that were looked up are no weight any more but an activation, which has to be there.
+        """
+        if f.read:
+            roles: dict[str, Role] = {x.name: "out" for x in f.letters if x.origins}
+            self.record(eqn, f, roles, primitive="gather", added=f.base.size)
+        else:
+            self.record(eqn, f, {}, factored=False, added=f.base.size)
+            self.on_dense(f, eqn)
+        return dense(f)
 
     def drop(self, f: Factored) -> Factored:
         """The weight with dropout keys of their own for this use."""

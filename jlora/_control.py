@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from jlora import _compat
 from jlora._context import Context, Value, fold
-from jlora._factored import Factored, dense, respell
+from jlora._factored import Factored, Letter, barrier, fresh, respell
 
 
 def _is_weight(value: Any) -> bool:
@@ -20,11 +20,7 @@ def _is_weight(value: Any) -> bool:
 
 def _form(ctx: Context, eqn: Any, values: Sequence[Value]) -> list[Value]:
     """Forms every weight among the values, and says so."""
-    for v in values:
-        if _is_weight(v):
-            ctx.record(eqn, v, {}, factored=False, added=v.base.size)
-            ctx.on_dense(v, eqn)
-    return [dense(v) if _is_weight(v) else v for v in values]
+    return [ctx.form(eqn, v) if _is_weight(v) else v for v in values]
 
 
 def jit(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
@@ -52,12 +48,23 @@ def inline(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
     return ctx.run(ctx.inside(eqn), *_compat.open_jaxpr(eqn.params["call_jaxpr"]), values)
 
 
+def custom(ctx: Context, eqn: Any, *values: Value) -> list[Value] | None:
+    """A function with a derivative or a batching rule of the user's own, which takes weights as they are.
+
+    So they are formed, but what the function does with them is looked at: it says what their axes are.
+    """
+    if not ctx.looking:
+        return None
+    body = eqn.params["call"] if eqn.primitive.name == "custom_vmap_call" else eqn.params["call_jaxpr"]
+    return ctx.run(ctx.inside(eqn), *_compat.open_jaxpr(body), values)
+
+
 def checkpoint(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
     p = eqn.params
     inner = ctx.inside(eqn)
     jaxpr, consts = _compat.open_jaxpr(p["jaxpr"])
     if p["differentiated"]:  # the second pass of a program that was differentiated before: it runs as it stands
-        values = lax.optimization_barrier(values) if p["prevent_cse"] else values
+        values = barrier(values) if p["prevent_cse"] else values
         return ctx.run(inner, jaxpr, consts, values)
 
     def fun(*values: Value) -> list[Value]:
@@ -109,7 +116,7 @@ def scan(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
         whole = dict(zip(free, carry, strict=True)) | dict(zip(kept, fixed[n_consts:], strict=True))
         items = [x.rebuild(s) if isinstance(x, _Scanned) else s for x, s in zip(xs, slices, strict=True)]
         out = ctx.run(inner, jaxpr, outer, [*fixed[:n_consts], *(whole[k] for k in range(n_carry)), *items])
-        return [out[k] for k in free], _form(inner, eqn, out[n_carry:])
+        return [out[k] for k in free], out[n_carry:]
 
     def formed_body(carry: list[Value], step: Any) -> tuple[list[Value], list[Value]]:
         out, ys = body(carry, step)
@@ -128,7 +135,7 @@ def scan(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
         **({"_split_transpose": True} if p.get("_split_transpose") else {}),
     )
     done = dict(zip(free, carry, strict=True)) | kept
-    return [*(done[k] for k in range(n_carry)), *ys]
+    return [*(done[k] for k in range(n_carry)), *(_stacked(y, length) if _is_weight(y) else y for y in ys)]
 
 
 def _steady(ctx: Context, eqn: Any, carry: list[Value], body: Callable[[list[Value]], list[Value]]) -> list[Value]:
@@ -188,6 +195,16 @@ class _Scanned:
             )
         f = dataclasses.replace(self.weight, networks=tuple(networks))
         return respell(f, base, self.weight.axes[1:])
+
+
+def _stacked(f: Factored, length: int) -> Factored:
+    """Weights that a loop hands out one a step: every array in `f` has a new first axis."""
+    name = fresh([f.used()])
+    networks = tuple(
+        dataclasses.replace(n, terms=tuple(name + t for t in n.terms), key_term="" if n.key is None else name + n.key_term)
+        for n in f.networks
+    )
+    return respell(dataclasses.replace(f, networks=networks), f.base, [name, *f.axes], [Letter(name, length)])
 
 
 def while_(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
@@ -291,6 +308,9 @@ RULES = {
     "pjit": jit,
     "closed_call": inline,
     "core_call": inline,
+    "custom_jvp_call": custom,
+    "custom_vjp_call": custom,
+    "custom_vmap_call": custom,
     "checkpoint": checkpoint,
     "remat": checkpoint,
     "remat2": checkpoint,

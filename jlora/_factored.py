@@ -11,7 +11,7 @@ import functools
 import math
 import string
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,9 @@ class Network:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["base", "networks"], meta_fields=["axes", "letters", "paths"]
+    jax.tree_util.register_dataclass,
+    data_fields=["base", "networks"],
+    meta_fields=["axes", "letters", "paths", "read"],
 )
 @dataclasses.dataclass(frozen=True)
 class Factored:
@@ -85,6 +87,7 @@ class Factored:
         axes: for every axis of `base`, its letters; none is empty.
         letters: what every letter in `axes` stands for.
         paths: the parameters that this weight was made of.
+        read: axes of parameters along which rows were looked up, several at once.
     """
 
     base: jax.Array
@@ -92,6 +95,7 @@ class Factored:
     axes: tuple[str, ...]
     letters: tuple[Letter, ...]
     paths: tuple[str, ...]
+    read: tuple[Origin, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -172,6 +176,18 @@ def einsum(terms: Sequence[str], factors: Sequence[jax.Array], out: str, dtype: 
 
 def scalar(value: float, dtype: jnp.dtype) -> jax.Array:
     return jnp.asarray(value, dtype)
+
+
+def barrier(values: Sequence[Any]) -> list[Any]:
+    """`jax.lax.optimization_barrier` for arrays and weights.
+
+    Bases have barriers of their own: what shares one with an array that has a tangent gets a tangent too, and a base
+    that has one makes the backward pass compute the gradient of the whole weight.
+    """
+    bases = iter([lax.optimization_barrier(v.base) for v in values if isinstance(v, Factored)])
+    rest = iter(lax.optimization_barrier([v.networks if isinstance(v, Factored) else v for v in values]))
+    pairs = zip(values, rest, strict=True)
+    return [dataclasses.replace(v, base=next(bases), networks=r) if isinstance(v, Factored) else r for v, r in pairs]
 
 
 # What structural rules do to the networks. Each returns a weight whose `base` is still the old one.

@@ -5,7 +5,7 @@ from typing import Any
 
 from jlora import _compat, _control
 from jlora._context import Context, Value
-from jlora._factored import Factored, dense
+from jlora._factored import Factored
 from jlora.rules import RULES
 
 _RULES = {**RULES, **_control.RULES}
@@ -43,7 +43,7 @@ def _apply(ctx: Context, eqn: Any, operands: list[Value]) -> list[Value]:
     rule = _RULES.get(eqn.primitive.name)
     out = rule(ctx, eqn, *operands) if rule else None
     if out is None:
-        out = _compat.bind(eqn, *(_formed(ctx, eqn, v) if isinstance(v, Factored) else v for v in operands))
+        out = _compat.bind(eqn, *(ctx.form(eqn, v) if isinstance(v, Factored) else v for v in operands))
     for var, value in zip(eqn.outvars, out, strict=True):
         if value.shape != var.aval.shape or value.dtype != var.aval.dtype:
             raise AssertionError(
@@ -51,9 +51,3 @@ def _apply(ctx: Context, eqn: Any, operands: list[Value]) -> list[Value]:
                 f"where the program has {var.aval.str_short()}. This is a fault in jlora; please report it."
             )
     return out
-
-
-def _formed(ctx: Context, eqn: Any, f: Factored) -> Any:
-    ctx.record(eqn, f, {}, factored=False, added=f.base.size)
-    ctx.on_dense(f, eqn)
-    return dense(f)

@@ -30,7 +30,7 @@ def check(adapter: Adapter, leaves: Mapping[str, Any]) -> None:
                 f"{path}: the adapter was made for shape {update.shape}, the parameter has {tuple(leaf.shape)}"
             )
         elif not jnp.issubdtype(leaf.dtype, jnp.floating):
-            misfits.append(f"{path}: the parameter's dtype {jnp.dtype(leaf.dtype).name} is not floating-point")
+            misfits.append(f"{path}: the parameter's dtype {leaf.dtype} is not floating-point")
     if misfits:
         raise ValueError(
             "The adapter does not fit these parameters. Pass the tree it was made for (jlora.trace, jlora.init):\n  "

@@ -74,7 +74,7 @@ class Site:
     def refusal(self) -> str:
         """Why a low-rank method cannot adapt the weight; empty where it can."""
         if not jnp.issubdtype(self.dtype, jnp.floating):
-            return f"its dtype is {jnp.dtype(self.dtype).name}, and only floating-point weights can be adapted"
+            return f"its dtype is {self.dtype}, and only floating-point weights can be adapted"
         if not self.uses:
             return "the program does not use it"
         if not self.roles:

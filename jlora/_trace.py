@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jlora import _compat, _interpret
 from jlora._context import Context, Use
-from jlora._factored import weight
+from jlora._factored import Factored, weight
 from jlora._flops import flops
 from jlora._lower import check, lowered
-from jlora._method import Adapter
+from jlora._method import Adapter, Update
 from jlora._program import Program, stage
 from jlora._site import Site
 from jlora._table import table
@@ -45,7 +44,7 @@ class Sites(Mapping[str, Site]):
             shape = "x".join(map(str, site.shape)) or "scalar"
             share = f"{100 * site.flops / self.flops:.1f}%" if self.flops and site.flops else ""
             verdict = "no: " + site.refusal if site.refusal else "yes"
-            rows.append((site.path, shape, jnp.dtype(site.dtype).name, axes, used, share, verdict))
+            rows.append((site.path, shape, str(site.dtype), axes, used, share, verdict))
         head = ("path", "shape", "dtype", "axes", "consumed by", "FLOPs", "adaptable")
         count = sum(math.prod(site.shape) for site in self.sites.values())
         good = sum(not site.refusal for site in self.sites.values())
@@ -109,7 +108,7 @@ def trace(fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Si
         the sites, a mapping from path to `Site`.
     """
     program = stage(fun, params, args, kwargs)
-    found = _uses(program, {})
+    found = _uses(program, dict.fromkeys(program.paths), looking=True)
     sites = {}
     for path, leaf in zip(program.paths, program.params, strict=True):
         uses = tuple(use for use in found if use.path == path)
@@ -132,19 +131,26 @@ def explain(fun: Callable[..., Any], params: Any, adapter: Adapter, *args: Any, 
     """
     program = stage(fun, params, args, kwargs)
     check(adapter, dict(zip(program.paths, program.params, strict=True)))
-    uses = _uses(program, adapter)
-    return Explanation(tuple(use for use in uses if use.path in adapter), flops(program.jaxpr))
+    return Explanation(tuple(_uses(program, adapter)), flops(program.jaxpr))
 
 
-def _uses(program: Program, adapter: Adapter) -> list[Use]:
-    ctx = Context(_interpret.run, lambda f, eqn: None)
+def _uses(program: Program, adapter: Mapping[str, Update | None], *, looking: bool = False) -> list[Use]:
+    """Every use of the weights in `adapter`; a weight without an update is followed all the same."""
+    ctx = Context(_interpret.run, lambda f, eqn: None, looking=looking)
 
-    def abstract(params: list[Any], args: list[Any], adapter: Adapter) -> None:
+    def abstract(params: list[Any], args: list[Any], adapter: Mapping[str, Update | None]) -> None:
         weights = [
-            lowered(adapter[path], weight(leaf, path)) if path in adapter else weight(leaf, path)
+            _weight(leaf, path, adapter[path]) if path in adapter else leaf
             for path, leaf in zip(program.paths, params, strict=True)
         ]
-        _interpret.run(ctx, program.jaxpr, program.consts, [*weights, *args])
+        out = _interpret.run(ctx, program.jaxpr, program.consts, [*weights, *args])
+        for v in out:
+            if isinstance(v, Factored) and v.read:  # rows that are handed out
+                ctx.form(program.jaxpr.eqns[-1], v)
 
     jax.eval_shape(abstract, program.params, program.args, adapter)
     return list(ctx.uses.values())
+
+
+def _weight(leaf: Any, path: str, update: Update | None) -> Factored:
+    return lowered(update, weight(leaf, path)) if update else weight(leaf, path)

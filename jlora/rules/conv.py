@@ -61,12 +61,11 @@ def _split_groups(f: Factored, out_axis: int, groups: int) -> tuple[Factored, st
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """What a network does before, in and after the convolution; the letters that lead into and out of its kernel."""
+    """Which factors come before, in and after the convolution, and the letters that lead into and out of its kernel."""
 
     before: list[int]
     kernel: list[int]
     after: list[int]
-    spatial: str
     group: str
     inner: str
     outer: str
@@ -94,11 +93,11 @@ def _parts(n: Network, spatial: str, inner: str, group: str, outer: str) -> _Par
         return "".join(c for c in letters if c not in inner + group + outer and any(c in n.terms[k] for k in others))
 
     into, out_of = shared(before, kernel | after), shared(after, kernel | before)
-    if set(into) & set(out_of):  # a rank that runs through all three
-        return None
+    if set(into) & set(out_of):  # a rank that runs through all three: two of them are one kernel onto it
+        before, kernel = set(), kernel | before
+        out_of = shared(after, kernel)
     return _Parts(
         *(sorted(s) for s in (before, kernel, after)),
-        spatial=spatial,
         group=group,
         inner=inner,
         outer=outer,
@@ -153,14 +152,14 @@ def _mix(x: jax.Array, matrix: jax.Array, groups: int, dtype: Any, precision: An
 def _einsum(n: Network, which: list[int], f: Factored, *axes: str) -> jax.Array:
     """The product of some factors, each axis spelled by letters; of size one where no factor has any of them."""
     terms, factors = [n.terms[k] for k in which], [n.factors[k] for k in which]
-    sizes = {c: a.shape[k] for a, t in zip(factors, terms, strict=True) for k, c in enumerate(t)}
-    shape = [math.prod(sizes.get(c, f.size(c)) for c in axis) if set(axis) & set(sizes) else 1 for axis in axes]
-    order = "".join(axis for axis in axes if set(axis) & set(sizes))
-    present = "".join(c for c in order if c in sizes)
+    carried = {c: size for a, t in zip(factors, terms, strict=True) for c, size in zip(t, a.shape, strict=True)}
+    sizes = {x.name: x.size for x in f.letters} | carried
+    axes = tuple(axis if set(axis) & set(carried) else "" for axis in axes)
+    order = "".join(axes)
+    present = "".join(c for c in order if c in carried)
     value = _contract.spread(einsum(terms, factors, present, jnp.float32), present, order)
-    return jnp.broadcast_to(value, [sizes.get(c, f.size(c)) if c not in sizes else sizes[c] for c in order]).reshape(
-        shape
-    )
+    value = jnp.broadcast_to(value, [sizes[c] for c in order])
+    return value.reshape([math.prod(sizes[c] for c in axis) for axis in axes])
 
 
 def _kernel(f: Factored, n: Network, part: _Parts, rhs_spec: tuple[int, ...], groups: int) -> jax.Array:

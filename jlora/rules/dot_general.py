@@ -8,14 +8,12 @@ import jax.numpy as jnp
 
 from jlora import _compat, _contract
 from jlora._context import Context, Role, Value
-from jlora._factored import Factored, dense, fresh, unify, widened
+from jlora._factored import Factored, fresh, unify, widened
 
 
 def dot_general(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value]:
-    if isinstance(left, Factored) and isinstance(right, Factored):  # a product of two weights: one of them is formed
-        ctx.record(eqn, left, {}, factored=False, added=left.base.size)
-        ctx.on_dense(left, eqn)
-        left = dense(left)
+    if isinstance(left, Factored) and isinstance(right, Factored):  # one is formed: rows of a table, or the left
+        left, right = (left, ctx.form(eqn, right)) if right.read and not left.read else (ctx.form(eqn, left), right)
     first = isinstance(right, Factored)
     x: Any = left if first else right
     f = unify(ctx.drop(right if first else left))

@@ -41,7 +41,22 @@ def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | No
         if x.name in f.axes[k] and len(f.axes[k]) == 1
     ]
     out = respell(dataclasses.replace(f, networks=networks), base, axes, (*batch, *letters))
-    return [read(ctx, eqn, f, out, [f.axes[k] for k in indexed], [f.axes[k] for k in d.operand_batching_dims])]
+    inside = (_inside(f, eqn, indices), new) if fills and f.networks else None
+    value = read(
+        ctx, eqn, f, out, [f.axes[k] for k in indexed], [f.axes[k] for k in d.operand_batching_dims], inside=inside
+    )
+    if isinstance(value, Factored) and any(x.size > 1 for x in batch):  # one row alone is a layer, several are a lookup
+        origins = [o for k in indexed for o in f.letter(f.axes[k]).origins]
+        value = dataclasses.replace(value, read=(*value.read, *origins))
+    return [value]
+
+
+def _inside(f: Factored, eqn: Any, indices: jax.Array) -> jax.Array:
+    """Which rows lie within bounds."""
+    index_map, sizes = list(eqn.params["dimension_numbers"].start_index_map), eqn.params["slice_sizes"]
+    indices = indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices  # the bounds may not fit narrow ones
+    last = jnp.array([f.shape[k] - sizes[k] for k in index_map], indices.dtype)
+    return ((indices >= 0) & (indices <= last.reshape([1] * (indices.ndim - 1) + [-1]))).all(axis=-1)
 
 
 def _carries(network: Network, names: set[str]) -> bool:
@@ -110,8 +125,25 @@ def dynamic_slice(ctx: Context, eqn: Any, f: Value, *starts: Value) -> list[Valu
     return [read(ctx, eqn, f, respell(out, base, f.axes), [f.axes[k] for k in cut if sizes[k] == 1], [])]
 
 
-def read(ctx: Context, eqn: Any, f: Factored, out: Factored, indexed: list[str], stacked: list[str]) -> Value:
-    """Rows that were read: vectors are a lookup, and so an activation; matrices are still a weight."""
+def read(
+    ctx: Context,
+    eqn: Any,
+    f: Factored,
+    out: Factored,
+    indexed: list[str],
+    stacked: list[str],
+    inside: tuple[jax.Array, str] | None = None,
+) -> Value:
+    """Rows that were read: vectors are a lookup, and so an activation; matrices are still a weight.
+
+    Arguments:
+        ctx, eqn: the lookup.
+        f: the weight.
+        out: the rows.
+        indexed, stacked: the letters along which rows were looked up, and along which the lookup runs.
+        inside: which rows lie within bounds, and the letters of its axes. The others are filled, with not-a-number as a
+            rule: their cotangent may be none either, and must not reach the factors.
+    """
     left = [x for x in out.letters if x.size > 1 and x.origins]
     if not indexed or len(left) > 1:
         return out
@@ -125,7 +157,10 @@ def read(ctx: Context, eqn: Any, f: Factored, out: Factored, indexed: list[str],
         n = dataclasses.replace(n, factors=tuple(n.factors[k] for k in order), terms=tuple(n.terms[k] for k in order))
         head, rest = n.factors[0].astype(value.dtype), Network(n.factors[1:], n.terms[1:], n.scale)
         y = _contract.apply(head, n.terms[0], rest, spelled, dtype=value.dtype)
-        value = value + jnp.broadcast_to(y, [out.size(c) for c in spelled]).reshape(value.shape)
+        y = jnp.broadcast_to(y, [out.size(c) for c in spelled])
+        if inside:
+            y = jnp.where(_contract.spread(*inside, spelled), y, jnp.zeros((), y.dtype))
+        value = value + y.reshape(value.shape)
     return value
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,8 @@ from jlora._factored import (
     Factored,
     Letter,
     Network,
+    barrier,
+    dense,
     drop_letter,
     fresh,
     map_letter,
@@ -42,7 +44,7 @@ def stop_gradient(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
 
 
 def optimization_barrier(ctx: Context, eqn: Any, *values: Value) -> list[Value] | None:
-    return list(lax.optimization_barrier(values))
+    return barrier(values)
 
 
 def transpose(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
@@ -62,16 +64,22 @@ def squeeze(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
 
 def reshape(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
     """Splits and joins axes by splitting and joining letters."""
-    if eqn.params["dimensions"] is not None or f.base.size == 0:
+    if f.base.size == 0:
         return None
     (base,) = _compat.bind(eqn, f.base)
-    f = unify(f)
+    order = eqn.params["dimensions"]
+    f = f if order is None else dataclasses.replace(f, axes=tuple(f.axes[k] for k in order))
+    return _respelled(f, base) or _respelled(unify(f), base)  # letters that were split may have to be joined first
+
+
+def _respelled(f: Factored, base: jax.Array) -> list[Value] | None:
+    """The letters dealt out to the axes of `base`, split where one ends within a letter."""
     for letter in f.letters:  # letters of size one have no place of their own
         if letter.size == 1:
             f = drop_letter(f, letter.name)
-    left = [x.name for x in f.letters if x.size > 1]
+    left = [c for axis in f.axes for c in axis if f.size(c) > 1]
     axes, new = [], []
-    for size in eqn.params["new_sizes"]:
+    for size in base.shape:
         axis, reach = "", 1
         while reach < size:
             name = left.pop(0)
@@ -109,6 +117,32 @@ def broadcast_in_dim(ctx: Context, eqn: Any, f: Factored, *sizes: Value) -> list
         axes.append(fresh([f.used(), *axes]))
         new.append(Letter(axes[-1], size))
     return [respell(f, base, axes, new)]
+
+
+def tile(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
+    """Each axis that is repeated gets a major letter that no factor carries."""
+    (base,) = _compat.bind(eqn, f.base)
+    axes, new = [], []
+    for axis, count in zip(f.axes, eqn.params["reps"], strict=True):
+        if count != 1:
+            new.append(Letter(fresh([f.used(), *axes]), count))
+            axis = new[-1].name + axis
+        axes.append(axis)
+    return [respell(f, base, axes, new)]
+
+
+def all_gather(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
+    """Collects the pieces of a weight that is cut over devices: those of every factor that is cut with it."""
+    p = eqn.params
+    axis = p["all_gather_dimension"]
+    if not p["tiled"] or len(f.axes[axis]) > 1 or any(f.axes[axis] not in "".join(n.terms) for n in f.networks):
+        return None
+    (base,) = _compat.bind(eqn, f.base)
+
+    def gathered(a: jax.Array, k: int) -> jax.Array:
+        return lax.all_gather(a, p["axis_name"], axis=k, tiled=True, axis_index_groups=p["axis_index_groups"])
+
+    return [dataclasses.replace(map_letter(f, f.axes[axis], gathered, base.shape[axis]), base=base)]
 
 
 def rev(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
@@ -190,18 +224,39 @@ def _pad_letter(f: Factored, name: str, config: tuple[int, int, int], size: int)
 
 def concatenate(ctx: Context, eqn: Any, *values: Value) -> list[Value] | None:
     """Weights side by side (a fused projection): each network is padded with zeros to the joint size."""
-    weights = [unify(v) for v in values if isinstance(v, Factored)]
-    if any(not f.is_matrix or any(len(a) > 1 for a in f.axes) for f in weights):
+    values = tuple(unify(v) if isinstance(v, Factored) else v for v in values)
+    if any(not f.is_matrix or any(len(a) > 1 for a in f.axes) for f in values if isinstance(f, Factored)):
         return None
     (base,) = _compat.bind(eqn, *(v.base if isinstance(v, Factored) else v for v in values))
-    axis, start, parts = eqn.params["dimension"], 0, []
+    return [_side_by_side(values, base, eqn.params["dimension"])]
+
+
+def stack(ctx: Context, eqn: Any, *values: Value) -> list[Value] | None:
+    values = tuple(unify(v) if isinstance(v, Factored) else v for v in values)
+    if any(not f.is_matrix or any(len(a) > 1 for a in f.axes) for f in values if isinstance(f, Factored)):
+        return None
+    (base,) = _compat.bind(eqn, *(v.base if isinstance(v, Factored) else v for v in values))
+    at = eqn.params["axis"]
+    return [_side_by_side([_expanded(v, at) for v in values], base, at)]
+
+
+def _expanded(v: Value, at: int) -> Value:
+    """The weight with an axis of size one."""
+    if not isinstance(v, Factored):
+        return jnp.expand_dims(v, at)
+    name = fresh([v.used()])
+    return respell(v, jnp.expand_dims(v.base, at), [*v.axes[:at], name, *v.axes[at:]], [Letter(name, 1)])
+
+
+def _side_by_side(values: Sequence[Value], base: jax.Array, axis: int) -> Factored:
+    start, parts = 0, []
     for v in values:
         size = v.shape[axis]
         if isinstance(v, Factored):
-            f = unify(v)
-            parts.append(_pad_letter(f, f.axes[axis], (start, base.shape[axis] - start - size, 0), base.shape[axis]))
+            config = (start, base.shape[axis] - start - size, 0)
+            parts.append(_pad_letter(v, v.axes[axis], config, base.shape[axis]))
         start += size
-    return [join(parts, base)]
+    return join(parts, base)
 
 
 def join(weights: list[Factored], base: jax.Array) -> Factored:
@@ -222,30 +277,44 @@ def join(weights: list[Factored], base: jax.Array) -> Factored:
 
 
 def add(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value] | None:
-    """The sum of two weights; a weight added to anything else is formed."""
-    if not (isinstance(left, Factored) and isinstance(right, Factored)) or left.shape != right.shape:
+    """The sum of two weights, or of a weight and what carries no update, which then belongs to the base."""
+    if not (isinstance(left, Factored) and isinstance(right, Factored)):
+        return _add_to_base(eqn, left, right)
+    if left.shape != right.shape or left.read or right.read:
         return None
     left, right = unify(left), unify(right)
     if any(len(a) > 1 for a in (*left.axes, *right.axes)) or not (left.is_matrix and right.is_matrix):
         return None
     if eqn.primitive.name == "sub":
         right = _times(right, -1.0)
-    base = _compat.bind(eqn, left.base, dataclasses.replace(right).base)[0]
+    base = _compat.bind(eqn, left.base, right.base)[0]
     return [join([left, right], base)]
+
+
+def _add_to_base(eqn: Any, left: Value, right: Value) -> list[Value] | None:
+    f = left if isinstance(left, Factored) else right
+    if f.is_dense or not f.is_matrix or f.read or eqn.outvars[0].aval.shape != f.shape:  # a dense update costs nothing
+        return None
+    (base,) = _compat.bind(eqn, *(v.base if v is f else v for v in (left, right)))
+    f = _times(f, -1.0) if eqn.primitive.name == "sub" and f is right else f
+    return [dataclasses.replace(f, base=base)]
 
 
 def mul(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value] | None:
     """A weight times a scalar, or times a vector along some of its axes: one more factor."""
     f, v = (left, right) if isinstance(left, Factored) else (right, left)
-    if isinstance(v, Factored) or (eqn.primitive.name == "div" and f is right) or not f.is_matrix:
+    if isinstance(v, Factored) and isinstance(f, Factored):
+        f, v = (f, v) if len(_wide(f)) > len(_wide(v)) else (v, f)
+        v = _scale(ctx, eqn, f, v)
+    if v is None or (eqn.primitive.name == "div" and f is right) or not f.is_matrix:
         return None
-    (base,) = _compat.bind(eqn, *(x.base if isinstance(x, Factored) else x for x in (left, right)))
+    (base,) = _compat.bind(eqn, *((f.base, v) if f is left else (v, f.base)))
     shape = jax.typeof(v).shape
     if base.shape != f.shape or not jnp.issubdtype(jax.typeof(v).dtype, jnp.floating):
         return None
     f = unify(f)
     along = [k for k, n in enumerate(shape) if n > 1]
-    if (len(along) == len([n for n in f.shape if n > 1]) and along) or any(len(f.axes[k]) > 1 for k in along):
+    if along and (f.read or len(along) == len(_wide(f)) or any(len(f.axes[k]) > 1 for k in along)):
         return None
     term = "".join(f.axes[k] for k in along)
     vector = jnp.asarray(v).reshape([shape[k] for k in along])
@@ -258,6 +327,18 @@ def mul(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value] | None
         return dataclasses.replace(n, factors=(*n.factors, factor), terms=(*n.terms, term))
 
     return [dataclasses.replace(f, base=base, networks=tuple(map(network, f.networks)))]
+
+
+def _wide(f: Factored) -> list[int]:
+    return [k for k, n in enumerate(f.shape) if n > 1]
+
+
+def _scale(ctx: Context, eqn: Any, f: Factored, v: Factored) -> jax.Array | None:
+    """A scale that is a parameter itself, which costs nothing to form; None for a second matrix."""
+    if len(_wide(v)) >= len(_wide(f)) or not v.is_dense:
+        return None
+    ctx.record(eqn, v, {}, factored=False, added=v.base.size if v.networks else 0)
+    return dense(v)
 
 
 def neg(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
@@ -275,6 +356,7 @@ RULES: dict[str, Rule] = {
             "copy_p",
             "stop_gradient",
             "sharding_constraint",
+            "reshard",
             "layout_constraint",
             "name",
             "reduce_precision",
@@ -290,11 +372,14 @@ RULES: dict[str, Rule] = {
     "squeeze": squeeze,
     "reshape": reshape,
     "broadcast_in_dim": broadcast_in_dim,
+    "tile": tile,
+    "all_gather": all_gather,
     "rev": rev,
     "slice": slice_,
     "split": split,
     "pad": pad,
     "concatenate": concatenate,
+    "stack": stack,
     "add": add,
     "sub": add,
     "mul": mul,

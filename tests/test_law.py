@@ -1,0 +1,135 @@
+"""The law, for every kind of weight in every kind of program, in float32 and in bfloat16.
+
+    jlora.adapt(f)(params, adapter, *args)  ==  f(jlora.merge(params, adapter), *args)
+
+Values, gradients with respect to the adapter and gradients with respect to the inputs; both sides under `jax.jit`; no
+factor zero; and, by `on_dense="error"` and `explain`, no weight formed but where the program itself asks for it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kinds import KINDS, Kind
+from programs import PROGRAMS, Program, floats
+
+import jlora
+
+Tree = Any
+
+RANK, ALPHA = 2, 3.0  # the scale is 1.5: one that is forgotten shows
+
+# In units of the largest entry of a tree. In bfloat16 the two sides round different numbers: one the merged weight, the
+# other the factors, the product onto the rank, the product from it and the sum. There all numbers are positive, so that
+# hardly a sum cancels, and what is left is a dozen roundings in the longest programs, each by half an epsilon at most.
+BOUNDS = {"float32": 2e-5, "bfloat16": 8 * 2**-7}
+
+# These tests ask what a program means, not how fast it runs: the compiler's dearest passes are left out.
+OPTIONS: dict[str, Any] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+if jax.__version_info__ < (0, 11):
+    OPTIONS["xla_cpu_use_fusion_emitters"] = False
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def test_law(program: Program, kind: Kind) -> None:
+    """`adapt(f)(params, adapter, x)` is `f(merge(params, adapter), x)`, and so are the derivatives."""
+    errors = law(program, kind)
+    bounds = BOUNDS | ({"float32": BOUNDS["bfloat16"]} if kind.coarse else {})
+    assert {name: error for name, error in errors.items() if not error <= bounds[name.split()[0]]} == {}
+
+
+def law(program: Program, kind: Kind) -> dict[str, float]:
+    """How far apart the two sides are, by dtype and part, after checking that no weight is formed unasked."""
+    rng = np.random.default_rng(zlib.crc32(f"{program.name} {kind.name}".encode()))
+    fun = program.build(kind.use)
+    formed = program.formed or kind.formed
+    adapted = jlora.adapt(fun, on_dense="allow" if formed else "error")
+
+    def merged(params: Tree, adapter: Tree, x: Tree) -> Tree:
+        return fun(jlora.merge(params, adapter), x)
+
+    sides = {"adapted": program.around(adapted), "merged": program.around(merged)}
+    params, x = kind.values(rng, program.copies)
+    if kind.limited and program.demanding:  # what JAX refuses is refused by both sides alike
+        return _refused(kind, sides, params, x)
+
+    adapter = shapes_of_adapter(kind, fun, params, x)
+    assert bool(jlora.explain(fun, params, adapter, x).dense) == formed
+    lead = (program.adapters,) if program.adapters else ()
+    adapter = jax.tree.map(lambda s: np.asarray(0.5 * rng.normal(size=(*lead, *s.shape)), s.dtype), adapter)
+    cases = {"float32": (params, adapter, x), "bfloat16": jax.tree.map(np.abs, (_narrow(params), adapter, _narrow(x)))}
+    run = jax.jit(lambda cases: {name: _derivatives(program, sides, rng, *case) for name, case in cases.items()})
+    results = run.lower(cases).compile(compiler_options=OPTIONS)(cases)
+    return {
+        f"{name} {part}": _error(got["adapted"][part], want, zero=kind.still)
+        for name, got in results.items()
+        for part, want in got["merged"].items()
+    }
+
+
+def shapes_of_adapter(kind: Kind, fun: Callable[..., Any], params: Tree, x: Tree, rank: int = RANK) -> Tree:
+    """The shapes of an adapter for every weight of a kind."""
+    sites = jlora.trace(fun, params, x)
+    targets = {"|".join(kind.weights): jlora.LoRA(rank=rank, alpha=ALPHA)}
+    return jax.eval_shape(lambda: jlora.init(jax.random.key(0), sites, targets))
+
+
+def _narrow(tree: Tree) -> Tree:
+    return jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == np.float32 else a, tree)
+
+
+def _derivatives(program: Program, sides: Tree, rng: np.random.Generator, params: Tree, adapter: Tree, x: Tree) -> Tree:
+    """Values and derivatives of each side, all in one direction of random numbers."""
+    some, back = floats(x)
+    out: dict[str, Tree] = {}
+    forward = seed = None
+    for name, side in sides.items():
+
+        def f(adapter: Tree, some: Tree, side: Any = side) -> Tree:
+            return side(params, adapter, back(some))
+
+        if program.forward:
+            forward = forward or _direction(rng, (adapter, some))
+            value, derivative = jax.jvp(f, (adapter, some), forward)
+            out[name] = {"value": value, "derivative": derivative}
+        else:
+            value, pull = jax.vjp(f, adapter, some)
+            seed = _direction(rng, value) if seed is None else seed
+            out[name] = dict(zip(("adapter", "x"), pull(seed), strict=True), value=value)
+    return out
+
+
+def _direction(rng: np.random.Generator, tree: Tree) -> Tree:
+    return jax.tree.map(lambda a: np.asarray(rng.uniform(0.5, 1.5, a.shape), a.dtype), tree)
+
+
+def _error(got: Tree, want: Tree, *, zero: bool) -> float:
+    """The largest difference in units of the largest entry; infinite where one side alone is not a number."""
+    pairs = [
+        (np.asarray(g, np.float64), np.asarray(w, np.float64))
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    ]
+    if any(g.shape != w.shape or (np.isfinite(g) != np.isfinite(w)).any() for g, w in pairs):
+        return np.inf
+    scale = max(np.abs(w[np.isfinite(w)]).max(initial=0) for _, w in pairs)
+    gap = max(np.abs(g - w)[np.isfinite(w)].max(initial=0) for g, w in pairs)
+    assert scale > 0 or zero, "a test that compares nothing with nothing"
+    return float(gap / scale) if scale else float(gap)
+
+
+def _refused(kind: Kind, sides: Tree, params: Tree, x: Tree) -> dict[str, float]:
+    for side in sides.values():
+        with pytest.raises(NotImplementedError):
+            jax.eval_shape(side, params, shapes_of_adapter(kind, kind.use, *kind.values(np.random.default_rng(0))), x)
+    return {}
