@@ -131,7 +131,7 @@ def pair(
     t, ts = _sum(t, ts, xs + keep)
     x, xs = _sum(x, xs, ts + keep)
     if groups and groups[0] in ts:
-        return _ragged(x, xs, t, ts, groups, dtype=dtype, precision=precision)
+        return _ragged(x, xs, t, ts, keep, groups, dtype=dtype, precision=precision)
     inner = [c for c in xs if c in ts and c not in keep]
     if not inner and set(ts) <= set(xs):
         return x * spread(t, ts, xs), xs
@@ -155,18 +155,28 @@ def _sum(x: jax.Array, letters: str, keep: str) -> tuple[jax.Array, str]:
 
 
 def _ragged(
-    x: jax.Array, xs: str, t: jax.Array, ts: str, groups: tuple[str, jax.Array], *, dtype: jnp.dtype, precision: Any
+    x: jax.Array,
+    xs: str,
+    t: jax.Array,
+    ts: str,
+    keep: str,
+    groups: tuple[str, jax.Array],
+    *,
+    dtype: jnp.dtype,
+    precision: Any,
 ) -> tuple[jax.Array, str]:
     name, sizes = groups
-    inner = [c for c in xs if c in ts]
+    batch = [c for c in xs if c in ts and c in keep]
+    inner = [c for c in xs if c in ts and c not in keep]
     (rows,) = (c for c in xs if c not in ts)
+    pairs = [([xs.index(c) for c in cs], [ts.index(c) for c in cs]) for cs in (inner, batch)]
     dims = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(([xs.index(c) for c in inner], [ts.index(c) for c in inner]), ([], [])),
+        dot_dimension_numbers=(pairs[0], pairs[1]),
         lhs_ragged_dimensions=[xs.index(rows)],
         rhs_group_dimensions=[ts.index(name)],
     )
     y = lax.ragged_dot_general(x, t, sizes, dims, precision=precision, preferred_element_type=dtype)
-    return y, rows + "".join(c for c in ts if c not in inner and c != name)
+    return y, "".join([*batch, rows, *(c for c in ts if c not in (*batch, *inner, name))])
 
 
 def spread(x: jax.Array, letters: str, out: str) -> jax.Array:

@@ -64,8 +64,7 @@ def checkpoint(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
     inner = ctx.inside(eqn)
     jaxpr, consts = _compat.open_jaxpr(p["jaxpr"])
     if p["differentiated"]:  # the second pass of a program that was differentiated before: it runs as it stands
-        values = barrier(values) if p["prevent_cse"] else values
-        return ctx.run(inner, jaxpr, consts, values)
+        return ctx.run(inner, jaxpr, consts, barrier(values) if p["prevent_cse"] else values)
 
     def fun(*values: Value) -> list[Value]:
         return ctx.run(inner, jaxpr, consts, values)
@@ -201,7 +200,9 @@ def _stacked(f: Factored, length: int) -> Factored:
     """Weights that a loop hands out one a step: every array in `f` has a new first axis."""
     name = fresh([f.used()])
     networks = tuple(
-        dataclasses.replace(n, terms=tuple(name + t for t in n.terms), key_term="" if n.key is None else name + n.key_term)
+        dataclasses.replace(
+            n, terms=tuple(name + t for t in n.terms), key_term="" if n.key is None else name + n.key_term
+        )
         for n in f.networks
     )
     return respell(dataclasses.replace(f, networks=networks), f.base, [name, *f.axes], [Letter(name, length)])

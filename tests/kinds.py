@@ -54,7 +54,6 @@ class Kind:
         """Random float32 parameters (`copies` of each, stacked, where that is not zero) and inputs."""
         lead = (copies,) if copies else ()
 
-
         def normal(shape: Shape) -> np.ndarray:
             return np.asarray(0.6 * rng.normal(size=shape), np.float32)
 
@@ -111,9 +110,7 @@ def kernel_on_the_left(p: Params, x: Array) -> Array:
 
 @kind((5, 6), x=(4, 5))
 def einsum_transposed(p: Params, x: Array) -> Array:
-    return jnp.einsum(
-        "io,bi->ob", p["w"], x, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
+    return jnp.einsum("io,bi->ob", p["w"], x, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 @kind((5, 2, 3), x=(4, 5))
@@ -371,7 +368,7 @@ def split(p: Params, x: Array) -> Array:
     return (x @ q) * (x @ k) + x @ v
 
 
-@kind((4, 5), x=(3, 6))
+@kind((4, 5), x=(5, 6))
 def padded_and_rolled(p: Params, x: Array) -> Array:
     return x @ jnp.roll(jnp.pad(p["w"], ((1, 1), (0, 2))), 3, axis=0)
 

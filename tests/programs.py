@@ -48,6 +48,11 @@ class Program:
     formed: bool = False
     demanding: bool = False
 
+    def stacked(self, adapter: Any) -> Any:
+        """The shapes of as many adapters as the program takes."""
+        lead = (self.adapters,) if self.adapters else ()
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct((*lead, *s.shape), s.dtype), adapter)
+
 
 PROGRAMS: list[Program] = []
 
@@ -372,7 +377,7 @@ def vmap(use: Use) -> Use:
     return lambda p, x: jax.vmap(use, (None, 0))(p, pair(x))
 
 
-@program(copies=2, demanding=True)
+@program(copies=2)
 def vmap_weights_and_inputs(use: Use) -> Use:
     return lambda p, x: jax.vmap(use)(p, pair(x))
 

@@ -28,12 +28,11 @@ DTYPES = ("float32", "float32", "bfloat16", "float16")
 def tolerance(*dtypes: Any) -> float:
     """What the two sides may differ by, relative to the largest entry.
 
-    In float32 it is the law's own bound. In a narrow dtype, each side rounds about six times (the factors, the product
-    onto the rank, the product from it, the sum; the merged weight, its product), by half an epsilon each. No sum
-    cancels, because in these dtypes all numbers are positive.
+    In float32 it is the law's own bound. In a narrow dtype, five numbers are rounded, each by half an epsilon at most:
+    the product onto the rank, the product from it and the sum; the merged weight and its product. No sum cancels,
+    because in these dtypes all numbers are positive.
     """
-    coarse = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
-    return max(F32, 6 * coarse) if coarse > 1e-6 else F32
+    return max(F32, *(2.5 * float(jnp.finfo(dtype).eps) for dtype in dtypes))
 
 
 def law(f: Any, params: dict[str, Any], targets: Any, seed: int, *args: Any, bound: float, factored: bool) -> None:

@@ -28,8 +28,9 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Value, f: Value) -> list[Val
         return None
     f, group = split
     spatial, inner = "".join(f.axes[k] for k in spatial_axes), f.axes[in_axis]
-    parts = [_parts(n, spatial, inner, group, f.axes[out_axis][len(group) :]) for n in f.networks]
-    if any(part is None for part in parts):
+    found = [_parts(n, spatial, inner, group, f.axes[out_axis][len(group) :]) for n in f.networks]
+    parts = [part for part in found if part]
+    if len(parts) < len(found):
         return None
     (base,) = _compat.bind(eqn, x, f.base)
     roles: dict[str, Role] = {c: "out" if k == out_axis else "in" for k, axis in enumerate(f.axes) for c in axis}

@@ -3,12 +3,11 @@
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jlora import _compat, _contract
 from jlora._context import Context, Role, Value
-from jlora._factored import Factored, fresh, unify, widened
+from jlora._factored import Factored, Network, fresh, unify, widened
 
 
 def dot_general(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value]:
@@ -59,19 +58,20 @@ def _width(f: Factored) -> int:
 def ragged_dot_general(ctx: Context, eqn: Any, x: Value, f: Value, sizes: Value) -> list[Value] | None:
     """Expert products: rows of `x` in groups, each with a kernel of its own."""
     dims = eqn.params["ragged_dot_dimension_numbers"]
-    (x_in, f_in), batch = dims.dot_dimension_numbers
+    (x_in, f_in), (x_batch, f_batch) = dims.dot_dimension_numbers
     groups = tuple(dims.rhs_group_dimensions)
-    rows = tuple(dims.lhs_ragged_dimensions)
-    free = [k for k in range(len(jax.typeof(x).shape)) if k not in x_in] if not isinstance(x, Factored) else []
-    if isinstance(x, Factored) or any(batch) or len(groups) != 1 or tuple(free) != rows:
+    if isinstance(x, Factored) or isinstance(sizes, Factored) or len(groups) != 1:
+        return None
+    free = tuple(k for k in range(x.ndim) if k not in (*x_in, *x_batch))
+    if free != tuple(dims.lhs_ragged_dimensions):
         return None
     f = unify(ctx.drop(f))
-    group = f.axes[groups[0]]
-    if any(len(axis) > 1 for axis in f.axes) or any(not any(group in t for t in n.terms) for n in f.networks):
+    group, batch = f.axes[groups[0]], {f.axes[k] for k in f_batch}
+    if any(len(axis) > 1 for axis in f.axes) or not all(_carries_groups(n, group, batch) for n in f.networks):
         return None
     (base,) = _compat.bind(eqn, x, f.base, sizes)
     roles: dict[str, Role] = {
-        axis: "stack" if k in groups else "in" if k in f_in else "out" for k, axis in enumerate(f.axes)
+        axis: "in" if k in f_in else "stack" if k in (*groups, *f_batch) else "out" for k, axis in enumerate(f.axes)
     }
     inner = math.prod(f.shape[k] for k in f_in)
     width = _width(f) // max(f.shape[groups[0]], 1)
@@ -79,15 +79,22 @@ def ragged_dot_general(ctx: Context, eqn: Any, x: Value, f: Value, sizes: Value)
     if not f.networks:
         return [base]
     row = fresh([f.used()])
-    spelled = {k: f.axes[j] for k, j in zip(x_in, f_in, strict=True)}
+    spelled = {k: f.axes[j] for k, j in (*zip(x_in, f_in, strict=True), *zip(x_batch, f_batch, strict=True))}
     letters = "".join(spelled.get(k, row) for k in range(x.ndim))
-    out = row + "".join(a for k, a in enumerate(f.axes) if k not in (*f_in, *groups))
+    rest = [a for k, a in enumerate(f.axes) if k not in (*f_batch, *f_in, *groups)]
+    out = "".join([*(spelled[k] for k in x_batch), row, *rest])
     for n in f.networks:
         y = _contract.apply(
             x, letters, n, out, dtype=base.dtype, precision=eqn.params["precision"], groups=(group, sizes)
         )
         base = base + jnp.broadcast_to(y, base.shape)
     return [base]
+
+
+def _carries_groups(n: Network, group: str, batch: set[str]) -> bool:
+    """Whether some factor has the groups, and each that has them has the batch axes, as a ragged product needs."""
+    terms = [t for t in n.terms if group in t]
+    return bool(terms) and all(batch <= set(t) for t in terms)
 
 
 RULES = {"dot_general": dot_general, "ragged_dot_general": ragged_dot_general}
