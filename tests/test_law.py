@@ -52,12 +52,16 @@ VARIANTS = {
     "fori_loop_of_unknown_length",
     "fori_loop_over_layers",
     "while_loop_carried",
+    "custom_jvp",
+    "custom_vjp",
     "custom_vmap_of_weights",
     "vmap_in_vmap",
     "vmap_over_adapters",
     "vmap_of_grad",
     "grad_of_scan",
     "grad_outside",
+    "jvp",
+    "pmap_outside",
     "shard_map_closure",
     "shard_map_of_gathered_weights",
     "shard_map_of_one_axis",
@@ -69,7 +73,7 @@ def by_night(program: Program) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("program", map(by_night, PROGRAMS))
+@pytest.mark.parametrize("program", [by_night(program) for program in PROGRAMS])
 def test_law(program: Program, kind: Kind) -> None:
     """`adapt(f)(params, adapter, x)` is `f(merge(params, adapter), x)`, and so are the derivatives."""
     errors = law(program, kind)
