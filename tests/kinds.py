@@ -110,7 +110,7 @@ def kernel_on_the_left(p: Params, x: Array) -> Array:
 
 @kind((5, 6), x=(4, 5))
 def einsum_transposed(p: Params, x: Array) -> Array:
-    return jnp.einsum("io,bi->ob", p["w"], x, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return jnp.einsum("io,bi->ob", p["w"], x, precision=lax.Precision.HIGHEST)
 
 
 @kind((5, 2, 3), x=(4, 5))
