@@ -32,13 +32,14 @@ RANK, ALPHA = 2, 3.0  # the scale is 1.5: one that is forgotten shows
 BOUNDS = {"float32": 2e-5, "bfloat16": 8 * 2**-7}
 
 # These tests ask what a program means, not how fast it runs: the compiler's dearest passes are left out.
-OPTIONS: dict[str, Any] = {
+# The CPU compiler of later releases has no bfloat16 products without them.
+CHEAP: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_cpu_use_fusion_emitters": False,
 }
-if jax.__version_info__ < (0, 11):
-    OPTIONS["xla_cpu_use_fusion_emitters"] = False
+OPTIONS = CHEAP if jax.__version_info__ < (0, 11) else {}
 
 
 # Second forms of programs that are there in a first one: every kind of weight in these too, but by night.
