@@ -46,7 +46,7 @@ class Context:
     Arguments:
         run: evaluates a jaxpr: `run(ctx, jaxpr, consts, values) -> values`.
         uses: every use, by the equations that lead to it, so that a body which is traced twice counts once.
-        on_dense: called with a weight and the equation that has no rule for it.
+        on_dense: called with a weight and the equation that has no rule for it, None for an output of the program.
         stack: the equations around this one.
         times: how often this equation runs, as far as loops say.
         draws: how many uses of dropout each parameter has had, so that no two share a mask.
@@ -76,7 +76,10 @@ class Context:
         added: float = 0,
         primitive: str = "",
     ) -> None:
-        """Notes what `eqn` does with the letters of a weight; `primitive` names the lookup that it completes."""
+        """Notes what `eqn` does with the letters of a weight; `primitive` names the lookup that it completes.
+
+        Without an equation the program itself hands the weight out.
+        """
         for path in f.paths:
             axes: dict[int, Role] = {}
             known = [x for x in f.letters if x.name in roles]
@@ -87,8 +90,8 @@ class Context:
                 axes |= {axis: "in" for p, axis in f.read if p == path}
             self.uses[*self.stack, id(eqn), path] = Use(
                 path=path,
-                primitive=primitive or eqn.primitive.name,
-                where=_compat.where(eqn),
+                primitive=primitive or (eqn.primitive.name if eqn else "output"),
+                where=_compat.where(eqn) if eqn else "",
                 roles=tuple(sorted(axes.items())),
                 factored=factored,
                 flops=flops * self.times,
@@ -97,7 +100,7 @@ class Context:
             )
 
     def form(self, eqn: Any, f: Factored) -> jax.Array:
-        """The weight itself, where `eqn` has no rule that keeps it factored.
+        """The weight itself, where `eqn` has no rule that keeps it factored, or where (None) it is an output.
 
         Rows that were looked up are no weight any more but an activation, which has to be there.
         """

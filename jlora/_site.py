@@ -71,6 +71,11 @@ class Site:
         return sum(use.flops for use in self.uses)
 
     @property
+    def is_trainable(self) -> bool:
+        """Whether any update could change what the program computes: a floating-point weight that it uses."""
+        return bool(self.uses) and bool(jnp.issubdtype(self.dtype, jnp.floating))
+
+    @property
     def refusal(self) -> str:
         """Why a low-rank method cannot adapt the weight; empty where it can."""
         if not jnp.issubdtype(self.dtype, jnp.floating):

@@ -145,8 +145,8 @@ def _uses(program: Program, adapter: Mapping[str, Update | None], *, looking: bo
         ]
         out = _interpret.run(ctx, program.jaxpr, program.consts, [*weights, *args])
         for v in out:
-            if isinstance(v, Factored) and v.read:  # rows that are handed out
-                ctx.form(program.jaxpr.eqns[-1], v)
+            if isinstance(v, Factored):
+                ctx.form(None, v)
 
     jax.eval_shape(abstract, program.params, program.args, adapter)
     return list(ctx.uses.values())

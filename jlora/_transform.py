@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jlora import _compat, _interpret
 from jlora._context import Context
-from jlora._factored import Factored, dense, weight
+from jlora._factored import Factored, weight
 from jlora._lower import check, lowered
 from jlora._method import Adapter, Method, Update
 from jlora._paths import near
@@ -68,6 +68,7 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
             lowered(adapter[path], weight(leaf, path)) if path in adapter else leaf for path, leaf in leaves.items()
         ]
         out = _interpret.run(ctx, program.jaxpr, program.consts, [*weights, *program.args])
+        out = [ctx.form(None, v) if isinstance(v, Factored) else v for v in out]
         if formed:
             warnings.warn(
                 "jlora formed weights, at the cost of a dense update. jlora.explain shows all of it; "
@@ -75,7 +76,7 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
                 DenseWarning,
                 stacklevel=2,
             )
-        return program.rebuild([dense(v) if isinstance(v, Factored) else v for v in out])
+        return program.rebuild(out)
 
     return adapted
 
@@ -83,8 +84,8 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
 def _on_dense(formed: dict[str, None], action: str, f: Factored, eqn: Any) -> None:
     if f.is_dense:  # an update of the weight's own shape has no other form
         return
-    what = f"{', '.join(f.paths)}: {eqn.primitive.name} at {_compat.where(eqn)}"
-    if any(n.key is not None for n in f.networks):
+    what = f"{', '.join(f.paths)}: " + (f"{eqn.primitive.name} at {_compat.where(eqn)}" if eqn else "the program's output")
+    if eqn and any(n.key is not None for n in f.networks):
         raise ValueError(
             f"Dropout acts on a branch's input, and there is none where the weight is formed: {what}. "
             "Exclude the path, or set its dropout to 0."
@@ -120,9 +121,10 @@ def init(key: jax.Array, sites: Sites, targets: Targets, *, dtype: Any = jnp.flo
 def _update(key: jax.Array, site: Site, method: Method, dtype: Any) -> Update:
     refusal = method.refusal(site)
     if refusal:
+        other = " Or give it jlora.Full(), which adapts any shape." if site.is_trainable else ""
         raise ValueError(
             f"{type(method).__name__} cannot adapt {site.path} {site.shape}: {refusal}. "
-            "Narrow the pattern, exclude the path with an earlier pattern and None, or give it jlora.Full()."
+            f"Narrow the pattern, or exclude the path with an earlier pattern and None.{other}"
         )
     factors = method.init(jax.random.fold_in(key, path_number(site.path)), site, dtype)
     return Update(factors, method.settled(), site.roles, site.shape)

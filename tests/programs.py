@@ -164,9 +164,9 @@ def platform_dependent(use: Use) -> Use:
     return lambda p, x: lax.platform_dependent(p, x, cpu=use, default=lambda p, x: bend(use(p, x)))
 
 
-@program()
+@program(formed=True)
 def handed_out(use: Use) -> Use:
-    """The weights are outputs, too: those are formed, the product is not."""
+    """The weights are outputs, too."""
     return lambda p, x: (use(p, x), p)
 
 

@@ -41,8 +41,9 @@ def test_an_unused_weight():
 
 def test_a_weight_that_is_not_floating_point():
     sites = jlora.trace(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 2), jnp.int8)}, jnp.ones((1, 2), jnp.int8))
-    with pytest.raises(ValueError, match=r"cannot adapt w .*int8"):
-        jlora.init(KEY, sites, {"w": jlora.LoRA(rank=1)})
+    for method in (jlora.LoRA(rank=1), jlora.Full()):
+        with pytest.raises(ValueError, match=r"cannot adapt w .*int8(?!.*jlora.Full).*exclude the path"):
+            jlora.init(KEY, sites, {"w": method})
 
 
 @pytest.mark.parametrize("rank", [0, -1, True])

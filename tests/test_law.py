@@ -44,7 +44,6 @@ OPTIONS = CHEAP if jax.__version_info__ < (0, 11) else {}
 
 # Second forms of programs that are there in a first one: every kind of weight in these too, but by night.
 VARIANTS = {
-    "jit_in_jit",
     "platform_dependent",
     "checkpoint_names",
     "checkpoint_closure",
@@ -52,9 +51,6 @@ VARIANTS = {
     "scan_layers_reversed",
     "fori_loop_of_unknown_length",
     "fori_loop_over_layers",
-    "while_loop_carried",
-    "custom_jvp",
-    "custom_vjp",
     "custom_vmap_of_weights",
     "vmap_in_vmap",
     "vmap_over_adapters",

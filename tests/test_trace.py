@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jlora
 from tests import small
@@ -45,6 +46,26 @@ def test_explain_counts_what_the_adapter_adds():
     assert up.added == 3 * 2 * 10 * 2 * (8 + 12)
     assert "small.py" in up.where
     assert "0 dense" in str(explained).splitlines()[-1]
+
+
+def test_a_weight_that_is_handed_out_is_formed_there_alone():
+    params = {"w": jnp.ones((4, 3))}
+
+    def f(p, x):
+        return x @ p["w"], p["w"].T
+
+    x = jnp.ones((2, 4))
+    sites = jlora.trace(f, params, x)
+    assert [use.primitive for use in sites["w"].uses] == ["dot_general", "output"]
+    adapter = small.nonzero(jlora.init(jax.random.key(0), sites, jlora.LoRA(rank=1, dropout=0.5)))
+    explained = jlora.explain(f, params, adapter, x)
+    assert [(use.primitive, use.bytes) for use in explained.dense] == [("output", 4 * 3 * 4)]
+    with pytest.warns(jlora.DenseWarning, match="w: the program's output"):
+        y, w = jlora.adapt(f)(params, jlora.with_dropout(adapter, jax.random.key(1)), x)
+    np.testing.assert_array_equal(w.T, jlora.merge(params, adapter)["w"])
+    assert not np.allclose(y, x @ w.T)  # the product alone drops its input
+    with pytest.raises(jlora.DenseError, match="w: the program's output"):
+        jlora.adapt(f, on_dense="error")(params, adapter, x)
 
 
 def test_abstract_parameters_give_the_same_sites():

@@ -22,7 +22,7 @@ class Full(Method):
     """
 
     def refusal(self, site: Site) -> str:
-        return site.refusal if not site.uses or not jnp.issubdtype(site.dtype, jnp.floating) else ""
+        return "" if site.is_trainable else site.refusal
 
     def init(self, key: jax.Array, site: Site, dtype: Any) -> dict[str, jax.Array]:
         return {"d": jnp.zeros(site.shape, dtype)}
