@@ -1,14 +1,14 @@
 """Products of an activation with a network, one factor at a time: the order that never forms the weight."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._factored import Network, einsum, scalar
+from jlora._factored import Network, scalar
 from jlora._product import product
 
 
@@ -38,7 +38,7 @@ def apply(
     x = drop(x, letters, network)
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else dtype
     x = x.astype(compute)
-    terms = _ordered(_scaled(network), letters, out, compute)
+    terms = _ordered(_absorbed(_scaled(network)), letters, out, compute)
     for k, (factor, term) in enumerate(terms):
         later = "".join([out, groups[0] if groups else "", *(t for _, t in terms[k + 1 :])])
         last = dtype if k == len(terms) - 1 else compute
@@ -61,6 +61,14 @@ def drop(x: jax.Array, letters: str, network: Network) -> jax.Array:
     return jnp.where(mask, x / scalar(1 - network.rate, x.dtype), jnp.zeros_like(x))
 
 
+def gain(x: jax.Array, letters: str, sizes: Mapping[str, int], gains: Sequence[Network]) -> jax.Array:
+    """`x` times every gain, in the shape that it came in; `letters` spell it out."""
+    for g in gains:
+        wide = x.reshape([sizes[c] for c in letters])
+        x = (wide * spread(g.factors[0].astype(x.dtype), g.terms[0], letters)).reshape(x.shape)
+    return x
+
+
 def _dims(shape: Sequence[int]) -> str:
     return ",".join(f"d{k}" for k in range(len(shape)))
 
@@ -68,10 +76,22 @@ def _dims(shape: Sequence[int]) -> str:
 def _scaled(network: Network) -> list[tuple[jax.Array, str]]:
     """Factors and terms, the scale moved into the smallest factor."""
     factors = list(network.factors)
-    if network.scale != 1:
+    if network.scale != 1 and factors:
         small = min(range(len(factors)), key=lambda k: factors[k].size)
         factors[small] = factors[small] * scalar(network.scale, factors[small].dtype)
     return list(zip(factors, network.terms, strict=True))
+
+
+def _absorbed(terms: list[tuple[jax.Array, str]]) -> list[tuple[jax.Array, str]]:
+    """Multiplies each vector into a factor that has its letters: a product of small things, not of activations."""
+    out: list[tuple[jax.Array, str]] = []
+    for factor, term in sorted(terms, key=lambda item: -len(item[1])):
+        at = next((k for k, (_, other) in enumerate(out) if set(term) <= set(other)), None)
+        if at is None:
+            out.append((factor, term))
+        else:
+            out[at] = (out[at][0] * spread(factor, term, out[at][1]), out[at][1])
+    return out
 
 
 def _ordered(
@@ -79,35 +99,24 @@ def _ordered(
 ) -> list[tuple[jax.Array, str]]:
     """Terms in the order in which the activation takes them up, cast to its dtype.
 
-    First those that share a contracted letter with it; several of them that share the same one become one, their
-    column-wise (Khatri-Rao) product, so that no wide letter stays open. Then whatever those lead to.
+    First those that multiply it or contract a letter of it, the one by which it grows least before the others.
     """
-    inner = set(letters) - set(out)
-    groups: list[list[int]] = []
-    for k, (_, term) in enumerate(terms):
-        touching = [g for g in groups if any(set(terms[j][1]) & set(term) & inner for j in g)]
-        if set(term) & inner:
-            groups = [g for g in groups if g not in touching] + [sorted([k, *(j for g in touching for j in g)])]
-    ready = []
-    for group in groups:
-        others = [t for k, (_, t) in enumerate(terms) if k not in group]
-        span = "".join(dict.fromkeys("".join(terms[k][1] for k in group)))
-        span = "".join(c for c in span if c in letters or c in out or any(c in t for t in others))
-        if len(group) == 1:
-            ready.append((terms[group[0]][0].astype(dtype), terms[group[0]][1]))
-        else:
-            ready.append((einsum([terms[k][1] for k in group], [terms[k][0] for k in group], span, dtype), span))
-    ready.sort(key=lambda item: _growth(item[0], item[1], letters))
-    rest = [(f.astype(dtype), t) for k, (f, t) in enumerate(terms) if not any(k in g for g in groups)]
-    known = set(letters).union(*(t for _, t in ready))
-    while rest:
-        at = next((k for k, (_, t) in enumerate(rest) if set(t) & known), 0)
-        known |= set(rest[at][1])
-        ready.append(rest.pop(at))
+    left, ready, known = [(f.astype(dtype), t) for f, t in terms], [], set(letters)
+
+    def cost(item: tuple[jax.Array, str]) -> tuple[bool, float]:
+        others = set(out).union(*(t for _, t in left if t is not item[1]))
+        contracts = bool((set(item[1]) & known) - others)
+        return not (contracts or set(item[1]) <= known), _growth(*item, known)
+
+    while left:
+        best = min(left, key=cost)
+        left = [item for item in left if item is not best]
+        known |= set(best[1])
+        ready.append(best)
     return ready
 
 
-def _growth(factor: jax.Array, term: str, letters: str) -> float:
+def _growth(factor: jax.Array, term: str, letters: set[str]) -> float:
     """By how much the activation grows when it takes up a factor."""
     sizes = dict(zip(term, factor.shape, strict=True))
     return math.prod(n for c, n in sizes.items() if c not in letters) / math.prod(
@@ -150,7 +159,7 @@ def pair(
 
 def _sum(x: jax.Array, letters: str, keep: str) -> tuple[jax.Array, str]:
     """Sums the letters that nothing else has."""
-    lone = [k for k, c in enumerate(letters) if c not in keep]
+    lone = tuple(k for k, c in enumerate(letters) if c not in keep)
     return (x.sum(lone), "".join(c for c in letters if c in keep)) if lone else (x, letters)
 
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from jlora import _compat
 from jlora._context import Context, Value, fold
-from jlora._factored import Factored, Letter, barrier, fresh, respell
+from jlora._factored import Factored, Letter, Network, barrier, fresh, respell
 
 
 def _is_weight(value: Any) -> bool:
@@ -160,7 +160,7 @@ class _Scanned:
 
     weight: Factored
     name: str
-    scanned: tuple[jax.Array, list[list[jax.Array | None]]]
+    scanned: tuple[jax.Array, list[list[jax.Array | None]]]  # of the base, and of every network and gain
 
     @staticmethod
     def of(f: Factored, length: int) -> "Factored | _Scanned":
@@ -174,38 +174,37 @@ class _Scanned:
 
         arrays = [
             [*(front(a, t) for a, t in zip(n.factors, n.terms, strict=True)), front(n.key, n.key_term)]
-            for n in f.networks
+            for n in (*f.networks, *f.gains)
         ]
         return _Scanned(f, name, (f.base, arrays))
 
     def rebuild(self, slices: tuple[jax.Array, list[list[jax.Array | None]]]) -> Factored:
         base, arrays = slices
-        networks = []
-        for n, parts in zip(self.weight.networks, arrays, strict=True):
-            *factors, key = (old if new is None else new for old, new in zip((*n.factors, n.key), parts, strict=True))
-            networks.append(
-                dataclasses.replace(
-                    n,
-                    factors=tuple(factors),
-                    terms=tuple(t.replace(self.name, "") for t in n.terms),
-                    key=key,
-                    key_term=n.key_term.replace(self.name, ""),
-                )
+        step = iter(arrays)
+
+        def network(n: Network) -> Network:
+            pairs = zip((*n.factors, n.key), next(step), strict=True)
+            *factors, key = (old if new is None else new for old, new in pairs)
+            return dataclasses.replace(
+                n,
+                factors=tuple(factors),
+                terms=tuple(t.replace(self.name, "") for t in n.terms),
+                key=key,
+                key_term=n.key_term.replace(self.name, ""),
             )
-        f = dataclasses.replace(self.weight, networks=tuple(networks))
-        return respell(f, base, self.weight.axes[1:])
+
+        return respell(self.weight.map(network), base, self.weight.axes[1:])
 
 
 def _stacked(f: Factored, length: int) -> Factored:
     """Weights that a loop hands out one a step: every array in `f` has a new first axis."""
     name = fresh([f.used()])
-    networks = tuple(
-        dataclasses.replace(
-            n, terms=tuple(name + t for t in n.terms), key_term="" if n.key is None else name + n.key_term
-        )
-        for n in f.networks
-    )
-    return respell(dataclasses.replace(f, networks=networks), f.base, [name, *f.axes], [Letter(name, length)])
+
+    def network(n: Network) -> Network:
+        key_term = "" if n.key is None else name + n.key_term
+        return dataclasses.replace(n, terms=tuple(name + t for t in n.terms), key_term=key_term)
+
+    return respell(f.map(network), f.base, [name, *f.axes], [Letter(name, length)])
 
 
 def while_(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
@@ -291,11 +290,10 @@ def _specs(f: Factored, spec: PartitionSpec, cut: dict[str, Any]) -> Factored:
     def of(term: str) -> PartitionSpec:
         return PartitionSpec(*(cut.get(c) for c in term))
 
-    networks = tuple(
-        dataclasses.replace(n, factors=tuple(map(of, n.terms)), key=None if n.key is None else of(n.key_term))
-        for n in f.networks
-    )
-    return dataclasses.replace(f, base=spec, networks=networks)
+    def network(n: Network) -> Network:
+        return dataclasses.replace(n, factors=tuple(map(of, n.terms)), key=None if n.key is None else of(n.key_term))
+
+    return dataclasses.replace(f.map(network), base=spec)
 
 
 def _local(f: Factored, cut: dict[str, Any] | None, mesh: Any) -> Factored:
@@ -309,6 +307,7 @@ RULES = {
     "pjit": jit,
     "closed_call": inline,
     "core_call": inline,
+    "eval_jaxpr": inline,
     "custom_jvp_call": custom,
     "custom_vjp_call": custom,
     "custom_vmap_call": custom,

@@ -1,6 +1,6 @@
-"""The intermediate form: a weight as its base plus tensor networks, with every axis spelled in letters.
+"""The intermediate form: a weight as its base, gains and tensor networks, with every axis spelled in letters.
 
-    W = base + sum over networks of  scale * einsum(factors, terms -> axes)
+    W = base * gains + sum over networks of  scale * einsum(factors, terms -> axes)
 
 A letter stands for one index. An axis is a string of letters, major first: `"i"` for a plain axis, `"gh"` for one
 that joins two. A letter that no term of a network carries is a broadcast: the update is the same along it.
@@ -74,7 +74,7 @@ class Network:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["base", "networks"],
+    data_fields=["base", "networks", "gains"],
     meta_fields=["axes", "letters", "paths", "read"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +83,13 @@ class Factored:
 
     Arguments:
         base: the frozen array.
-        networks: what is added to it.
+        networks: what is added to it, after the gains.
         axes: for every axis of `base`, its letters; none is empty.
         letters: what every letter in `axes` stands for.
         paths: the parameters that this weight was made of.
         read: axes of parameters along which rows were looked up, several at once.
+        gains: vectors that multiply the base along some axes, each a network of one factor. They leave the networks
+            alone: a method that scales those too gives each the vector as one more factor, which costs nothing.
     """
 
     base: jax.Array
@@ -96,6 +98,7 @@ class Factored:
     letters: tuple[Letter, ...]
     paths: tuple[str, ...]
     read: tuple[Origin, ...] = ()
+    gains: tuple[Network, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -113,7 +116,11 @@ class Factored:
 
     def used(self) -> str:
         """Every letter that is taken, the networks' own ones included."""
-        return "".join([*self.axes, *(t for n in self.networks for t in n.terms)])
+        return "".join([*self.axes, *(t for n in (*self.networks, *self.gains) for t in n.terms)])
+
+    def map(self, fn: Callable[[Network], Network]) -> "Factored":
+        """Applies `fn` to every network and every gain."""
+        return dataclasses.replace(self, networks=tuple(map(fn, self.networks)), gains=tuple(map(fn, self.gains)))
 
     @property
     def is_matrix(self) -> bool:
@@ -122,7 +129,7 @@ class Factored:
 
     @property
     def is_dense(self) -> bool:
-        return all(network.is_dense for network in self.networks)
+        return not self.gains and all(network.is_dense for network in self.networks)
 
 
 def fresh(used: Iterable[str], count: int = 1) -> str:
@@ -142,12 +149,30 @@ def weight(base: jax.Array, path: str) -> Factored:
 
 
 def dense(f: Factored, dtype: jnp.dtype | None = None) -> jax.Array:
-    """The weight itself, `base + sum of networks`: in float32 (or wider), and rounded once."""
+    """The weight itself, `base * gains + sum of networks`: in float32 (or wider), and rounded once."""
     dtype = f.dtype if dtype is None else dtype
-    if not f.networks:
+    if not f.networks and not f.gains:
         return f.base.astype(dtype)
     wide = widened(f.dtype)
-    return (f.base.astype(wide) + delta(f, wide)).astype(dtype)
+    base = f.base.astype(wide)
+    for gain in f.gains:
+        base = base * spanned(gain, f, wide)
+    return (base + delta(f, wide) if f.networks else base).astype(dtype)
+
+
+def folded(f: Factored) -> tuple[Factored, bool]:
+    """The weight with the networks that are as large as itself added to its base, and whether there were any.
+
+    Two products, one with the base and one with the update, cost more than the sum.
+    """
+    wide = {x.name for x in f.letters if x.size > 1}
+    full, thin = [], []
+    for n in f.networks:
+        (full if n.key is None and any(wide <= set(t) for t in n.terms) else thin).append(n)
+    if not full or not wide:
+        return f, False
+    base = dense(dataclasses.replace(f, networks=tuple(full)))
+    return dataclasses.replace(f, base=base, networks=tuple(thin), gains=()), True
 
 
 def widened(dtype: jnp.dtype) -> jnp.dtype:
@@ -157,15 +182,20 @@ def widened(dtype: jnp.dtype) -> jnp.dtype:
 
 def delta(f: Factored, dtype: jnp.dtype) -> jax.Array:
     """What the networks add to the base, in the base's shape."""
-    order = "".join(f.axes)
     total = jnp.zeros(f.shape, dtype)
     for network in f.networks:
-        span = "".join(c for c in order if any(c in term for term in network.terms))
-        value = einsum(network.terms, network.factors, span, dtype)
-        value = jnp.expand_dims(value, [k for k, c in enumerate(order) if c not in span])
-        value = jnp.broadcast_to(value, [f.size(c) for c in order]).reshape(f.shape)
-        total = total + value * scalar(network.scale, dtype)
+        total = total + spanned(network, f, dtype)
     return total
+
+
+def spanned(network: Network, f: Factored, dtype: jnp.dtype) -> jax.Array:
+    """A network's value in the shape of the weight, `scale * einsum(terms -> axes)`."""
+    order = "".join(f.axes)
+    span = "".join(c for c in order if any(c in term for term in network.terms))
+    value = einsum(network.terms, network.factors, span, dtype)
+    value = jnp.expand_dims(value, [k for k, c in enumerate(order) if c not in span])
+    value = jnp.broadcast_to(value, [f.size(c) for c in order]).reshape(f.shape)
+    return value * scalar(network.scale, dtype)
 
 
 def einsum(terms: Sequence[str], factors: Sequence[jax.Array], out: str, dtype: jnp.dtype) -> jax.Array:
@@ -185,9 +215,11 @@ def barrier(values: Sequence[Any]) -> list[Any]:
     that has one makes the backward pass compute the gradient of the whole weight.
     """
     bases = iter([lax.optimization_barrier(v.base) for v in values if isinstance(v, Factored)])
-    rest = iter(lax.optimization_barrier([v.networks if isinstance(v, Factored) else v for v in values]))
-    pairs = zip(values, rest, strict=True)
-    return [dataclasses.replace(v, base=next(bases), networks=r) if isinstance(v, Factored) else r for v, r in pairs]
+    rest = iter(lax.optimization_barrier([(v.networks, v.gains) if isinstance(v, Factored) else v for v in values]))
+    return [
+        dataclasses.replace(v, base=next(bases), networks=r[0], gains=r[1]) if isinstance(v, Factored) else r
+        for v, r in zip(values, rest, strict=True)
+    ]
 
 
 # What structural rules do to the networks. Each returns a weight whose `base` is still the old one.
@@ -203,7 +235,7 @@ def respell(f: Factored, base: jax.Array, axes: Sequence[str], letters: Iterable
 def map_letter(f: Factored, name: str, fn: Callable[[jax.Array, int], jax.Array], size: int) -> Factored:
     """Applies `fn(array, axis)` to every factor that carries the letter, whose size becomes `size`."""
     letters = tuple(x._replace(size=size) if x.name == name else x for x in f.letters)
-    return dataclasses.replace(f, networks=tuple(n.map(name, fn) for n in f.networks), letters=letters)
+    return dataclasses.replace(f.map(lambda n: n.map(name, fn)), letters=letters)
 
 
 def rename(f: Factored, names: dict[str, str]) -> Factored:
@@ -215,8 +247,7 @@ def rename(f: Factored, names: dict[str, str]) -> Factored:
         return dataclasses.replace(n, terms=terms, key_term=n.key_term.translate(table))
 
     return dataclasses.replace(
-        f,
-        networks=tuple(map(network, f.networks)),
+        f.map(network),
         axes=tuple(a.translate(table) for a in f.axes),
         letters=tuple(x._replace(name=names.get(x.name, x.name)) for x in f.letters),
     )
@@ -233,8 +264,7 @@ def split_letter(f: Factored, name: str, sizes: tuple[int, int]) -> Factored:
     two = (old._replace(size=sizes[0]), Letter(minor, sizes[1], old.origins))
     letters = [y for x in f.letters for y in (two if x.name == name else (x,))]
     return dataclasses.replace(
-        f,
-        networks=tuple(n.map(name, fn, major + minor) for n in f.networks),
+        f.map(lambda n: n.map(name, fn, major + minor)),
         axes=tuple(a.replace(name, major + minor) for a in f.axes),
         letters=tuple(letters),
     )
@@ -242,7 +272,7 @@ def split_letter(f: Factored, name: str, sizes: tuple[int, int]) -> Factored:
 
 def drop_letter(f: Factored, name: str) -> Factored:
     """Removes a letter of size one from every factor; the caller removes it from the axes."""
-    return dataclasses.replace(f, networks=tuple(n.map(name, jnp.squeeze, "") for n in f.networks))
+    return f.map(lambda n: n.map(name, jnp.squeeze, ""))
 
 
 def unify(f: Factored) -> Factored:
@@ -251,7 +281,7 @@ def unify(f: Factored) -> Factored:
     An axis that some factor carries only in part (a Kronecker product) keeps its letters.
     """
     for axis in f.axes:
-        terms = [t for n in f.networks for t in (*n.terms, n.key_term)]
+        terms = [t for n in (*f.networks, *f.gains) for t in (*n.terms, n.key_term)]
         if len(axis) > 1 and all(set(axis) <= set(t) or not set(axis) & set(t) for t in terms):
             f = _join(f, axis)
     return f
@@ -277,6 +307,4 @@ def _join(f: Factored, axis: str) -> Factored:
     letter = Letter(keep, f.size(axis), origins)
     axes = tuple(keep if a == axis else a for a in f.axes)
     known = {**{x.name: x for x in f.letters}, keep: letter}
-    return dataclasses.replace(
-        f, networks=tuple(map(network, f.networks)), axes=axes, letters=tuple(known[c] for a in axes for c in a)
-    )
+    return dataclasses.replace(f.map(network), axes=axes, letters=tuple(known[c] for a in axes for c in a))

@@ -1,24 +1,48 @@
-"""From an adapter to factored weights, with the checks that it fits."""
+"""From adapters to factored weights, with the checks that they fit."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from jlora._factored import Factored
+from jlora._factored import Factored, weight
 from jlora._method import Adapter, Update
 from jlora._paths import near
 
+Adapters = Adapter | Sequence[Adapter]
 
-def lowered(update: Update, w: Factored) -> Factored:
-    """The weight with an update's networks."""
-    return update.method.lower(update, w)
+START = "_at_start"  # what the name of a factor's frozen copy ends in
 
 
-def check(adapter: Adapter, leaves: Mapping[str, Any]) -> None:
+def as_list(adapters: Adapters) -> list[Adapter]:
+    """One adapter or several, in the order in which they apply."""
+    return [adapters] if isinstance(adapters, Mapping) else list(adapters)
+
+
+def lowered(adapters: Sequence[Adapter], leaf: Any, path: str) -> Factored:
+    """A weight with all its updates, one after the other."""
+    w = weight(leaf, path)
+    for adapter in adapters:
+        if path in adapter:
+            w = _updated(adapter[path], w)
+    return w
+
+
+def _updated(update: Update, w: Factored) -> Factored:
+    out = update.method.lower(update, w)
+    if not update.method.offset:
+        return out
+    start = {name: update[name + START] for name in update.factors}
+    there = update.method.lower(dataclasses.replace(update, factors=start), w)
+    back = tuple(dataclasses.replace(n, scale=-n.scale) for n in there.networks[len(w.networks) :])
+    return dataclasses.replace(out, networks=(*out.networks, *back))
+
+
+def check(adapters: Sequence[Adapter], leaves: Mapping[str, Any]) -> None:
     """Raises, with every misfit, unless each update has its weight among `leaves`."""
     misfits = []
-    for path, update in adapter.items():
+    for path, update in (item for adapter in adapters for item in adapter.items()):
         if not isinstance(update, Update):
             raise TypeError(f"An adapter maps paths to updates as jlora.init makes them; {path!r} holds {update!r}.")
         if path not in leaves:

@@ -1,24 +1,26 @@
-"""Folding an adapter into its base, and out of it again."""
+"""Folding adapters into their base, and out of it again."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from jlora._factored import Factored, delta, dense, weight, widened
-from jlora._lower import check, lowered
-from jlora._method import Adapter, Update
+from jlora._factored import delta, dense, spanned, widened
+from jlora._lower import Adapters, as_list, check, lowered
+from jlora._method import Adapter
 from jlora._paths import is_array, named_leaves
 
 
-def merge(params: Any, adapter: Adapter, *, donate: bool = False) -> Any:
+def merge(params: Any, adapter: Adapters, *, donate: bool = False) -> Any:
     """Folds an adapter into its base: plain parameters, with no cost at inference.
 
-        W + sum of networks,    in float32 (or wider), rounded once to the dtype of W
+        W * gains + sum of networks,    in float32 (or wider), rounded once to the dtype of W
 
     Arguments:
         params: the base parameters; they stay as they are.
-        adapter: the adapter. Dropout keys are ignored.
+        adapter: the adapter, or several, which apply in order. Dropout keys are ignored.
         donate: lets the result reuse the buffers of the adapted weights, which are gone from `params` afterwards.
 
     Returns:
@@ -27,41 +29,54 @@ def merge(params: Any, adapter: Adapter, *, donate: bool = False) -> Any:
     Raises:
         ValueError: where the adapter does not fit the parameters, with every misfit.
     """
-    return _fold(params, adapter, _merged, donate)
+    return _fold(params, as_list(adapter), _merged, donate)
 
 
-def unmerge(params: Any, adapter: Adapter) -> Any:
+def unmerge(params: Any, adapter: Adapters) -> Any:
     """Takes an adapter out of merged parameters: the base again, up to rounding.
 
-        W - sum of networks,    in float32 (or wider), rounded once to the dtype of W
+        (W - sum of networks) / gains,    in float32 (or wider), rounded once to the dtype of W
 
     Arguments:
         params: merged parameters.
-        adapter: the adapter that was merged.
+        adapter: the adapter that was merged, or several, in the order in which they were merged.
+
+    Raises:
+        ValueError: where the adapter does not fit the parameters, or depends on the base itself and so cannot be
+            taken out of what it became; keep the base instead.
     """
-    return _fold(params, adapter, _unmerged, False)
+    adapters = as_list(adapter)
+    for path, update in (item for one in adapters for item in one.items()):
+        if update.method.reads_base:
+            raise ValueError(
+                f"{path} has the method {type(update.method).__name__}, whose update depends on the base, "
+                "so it cannot be taken out again. Keep the base parameters: jlora.merge leaves them as they are."
+            )
+    return _fold(params, adapters, _unmerged, False)
 
 
-def _fold(params: Any, adapter: Adapter, one: Any, donate: bool) -> Any:
+def _fold(params: Any, adapters: list[Adapter], one: Callable[..., jax.Array], donate: bool) -> Any:
     leaves = named_leaves(params)
-    check(adapter, {path: leaf for path, leaf in leaves if is_array(leaf)})
+    check(adapters, {path: leaf for path, leaf in leaves if is_array(leaf)})
     run = jax.jit(one, static_argnames=("path",), donate_argnums=(0,) if donate else ())
-    new = [run(leaf, adapter[path], path=path) if path in adapter else leaf for path, leaf in leaves]
+    new = []
+    for path, leaf in leaves:
+        mine = [{path: dataclasses.replace(a[path], key=None)} for a in adapters if path in a]
+        new.append(run(leaf, mine, path=path) if mine else leaf)
     return jax.tree.unflatten(jax.tree.structure(params), new)
 
 
-def _lowered(w: jax.Array, update: Update, path: str) -> Factored:
-    return lowered(dataclasses.replace(update, key=None), weight(w, path))
+def _merged(w: jax.Array, adapters: list[Adapter], path: str) -> jax.Array:
+    return dense(lowered(adapters, w, path))
 
 
-def _merged(w: jax.Array, update: Update, path: str) -> jax.Array:
-    return dense(_lowered(w, update, path))
-
-
-def _unmerged(w: jax.Array, update: Update, path: str) -> jax.Array:
-    f = _lowered(w, update, path)
-    wide = widened(w.dtype)
-    return (w.astype(wide) - delta(f, wide)).astype(w.dtype)
+def _unmerged(w: jax.Array, adapters: list[Adapter], path: str) -> jax.Array:
+    value = w.astype(widened(w.dtype))
+    for adapter in reversed(adapters):
+        f = lowered([adapter], value, path)
+        gains = [spanned(gain, f, value.dtype) for gain in f.gains]
+        value = functools.reduce(jax.numpy.divide, gains, value - delta(f, value.dtype))
+    return value.astype(w.dtype)
 
 
 def scale(adapter: Adapter, factor: float) -> Adapter:

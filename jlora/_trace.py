@@ -10,10 +10,10 @@ import jax
 
 from jlora import _compat, _interpret
 from jlora._context import Context, Use
-from jlora._factored import Factored, weight
+from jlora._factored import Factored
 from jlora._flops import flops
-from jlora._lower import check, lowered
-from jlora._method import Adapter, Update
+from jlora._lower import Adapters, as_list, check, lowered
+from jlora._method import Adapter
 from jlora._program import Program, stage
 from jlora._site import Site
 from jlora._table import table
@@ -108,7 +108,7 @@ def trace(fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Si
         the sites, a mapping from path to `Site`.
     """
     program = stage(fun, params, args, kwargs)
-    found = _uses(program, dict.fromkeys(program.paths), looking=True)
+    found = _uses(program, [], looking=True)
     sites = {}
     for path, leaf in zip(program.paths, program.params, strict=True):
         uses = tuple(use for use in found if use.path == path)
@@ -120,27 +120,29 @@ def _sharding(leaf: Any) -> Any:
     return None if _compat.is_tracer(leaf) else getattr(leaf, "sharding", None)
 
 
-def explain(fun: Callable[..., Any], params: Any, adapter: Adapter, *args: Any, **kwargs: Any) -> Explanation:
+def explain(fun: Callable[..., Any], params: Any, adapter: Adapters, *args: Any, **kwargs: Any) -> Explanation:
     """Says for every use of an adapted weight whether it stays factored, and what that costs.
 
     Arguments:
         fun: the base program, as for `jlora.adapt`.
         params: the base parameters; `jax.ShapeDtypeStruct` leaves will do.
-        adapter: the adapter; `jax.ShapeDtypeStruct` leaves will do.
+        adapter: the adapter, or several; `jax.ShapeDtypeStruct` leaves will do.
         args, kwargs: as for `fun`.
     """
     program = stage(fun, params, args, kwargs)
-    check(adapter, dict(zip(program.paths, program.params, strict=True)))
-    return Explanation(tuple(_uses(program, adapter)), flops(program.jaxpr))
+    adapters = as_list(adapter)
+    check(adapters, dict(zip(program.paths, program.params, strict=True)))
+    return Explanation(tuple(_uses(program, adapters)), flops(program.jaxpr))
 
 
-def _uses(program: Program, adapter: Mapping[str, Update | None], *, looking: bool = False) -> list[Use]:
-    """Every use of the weights in `adapter`; a weight without an update is followed all the same."""
+def _uses(program: Program, adapters: list[Adapter], *, looking: bool = False) -> list[Use]:
+    """Every use of the adapted weights, or of all where one is looking."""
+    paths = set(program.paths) if looking else {path for adapter in adapters for path in adapter}
     ctx = Context(_interpret.run, lambda f, eqn: None, looking=looking)
 
-    def abstract(params: list[Any], args: list[Any], adapter: Mapping[str, Update | None]) -> None:
+    def abstract(params: list[Any], args: list[Any], adapters: list[Adapter]) -> None:
         weights = [
-            _weight(leaf, path, adapter[path]) if path in adapter else leaf
+            lowered(adapters, leaf, path) if path in paths else leaf
             for path, leaf in zip(program.paths, params, strict=True)
         ]
         out = _interpret.run(ctx, program.jaxpr, program.consts, [*weights, *args])
@@ -148,9 +150,5 @@ def _uses(program: Program, adapter: Mapping[str, Update | None], *, looking: bo
             if isinstance(v, Factored):
                 ctx.form(None, v)
 
-    jax.eval_shape(abstract, program.params, program.args, adapter)
+    jax.eval_shape(abstract, program.params, program.args, adapters)
     return list(ctx.uses.values())
-
-
-def _weight(leaf: Any, path: str, update: Update | None) -> Factored:
-    return lowered(update, weight(leaf, path)) if update else weight(leaf, path)

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from jlora import _compat, _interpret
 from jlora._context import Context
-from jlora._factored import Factored, weight
-from jlora._lower import check, lowered
+from jlora._factored import Factored
+from jlora._lower import START, Adapters, as_list, check, lowered
 from jlora._method import Adapter, Method, Update
-from jlora._paths import near
+from jlora._paths import named_leaves, near
 from jlora._program import stage
 from jlora._site import Site
 from jlora._trace import Sites
@@ -33,6 +33,9 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
     """Makes a program of base parameters one of base parameters and an adapter, without merging the two.
 
         adapt(f)(params, adapter, *args)  ==  f(merge(params, adapter), *args)
+
+    Several adapters, `[first, second]`, apply in order: what they add adds up, and a later one that rotates, scales
+    or normalises (DoRA, IA3, OFT, ...) does so to the weight that the earlier ones made.
 
     The base parameters are constants to differentiation: gradients reach the adapter and the other arguments. What
     else is trained (a head, a norm) is an argument of its own, or has the method `Full` in the adapter.
@@ -57,16 +60,16 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
         raise ValueError(f"on_dense is 'warn', 'error' or 'allow', not {on_dense!r}.")
 
     @functools.wraps(fun)
-    def adapted(params: Any, adapter: Adapter, *args: Any, **kwargs: Any) -> Any:
+    def adapted(params: Any, adapter: Adapters, *args: Any, **kwargs: Any) -> Any:
         params = jax.tree.map(lambda a: jax.lax.stop_gradient(a) if isinstance(a, jax.Array) else a, params)
         program = stage(fun, params, args, kwargs)
         leaves = dict(zip(program.paths, program.params, strict=True))
-        check(adapter, leaves)
+        adapters = as_list(adapter)
+        check(adapters, leaves)
+        touched = {path for one in adapters for path in one}
         formed: dict[str, None] = {}
         ctx = Context(_interpret.run, functools.partial(_on_dense, formed, on_dense))
-        weights = [
-            lowered(adapter[path], weight(leaf, path)) if path in adapter else leaf for path, leaf in leaves.items()
-        ]
+        weights = [lowered(adapters, leaf, path) if path in touched else leaf for path, leaf in leaves.items()]
         out = _interpret.run(ctx, program.jaxpr, program.consts, [*weights, *program.args])
         out = [ctx.form(None, v) if isinstance(v, Factored) else v for v in out]
         if formed:
@@ -84,7 +87,9 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
 def _on_dense(formed: dict[str, None], action: str, f: Factored, eqn: Any) -> None:
     if f.is_dense:  # an update of the weight's own shape has no other form
         return
-    what = f"{', '.join(f.paths)}: " + (f"{eqn.primitive.name} at {_compat.where(eqn)}" if eqn else "the program's output")
+    what = f"{', '.join(f.paths)}: " + (
+        f"{eqn.primitive.name} at {_compat.where(eqn)}" if eqn else "the program's output"
+    )
     if eqn and any(n.key is not None for n in f.networks):
         raise ValueError(
             f"Dropout acts on a branch's input, and there is none where the weight is formed: {what}. "
@@ -99,7 +104,7 @@ def _on_dense(formed: dict[str, None], action: str, f: Factored, eqn: Any) -> No
 Targets = Mapping[str, Method | None] | Method
 
 
-def init(key: jax.Array, sites: Sites, targets: Targets, *, dtype: Any = jnp.float32) -> Adapter:
+def init(key: jax.Array, sites: Sites, targets: Targets, *, params: Any = None, dtype: Any = jnp.float32) -> Adapter:
     """Makes a new adapter, under `jax.jit` and `jax.eval_shape` too.
 
     Arguments:
@@ -107,18 +112,24 @@ def init(key: jax.Array, sites: Sites, targets: Targets, *, dtype: Any = jnp.flo
         sites: from `jlora.trace`.
         targets: patterns (`re.fullmatch` on the path; the first that matches decides) with their methods, None to
             exclude; or one method for every weight that a product or a convolution consumes.
+        params: the base parameters, for the methods and starts that look at them (PiSSA, LoRA-XS, ...).
         dtype: of the factors.
 
     Returns:
         the adapter, a dict from path to `Update`.
 
     Raises:
-        ValueError: where a pattern matches nothing, never decides, or matches what its method cannot adapt.
+        ValueError: where a pattern matches nothing, never decides, or matches what its method cannot adapt; where a
+            method needs `params` and there are none, or they do not fit the sites.
     """
-    return {path: _update(key, sites[path], method, dtype) for path, method in _choose(sites, targets).items()}
+    leaves = dict(named_leaves(params))
+    return {
+        path: _update(key, sites[path], method, dtype, leaves.get(path))
+        for path, method in _choose(sites, targets).items()
+    }
 
 
-def _update(key: jax.Array, site: Site, method: Method, dtype: Any) -> Update:
+def _update(key: jax.Array, site: Site, method: Method, dtype: Any, base: jax.Array | None) -> Update:
     refusal = method.refusal(site)
     if refusal:
         other = " Or give it jlora.Full(), which adapts any shape." if site.is_trainable else ""
@@ -126,8 +137,18 @@ def _update(key: jax.Array, site: Site, method: Method, dtype: Any) -> Update:
             f"{type(method).__name__} cannot adapt {site.path} {site.shape}: {refusal}. "
             f"Narrow the pattern, or exclude the path with an earlier pattern and None.{other}"
         )
-    factors = method.init(jax.random.fold_in(key, path_number(site.path)), site, dtype)
-    return Update(factors, method.settled(), site.roles, site.shape)
+    if method.starts_from_base and base is None:
+        raise ValueError(f"{method} starts from the weight {site.path}: pass jlora.init(..., params=params).")
+    if base is not None and base.shape != site.shape:
+        raise ValueError(f"{site.path} has shape {base.shape} in params, and {site.shape} in the traced program.")
+    base = jnp.asarray(base) if method.starts_from_base else None
+    arrays = method.init(jax.random.fold_in(key, path_number(site.path)), site, dtype, base)
+    settled = method.settled()
+    factors = {name: array for name, array in arrays.items() if name not in settled.frozen}
+    frozen = {name: arrays[name] for name in settled.frozen}
+    if settled.offset:
+        frozen |= {name + START: jnp.copy(array) for name, array in factors.items()}
+    return Update(factors, settled, site.roles, site.shape, frozen)
 
 
 def path_number(path: str) -> int:

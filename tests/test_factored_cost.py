@@ -37,7 +37,7 @@ def test_nothing_of_a_weights_shape_depends_on_the_adapter(program: Program, kin
         return  # JAX has no such program, as the law's test asserts
     fun = program.build(kind.use)
     params, x = jax.tree.map(jnp.asarray, kind.values(np.random.default_rng(0), program.copies))
-    adapter = shapes_of_adapter(kind, fun, params, x, rank=1)
+    adapter = shapes_of_adapter(kind, fun, params, x, "lora_of_rank_1")
     frozen = {name: params[name] for name in kind.weights}
     views = made_of(lambda weights, x: fun({**params, **weights}, x), frozen, x) | {dims(a) for a in frozen.values()}
 

@@ -6,9 +6,10 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 
-from jlora._factored import Factored, Network
+from jlora._factored import Factored
 from jlora._method import Method, Update
 from jlora._site import Site
+from jlora.methods import _axes
 
 
 @final
@@ -24,9 +25,8 @@ class Full(Method):
     def refusal(self, site: Site) -> str:
         return "" if site.is_trainable else site.refusal
 
-    def init(self, key: jax.Array, site: Site, dtype: Any) -> dict[str, jax.Array]:
+    def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         return {"d": jnp.zeros(site.shape, dtype)}
 
     def lower(self, update: Update, w: Factored) -> Factored:
-        network = Network((update.factors["d"],), ("".join(w.axes),), update.scale)
-        return dataclasses.replace(w, networks=(*w.networks, network))
+        return _axes.add(w, [(update["d"], "".join(w.axes))], {}, update.scale)

@@ -10,7 +10,7 @@ from jax import lax
 
 from jlora import _compat, _contract
 from jlora._context import Context, Role, Value
-from jlora._factored import Factored, Network, einsum, fresh, scalar, split_letter, unify
+from jlora._factored import Factored, Network, einsum, folded, fresh, scalar, split_letter, unify
 
 
 def conv_general_dilated(ctx: Context, eqn: Any, x: Value, f: Value) -> list[Value] | None:
@@ -23,7 +23,8 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Value, f: Value) -> list[Val
     if isinstance(x, Factored) or p["batch_group_count"] != 1:
         return None
     out_axis, in_axis, *spatial_axes = p["dimension_numbers"].rhs_spec
-    split = _split_groups(unify(ctx.drop(f)), out_axis, p["feature_group_count"])
+    f, formed = folded(unify(ctx.drop(f)))
+    split = _split_groups(f, out_axis, p["feature_group_count"])
     if split is None:
         return None
     f, group = split
@@ -32,11 +33,16 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Value, f: Value) -> list[Val
     parts = [part for part in found if part]
     if len(parts) < len(found):
         return None
-    (base,) = _compat.bind(eqn, x, f.base)
+    gains = _gains(f, out_axis, in_axis, p["feature_group_count"])
+    if gains is None:
+        return None
+    (base,) = _compat.bind(eqn, _along(x, gains[0], p["dimension_numbers"].lhs_spec[1]), f.base)
+    base = _along(base, gains[1], p["dimension_numbers"].out_spec[1])
     roles: dict[str, Role] = {c: "out" if k == out_axis else "in" for k, axis in enumerate(f.axes) for c in axis}
     rows = base.size // max(f.shape[out_axis], 1)
     added = 2 * rows * sum(p["feature_group_count"] ** (not set(t) & set(group)) * a.size for a, t in _factors(f))
-    ctx.record(eqn, f, roles, flops=2 * rows * math.prod(f.shape), added=added)
+    added = f.base.size if formed else added
+    ctx.record(eqn, f, roles, factored=not formed, flops=2 * rows * math.prod(f.shape), added=added)
     for n, part in zip(f.networks, parts, strict=True):
         base = base + _branch(_contract.drop(x, fresh([f.used()], x.ndim), n), f, n, part, eqn, base)
     return [base]
@@ -44,6 +50,30 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Value, f: Value) -> list[Val
 
 def _factors(f: Factored) -> list[tuple[jax.Array, str]]:
     return [pair for n in f.networks for pair in zip(n.factors, n.terms, strict=True)]
+
+
+def _gains(f: Factored, out_axis: int, in_axis: int, groups: int) -> tuple[list[jax.Array], list[jax.Array]] | None:
+    """The gains as vectors of the input's and of the output's channels; None where one is neither."""
+    before, after = [], []
+    for g in f.gains:
+        if set(g.terms[0]) <= set(f.axes[out_axis]):
+            after.append(_vector(g, f, f.axes[out_axis]))
+        elif set(g.terms[0]) <= set(f.axes[in_axis]):
+            before.append(jnp.tile(_vector(g, f, f.axes[in_axis]), groups))
+        else:
+            return None
+    return before, after
+
+
+def _vector(g: Network, f: Factored, axis: str) -> jax.Array:
+    value = _contract.spread(g.factors[0], g.terms[0], axis)
+    return jnp.broadcast_to(value, [f.letter(c).size for c in axis]).reshape(-1)
+
+
+def _along(x: jax.Array, vectors: list[jax.Array], axis: int) -> jax.Array:
+    for v in vectors:
+        x = x * jnp.expand_dims(v.astype(x.dtype), [k for k in range(x.ndim) if k != axis])
+    return x
 
 
 def _split_groups(f: Factored, out_axis: int, groups: int) -> tuple[Factored, str] | None:

@@ -3,50 +3,54 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jlora import _compat, _contract
 from jlora._context import Context, Role, Value
-from jlora._factored import Factored, Network, fresh, unify, widened
+from jlora._factored import Factored, Network, folded, fresh, unify, widened
 
 
-def dot_general(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value]:
+def dot_general(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value] | None:
     if isinstance(left, Factored) and isinstance(right, Factored):  # one is formed: rows of a table, or the left
         left, right = (left, ctx.form(eqn, right)) if right.read and not left.read else (ctx.form(eqn, left), right)
     first = isinstance(right, Factored)
     x: Any = left if first else right
-    f = unify(ctx.drop(right if first else left))
+    f, formed = folded(unify(ctx.drop(right if first else left)))
     (x_in, f_in), (x_batch, f_batch) = ((d if first else d[::-1]) for d in eqn.params["dimension_numbers"])
-    (base,) = _compat.bind(eqn, *((x, f.base) if first else (f.base, x)))
-
-    roles: dict[str, Role] = {}
-    for k, axis in enumerate(f.axes):
-        roles |= dict.fromkeys(axis, "in" if k in f_in else "stack" if k in f_batch else "out")
-    inner = math.prod(f.shape[k] for k in f_in)
-    ctx.record(eqn, f, roles, flops=2 * base.size * inner, added=2 * x.size / max(inner, 1) * _width(f))
-    if not f.networks:
-        return [base]
+    inner = {c for k in f_in for c in f.axes[k]}
+    shared = {c for k in (*f_in, *f_batch) for c in f.axes[k]}
+    before = [g for g in f.gains if set(g.terms[0]) & inner and set(g.terms[0]) <= shared]
+    after = [g for g in f.gains if not set(g.terms[0]) & inner]
+    if len(before) + len(after) < len(f.gains) or (before and not jnp.issubdtype(x.dtype, jnp.floating)):
+        return None
 
     spelled = {k: f.axes[j] for k, j in (*zip(x_in, f_in, strict=True), *zip(x_batch, f_batch, strict=True))}
     x_free = [k for k in range(x.ndim) if k not in spelled]
     for k, c in zip(x_free, fresh([f.used()], len(x_free)), strict=True):
         spelled[k] = c
     letters = "".join(spelled[k] for k in range(x.ndim))
-    sizes = [
-        n for k in range(x.ndim) for n in ([f.letter(c).size for c in spelled[k]] if k not in x_free else [x.shape[k]])
-    ]
     batch = [spelled[k] for k in x_batch]
     free = [[spelled[k] for k in x_free], [f.axes[j] for j in range(len(f.axes)) if j not in (*f_in, *f_batch)]]
     out = "".join([*batch, *free[not first], *free[first]])
-    known = {**dict(zip(letters, sizes, strict=True)), **{c.name: c.size for c in f.letters}}
-    x = x.reshape(sizes)
+    known = {spelled[k]: x.shape[k] for k in x_free} | {c.name: c.size for c in f.letters}
+
+    gained = _contract.gain(x, letters, known, before)
+    (base,) = _compat.bind(eqn, *((gained, f.base) if first else (f.base, gained)))
+    base = _contract.gain(base, out, known, after)
+    roles: dict[str, Role] = {}
+    for k, axis in enumerate(f.axes):
+        roles |= dict.fromkeys(axis, "in" if k in f_in else "stack" if k in f_batch else "out")
+    depth = math.prod(f.shape[k] for k in f_in)
+    added = f.base.size if formed else 2 * x.size / max(depth, 1) * _width(f)
+    ctx.record(eqn, f, roles, factored=not formed, flops=2 * base.size * depth, added=added)
+
+    x = x.reshape([known[c] for c in letters])
     if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != f.dtype:  # a mixed product is as exact as its wider side
         x = x.astype(max(widened(x.dtype), widened(f.dtype), key=lambda dtype: dtype.itemsize))
     for n in f.networks:
         y = _contract.apply(x, letters, n, out, dtype=base.dtype, first=first, precision=eqn.params["precision"])
-        if y.shape != base.shape:
-            y = jnp.broadcast_to(y, [known[c] for c in out]).reshape(base.shape)
-        base = base + y
+        base = base + jnp.broadcast_to(y, [known[c] for c in out]).reshape(base.shape)
     return [base]
 
 
@@ -65,30 +69,43 @@ def ragged_dot_general(ctx: Context, eqn: Any, x: Value, f: Value, sizes: Value)
     free = tuple(k for k in range(x.ndim) if k not in (*x_in, *x_batch))
     if free != tuple(dims.lhs_ragged_dimensions):
         return None
-    f = unify(ctx.drop(f))
+    f, formed = folded(unify(ctx.drop(f)))
     group, batch = f.axes[groups[0]], {f.axes[k] for k in f_batch}
     if any(len(axis) > 1 for axis in f.axes) or not all(_carries_groups(n, group, batch) for n in f.networks):
         return None
-    (base,) = _compat.bind(eqn, x, f.base, sizes)
-    roles: dict[str, Role] = {
-        axis: "in" if k in f_in else "stack" if k in (*groups, *f_batch) else "out" for k, axis in enumerate(f.axes)
-    }
-    inner = math.prod(f.shape[k] for k in f_in)
-    width = _width(f) // max(f.shape[groups[0]], 1)
-    ctx.record(eqn, f, roles, flops=2 * base.size * inner, added=2 * x.size / max(inner, 1) * width)
-    if not f.networks:
-        return [base]
     row = fresh([f.used()])
     spelled = {k: f.axes[j] for k, j in (*zip(x_in, f_in, strict=True), *zip(x_batch, f_batch, strict=True))}
     letters = "".join(spelled.get(k, row) for k in range(x.ndim))
     rest = [a for k, a in enumerate(f.axes) if k not in (*f_batch, *f_in, *groups)]
     out = "".join([*(spelled[k] for k in x_batch), row, *rest])
+    known = {row: x.shape[free[0]]} | {c.name: c.size for c in f.letters}
+    gains = [_by_row(g, group, row, sizes, known[row]) for g in f.gains]
+    inner = {f.axes[k] for k in f_in}
+    before = [g for g in gains if set(g.terms[0]) & inner and set(g.terms[0]) <= set(letters)]
+    after = [g for g in gains if not set(g.terms[0]) & inner]
+    if len(before) + len(after) < len(gains):
+        return None
+
+    (base,) = _compat.bind(eqn, _contract.gain(x, letters, known, before), f.base, sizes)
+    base = _contract.gain(base, out, known, after)
+    roles: dict[str, Role] = {
+        axis: "in" if k in f_in else "stack" if k in (*groups, *f_batch) else "out" for k, axis in enumerate(f.axes)
+    }
+    depth = math.prod(f.shape[k] for k in f_in)
+    added = f.base.size if formed else 2 * x.size / max(depth, 1) * (_width(f) // max(f.shape[groups[0]], 1))
+    ctx.record(eqn, f, roles, factored=not formed, flops=2 * base.size * depth, added=added)
     for n in f.networks:
         y = _contract.apply(
             x, letters, n, out, dtype=base.dtype, precision=eqn.params["precision"], groups=(group, sizes)
         )
         base = base + jnp.broadcast_to(y, base.shape)
     return [base]
+
+
+def _by_row(gain: Network, group: str, row: str, sizes: jax.Array, rows: int) -> Network:
+    """A gain of each expert as one of each row."""
+    expert = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=rows)
+    return gain.map(group, lambda a, axis: jnp.take(a, expert, axis=axis), row)
 
 
 def _carries_groups(n: Network, group: str, batch: set[str]) -> bool:

@@ -9,7 +9,7 @@ from jax import lax
 
 from jlora import _compat, _contract
 from jlora._context import Context, Role, Value
-from jlora._factored import Factored, Letter, Network, fresh, map_letter, respell, unify
+from jlora._factored import Factored, Letter, Network, fresh, map_letter, respell, scalar, unify
 
 
 def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | None:
@@ -27,12 +27,15 @@ def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | No
         return None
     if not all(_carries(n, {f.axes[k] for k in touched}) for n in f.networks):
         return None
+    if fills:  # what is filled has no gain: each has to know where
+        f = _with_letters(f, [f.axes[k] for k in touched])
     (base,) = _compat.bind(eqn, f.base, indices)
 
     new = fresh([f.used()], indices.ndim - 1)
     batch = [Letter(c, n) for c, n in zip(new, indices.shape[:-1], strict=True)]
     window = {k: f.axes[k] for k in windows}
-    networks = tuple(_gathered(n, f, eqn, indices, "".join(new)) for n in f.networks)
+    networks = tuple(_gathered(n, f, eqn, indices, "".join(new), fill=0) for n in f.networks)
+    gains = tuple(_gathered(n, f, eqn, indices, "".join(new), fill=1) for n in f.gains)
     axes = _place([window[k] for k in windows], [x.name for x in batch], d.offset_dims)
     letters = [
         x._replace(size=p["slice_sizes"][k])
@@ -40,7 +43,7 @@ def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | No
         for x in f.letters
         if x.name in f.axes[k] and len(f.axes[k]) == 1
     ]
-    out = respell(dataclasses.replace(f, networks=networks), base, axes, (*batch, *letters))
+    out = respell(dataclasses.replace(f, networks=networks, gains=gains), base, axes, (*batch, *letters))
     inside = (_inside(f, eqn, indices), new) if fills and f.networks else None
     value = read(
         ctx, eqn, f, out, [f.axes[k] for k in indexed], [f.axes[k] for k in d.operand_batching_dims], inside=inside
@@ -64,16 +67,29 @@ def _carries(network: Network, names: set[str]) -> bool:
     return all(any(name in t for t in network.terms) for name in names)
 
 
-def _gathered(n: Network, f: Factored, eqn: Any, indices: jax.Array, batch: str) -> Network:
-    """The same rows of every factor that has them; rows out of bounds are zero, as the base decides their value."""
-    pairs = [_rows(a, t, f, eqn, indices, batch) for a, t in zip(n.factors, n.terms, strict=True)]
+def _with_letters(f: Factored, names: list[str]) -> Factored:
+    """The same weight, every gain with an axis for every one of the letters."""
+
+    def gain(g: Network) -> Network:
+        new = [c for c in names if c not in g.terms[0]]
+        value = jnp.broadcast_to(g.factors[0], (*(f.letter(c).size for c in new), *g.factors[0].shape))
+        return dataclasses.replace(g, factors=(value,), terms=("".join(new) + g.terms[0],))
+
+    return dataclasses.replace(f, gains=tuple(map(gain, f.gains)))
+
+
+def _gathered(n: Network, f: Factored, eqn: Any, indices: jax.Array, batch: str, fill: int) -> Network:
+    """The same rows of every factor that has them; rows out of bounds are filled, as the base decides their value."""
+    pairs = [_rows(a, t, f, eqn, indices, batch, fill) for a, t in zip(n.factors, n.terms, strict=True)]
     key = None if n.key is None else n.key.reshape(-1)[0]  # one serves all rows: their inputs are drawn apart
     return dataclasses.replace(
         n, factors=tuple(a for a, _ in pairs), terms=tuple(t for _, t in pairs), key=key, key_term=""
     )
 
 
-def _rows(factor: jax.Array, term: str, f: Factored, eqn: Any, indices: jax.Array, batch: str) -> tuple[jax.Array, str]:
+def _rows(
+    factor: jax.Array, term: str, f: Factored, eqn: Any, indices: jax.Array, batch: str, fill: int
+) -> tuple[jax.Array, str]:
     p, d = eqn.params, eqn.params["dimension_numbers"]
     axis = {f.axes[k]: k for k in range(len(f.shape)) if len(f.axes[k]) == 1}
     dims = [axis.get(c) for c in term]  # for every axis of the factor, the weight's axis
@@ -98,7 +114,7 @@ def _rows(factor: jax.Array, term: str, f: Factored, eqn: Any, indices: jax.Arra
         start_indices_batching_dims=tuple(s for _, s in batching),
     )
     picked = indices[..., jnp.array(columns, jnp.int32)] if columns else indices[..., :0]
-    rows = lax.gather(factor, picked, numbers, tuple(sizes), mode=p["mode"], fill_value=0)
+    rows = lax.gather(factor, picked, numbers, tuple(sizes), mode=p["mode"], fill_value=fill)
     return rows, batch + "".join(term[j] for j in windows)
 
 
@@ -150,13 +166,15 @@ def read(
     roles: dict[str, Role] = {x.name: "out" for x in f.letters}
     roles.update({**dict.fromkeys(indexed, "in"), **dict.fromkeys(stacked, "stack")})
     ctx.record(eqn, f, roles, added=2 * sum(out.base.size * a.shape[-1] for n in out.networks for a in n.factors[:1]))
-    value = out.base
     spelled = "".join(out.axes)
+    value = _contract.gain(out.base, spelled, {x.name: x.size for x in out.letters}, out.gains)
     for n in out.networks:
         order = sorted(range(len(n.terms)), key=lambda k: not any(c in n.terms[k] for c in _new(out)))
         n = dataclasses.replace(n, factors=tuple(n.factors[k] for k in order), terms=tuple(n.terms[k] for k in order))
-        head, rest = n.factors[0].astype(value.dtype), Network(n.factors[1:], n.terms[1:], n.scale)
-        y = _contract.apply(head, n.terms[0], rest, spelled, dtype=value.dtype)
+        head, rest = n.factors[0], Network(n.factors[1:], n.terms[1:], n.scale)
+        if not rest.factors:
+            head = head * scalar(n.scale, head.dtype)
+        y = _contract.apply(head.astype(value.dtype), n.terms[0], rest, spelled, dtype=value.dtype)
         y = jnp.broadcast_to(y, [out.size(c) for c in spelled])
         if inside:
             y = jnp.where(_contract.spread(*inside, spelled), y, jnp.zeros((), y.dtype))

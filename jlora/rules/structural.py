@@ -177,11 +177,11 @@ def _cut(f: Factored, base: jax.Array, cuts: list[tuple[int, int, int]]) -> list
     for k, (start, limit, stride) in enumerate(cuts):
         if (start, limit, stride) == (0, f.shape[k], 1):
             continue
-        if len(f.axes[k]) > 1:
+        major, minor = f.axes[k][0], f.size(f.axes[k][1:])  # whole blocks of an axis of several letters
+        if start % minor or limit % minor or (minor > 1 and stride != 1):
             return None
-        f = map_letter(
-            f, f.axes[k], functools.partial(_slice_axis, start=start, limit=limit, stride=stride), base.shape[k]
-        )
+        cut = functools.partial(_slice_axis, start=start // minor, limit=limit // minor, stride=stride)
+        f = map_letter(f, major, cut, base.shape[k] // minor)
     return [dataclasses.replace(f, base=base)]
 
 
@@ -204,7 +204,7 @@ def pad(ctx: Context, eqn: Any, f: Value, value: Value) -> list[Value] | None:
 
 
 def _pad_letter(f: Factored, name: str, config: tuple[int, int, int], size: int) -> Factored:
-    """Pads with zeros, in every network; one that is the same along the letter gets a term that says where it ends."""
+    """Pads networks with zeros and gains with ones; what is the same along the letter has to say where it ends."""
     old = f.letter(name).size
 
     def marked(n: Network) -> Network:
@@ -212,14 +212,21 @@ def _pad_letter(f: Factored, name: str, config: tuple[int, int, int], size: int)
             return n
         return dataclasses.replace(n, factors=(*n.factors, jnp.ones(old, n.factors[0].dtype)), terms=(*n.terms, name))
 
-    f = dataclasses.replace(f, networks=tuple(map(marked, f.networks)))
+    def spread(g: Network) -> Network:
+        if name in g.terms[0]:
+            return g
+        factor = jnp.broadcast_to(g.factors[0], (old, *g.factors[0].shape))
+        return dataclasses.replace(g, factors=(factor,), terms=(name + g.terms[0],))
 
-    def fn(a: jax.Array, axis: int) -> jax.Array:
+    def pad_with(value: int, a: jax.Array, axis: int) -> jax.Array:
         if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             return a
-        return lax.pad(a, jnp.zeros((), a.dtype), [config if k == axis else (0, 0, 0) for k in range(a.ndim)])
+        return lax.pad(a, jnp.asarray(value, a.dtype), [config if k == axis else (0, 0, 0) for k in range(a.ndim)])
 
-    return map_letter(f, name, fn, size)
+    networks = tuple(marked(n).map(name, functools.partial(pad_with, 0)) for n in f.networks)
+    gains = tuple(spread(g).map(name, functools.partial(pad_with, 1)) for g in f.gains)
+    letters = tuple(x._replace(size=size) if x.name == name else x for x in f.letters)
+    return dataclasses.replace(f, networks=networks, gains=gains, letters=letters)
 
 
 def concatenate(ctx: Context, eqn: Any, *values: Value) -> list[Value] | None:
@@ -262,25 +269,26 @@ def _side_by_side(values: Sequence[Value], base: jax.Array, axis: int) -> Factor
 def join(weights: list[Factored], base: jax.Array) -> Factored:
     """One weight with the networks of several, whose axes are of one letter and one size each."""
     first = weights[0]
-    networks, origins = list(first.networks), {x.name: x.origins for x in first.letters}
+    networks, gains, origins = list(first.networks), list(first.gains), {x.name: x.origins for x in first.letters}
     for f in weights[1:]:
         ranks = [c for c in dict.fromkeys(f.used()) if c not in f.axes]
         apart = fresh([f.used(), first.used()], len(ranks) + len(f.axes))
         f = rename(f, dict(zip([*ranks, *f.axes], apart, strict=True)))
         f = rename(f, dict(zip(f.axes, first.axes, strict=True)))
         networks += f.networks
+        gains += f.gains
         for x in f.letters:
             origins[x.name] = (*origins[x.name], *x.origins)
     letters = tuple(Letter(c, n, origins[c]) for c, n in zip(first.axes, base.shape, strict=True))
     paths = tuple(dict.fromkeys(p for f in weights for p in f.paths))
-    return Factored(base, tuple(networks), first.axes, letters, paths)
+    return Factored(base, tuple(networks), first.axes, letters, paths, gains=tuple(gains))
 
 
 def add(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value] | None:
     """The sum of two weights, or of a weight and what carries no update, which then belongs to the base."""
     if not (isinstance(left, Factored) and isinstance(right, Factored)):
         return _add_to_base(eqn, left, right)
-    if left.shape != right.shape or left.read or right.read:
+    if left.shape != right.shape or left.read or right.read or left.gains or right.gains:
         return None
     left, right = unify(left), unify(right)
     if any(len(a) > 1 for a in (*left.axes, *right.axes)) or not (left.is_matrix and right.is_matrix):
@@ -293,7 +301,9 @@ def add(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value] | None
 
 def _add_to_base(eqn: Any, left: Value, right: Value) -> list[Value] | None:
     f = left if isinstance(left, Factored) else right
-    if f.is_dense or not f.is_matrix or f.read or eqn.outvars[0].aval.shape != f.shape:  # a dense update costs nothing
+    if (
+        f.is_dense or not f.is_matrix or f.read or f.gains or eqn.outvars[0].aval.shape != f.shape
+    ):  # a dense update costs nothing
         return None
     (base,) = _compat.bind(eqn, *(v.base if v is f else v for v in (left, right)))
     f = _times(f, -1.0) if eqn.primitive.name == "sub" and f is right else f
@@ -314,10 +324,10 @@ def mul(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value] | None
         return None
     f = unify(f)
     along = [k for k, n in enumerate(shape) if n > 1]
-    if along and (f.read or len(along) == len(_wide(f)) or any(len(f.axes[k]) > 1 for k in along)):
+    if along and (f.read or len(along) == len(_wide(f))):
         return None
     term = "".join(f.axes[k] for k in along)
-    vector = jnp.asarray(v).reshape([shape[k] for k in along])
+    vector = jnp.asarray(v).reshape([f.letter(c).size for c in term])
 
     def network(n: Network) -> Network:
         factor = vector.astype(n.factors[0].dtype)

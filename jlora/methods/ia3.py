@@ -1,0 +1,46 @@
+"""IA3: a trained vector that scales the weight along its out or its in axes."""
+
+import dataclasses
+from typing import Any, Literal, final
+
+import jax
+import jax.numpy as jnp
+
+from jlora._factored import Factored
+from jlora._method import Method, Update
+from jlora._site import Site
+from jlora.methods import _axes, _check
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class IA3(Method):
+    """Multiplies a weight by a vector along its out axes, or its in axes: what it hands on, or takes in, is scaled.
+
+        W diag(l)    or    diag(l) W,    l: (*stack, *out) or (*stack, *in), ones at the start
+
+    A gain and no network: the cost of a bias.
+
+    Arguments:
+        axis: "out" (keys, values) or "in" (the second feed-forward kernel).
+
+    Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning,
+    arXiv:2205.05638.
+    """
+
+    axis: Literal["out", "in"] = "out"
+
+    scales_base = True
+
+    def __post_init__(self) -> None:
+        _check.choice(self, "out", "in", axis=self.axis)
+
+    def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
+        return {"l": jnp.ones((*site.sizes("stack"), *site.sizes(self.axis)), dtype)}
+
+    def lower(self, update: Update, w: Factored) -> Factored:
+        stack, inner, outer = _axes.letters(w, update.roles)
+        vector = update["l"]
+        if update.scale != 1:
+            vector = 1 + update.scale * (vector - 1)
+        return _axes.multiply(w, vector, stack + (outer if self.axis == "out" else inner))

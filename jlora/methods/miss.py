@@ -1,0 +1,51 @@
+"""MiSS: one thin matrix, repeated along the in axes."""
+
+import dataclasses
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+
+from jlora._factored import Factored
+from jlora._method import Method, Update
+from jlora._site import Site
+from jlora.methods import _axes, _check
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class MiSS(Method):
+    """Adds one thin matrix, repeated along the weight's in axes.
+
+        W + [I; ...; I] B,    B: (*stack, rank, *out), zero at the start
+
+    In letters `ro -> (t r), o`: the input is summed in strides of the rank, and then multiplied.
+
+    Arguments:
+        rank: the height of B, a divisor of the weight's joint in size.
+        dropout: the share of the branch's input that is dropped in training, in [0, 1).
+
+    Kang and Yin 2024, MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure,
+    arXiv:2409.15371.
+    """
+
+    rank: int = 64
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check.whole(self, rank=self.rank)
+        _check.share(self, dropout=self.dropout)
+
+    def refusal(self, site: Site) -> str:
+        if site.refusal or _axes.blocks_fit(site.sizes("in"), self.rank):
+            return site.refusal
+        would = _axes.blocks_that_fit(site, "in", self.rank)
+        return f"rank {self.rank} does not divide its in axes {site.sizes('in')}; {would} would"
+
+    def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
+        return {"b": jnp.zeros((*site.sizes("stack"), self.rank, *site.sizes("out")), dtype)}
+
+    def lower(self, update: Update, w: Factored) -> Factored:
+        stack, inner, outer = _axes.letters(w, update.roles)
+        w, _, row = _axes.blocks(w, inner, self.rank)
+        return _axes.add(w, [(update["b"], stack + row + outer)], {}, update.scale, **_axes.dropout(update, stack))
