@@ -1,6 +1,11 @@
 """Low-rank adaptation (LoRA) of any JAX program, as a function transformation."""
 
+from jlora._budget import rank_budget as rank_budget
 from jlora._dropout import with_dropout as with_dropout
+from jlora._gradients import lora_fa_gradient as lora_fa_gradient
+from jlora._gradients import lora_plus as lora_plus
+from jlora._gradients import orthogonality as orthogonality
+from jlora._gradients import riemannian as riemannian
 from jlora._merge import merge as merge
 from jlora._merge import scale as scale
 from jlora._merge import unmerge as unmerge
@@ -8,7 +13,11 @@ from jlora._method import Method as Method
 from jlora._method import Update as Update
 from jlora._optim import labels as labels
 from jlora._optim import mask as mask
+from jlora._rank import truncate as truncate
+from jlora._rank import with_rank as with_rank
 from jlora._site import Site as Site
+from jlora._targets import restart as restart
+from jlora._targets import with_biases as with_biases
 from jlora._trace import Explanation as Explanation
 from jlora._trace import Sites as Sites
 from jlora._trace import explain as explain

@@ -123,7 +123,7 @@ def scan(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
         return out, ys
 
     first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), sliced)
-    carry = _steady(ctx, eqn, [init[k] for k in free], lambda c: body(c, first)[0])
+    carry = _steady(ctx, eqn, [init[k] for k in free], lambda c, step: body(c, step)[0], first)
     carry, ys = lax.scan(
         formed_body,
         carry,
@@ -137,10 +137,10 @@ def scan(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
     return [*(done[k] for k in range(n_carry)), *(_stacked(y, length) if _is_weight(y) else y for y in ys)]
 
 
-def _steady(ctx: Context, eqn: Any, carry: list[Value], body: Callable[[list[Value]], list[Value]]) -> list[Value]:
+def _steady(ctx: Context, eqn: Any, carry: list[Value], body: Callable[..., list[Value]], *step: Any) -> list[Value]:
     """Forms those carried weights that a step does not hand on in the same form."""
     while any(map(_is_weight, carry)):
-        out = jax.eval_shape(body, carry)
+        out = jax.eval_shape(body, carry, *step)
         changed = [
             _is_weight(a) and jax.tree.map(_type, a) != jax.tree.map(_type, b) for a, b in zip(carry, out, strict=True)
         ]

@@ -58,22 +58,22 @@ def unmerge(params: Any, adapter: Adapters) -> Any:
 def _fold(params: Any, adapters: list[Adapter], one: Callable[..., jax.Array], donate: bool) -> Any:
     leaves = named_leaves(params)
     check(adapters, {path: leaf for path, leaf in leaves if is_array(leaf)})
-    run = jax.jit(one, static_argnames=("path",), donate_argnums=(0,) if donate else ())
+    run = jax.jit(one, donate_argnums=(0,) if donate else ())
     new = []
-    for path, leaf in leaves:
-        mine = [{path: dataclasses.replace(a[path], key=None)} for a in adapters if path in a]
-        new.append(run(leaf, mine, path=path) if mine else leaf)
+    for path, leaf in leaves:  # under one name for all, so that weights of one shape share a compiled program
+        mine = [{"": dataclasses.replace(a[path], key=None)} for a in adapters if path in a]
+        new.append(run(leaf, mine) if mine else leaf)
     return jax.tree.unflatten(jax.tree.structure(params), new)
 
 
-def _merged(w: jax.Array, adapters: list[Adapter], path: str) -> jax.Array:
-    return dense(lowered(adapters, w, path))
+def _merged(w: jax.Array, adapters: list[Adapter]) -> jax.Array:
+    return dense(lowered(adapters, w, ""))
 
 
-def _unmerged(w: jax.Array, adapters: list[Adapter], path: str) -> jax.Array:
+def _unmerged(w: jax.Array, adapters: list[Adapter]) -> jax.Array:
     value = w.astype(widened(w.dtype))
     for adapter in reversed(adapters):
-        f = lowered([adapter], value, path)
+        f = lowered([adapter], value, "")
         gains = [spanned(gain, f, value.dtype) for gain in f.gains]
         value = functools.reduce(jax.numpy.divide, gains, value - delta(f, value.dtype))
     return value.astype(w.dtype)

@@ -125,7 +125,7 @@ def init(key: jax.Array, sites: Sites, targets: Targets, *, params: Any = None, 
     leaves = dict(named_leaves(params))
     return {
         path: _update(key, sites[path], method, dtype, leaves.get(path))
-        for path, method in _choose(sites, targets).items()
+        for path, method in choose(sites, targets).items()
     }
 
 
@@ -137,6 +137,9 @@ def _update(key: jax.Array, site: Site, method: Method, dtype: Any, base: jax.Ar
             f"{type(method).__name__} cannot adapt {site.path} {site.shape}: {refusal}. "
             f"Narrow the pattern, or exclude the path with an earlier pattern and None.{other}"
         )
+    if method.offset and method.scales_base:
+        name = type(method).__name__
+        raise ValueError(f"{name} scales the weight and starts from the base anyhow: leave out offset at {site.path}.")
     if method.starts_from_base and base is None:
         raise ValueError(f"{method} starts from the weight {site.path}: pass jlora.init(..., params=params).")
     if base is not None and base.shape != site.shape:
@@ -156,7 +159,8 @@ def path_number(path: str) -> int:
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little")
 
 
-def _choose(sites: Sites, targets: Targets) -> dict[str, Method]:
+def choose(sites: Sites, targets: Targets) -> dict[str, Method]:
+    """The method of every path that targets choose."""
     if isinstance(targets, Method):
         chosen = {path: targets for path, site in sites.items() if site.is_product}
         if not chosen:

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jlora
 
@@ -12,10 +13,10 @@ VOCABULARY, WIDTH, HIDDEN, LAYERS = 11, 8, 12, 3
 
 def params() -> dict:
     """Random parameters, no two alike."""
-    keys = iter(jax.random.split(jax.random.key(7), 8))
+    rng = np.random.default_rng(7)
 
     def normal(*shape: int) -> jax.Array:
-        return 0.3 * jax.random.normal(next(keys), shape)
+        return jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32)
 
     return {
         "embed": normal(VOCABULARY, WIDTH),
@@ -50,16 +51,14 @@ def sites() -> jlora.Sites:
 
 def adapter(method: jlora.Method | None = None, seed: int = 3) -> dict:
     """An adapter of every weight that a product uses, all its factors non-zero."""
-    made = jlora.init(jax.random.key(seed), sites(), jlora.LoRA(rank=2, alpha=3.0) if method is None else method)
-    return nonzero(made, seed)
+    method = jlora.LoRA(rank=2, alpha=3.0) if method is None else method
+    return nonzero(jax.eval_shape(lambda: jlora.init(jax.random.key(seed), sites(), method)), seed)
 
 
 def nonzero(tree: dict, seed: int = 3) -> dict:
     """The same tree with random numbers in every array."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    new = [0.3 * jax.random.normal(k, a.shape).astype(a.dtype) for k, a in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, new)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: jnp.asarray(0.3 * rng.normal(size=a.shape), a.dtype), tree)
 
 
 def loss(y: jax.Array) -> jax.Array:

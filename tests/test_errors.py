@@ -52,6 +52,49 @@ def test_a_rank_that_is_none(rank):
         jlora.LoRA(rank=rank)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: jlora.LoRA(dropout=1.0), r"dropout is a share in \[0, 1\), not 1.0"),
+        (lambda: jlora.LoRA(start="svd"), r"start is one of gaussian, .*olora.*'svd'"),
+        (lambda: jlora.LoRA(start="pissa", groups=2), "a start, or initialisers, or groups"),
+        (lambda: jlora.LoRA(groups=3, enable=(True, False)), "each of the 3 groups"),
+        (lambda: jlora.LoRA(groups=2, enable=(False, False)), "at least one"),
+        (lambda: jlora.Hadamard(8, 3), "k = 3 does not divide its rank 8; rank 6, 9 would do"),
+        (lambda: jlora.Hadamard(8, 2, "relu"), "of is one of 'lora', 'additive', 'tanh', 'sigmoid', not 'relu'"),
+        (lambda: jlora.HRA(5), "4 or 6 would do, not 5"),
+        (lambda: jlora.IA3("both"), "axis is one of 'out', 'in', not 'both'"),
+        (lambda: jlora.OFT(1), "block is at least 2"),
+        (lambda: jlora.LoKr(factor=0), "factor is a whole number from 1 on, not 0"),
+        (lambda: jlora.FourierFT(n=0), "n is a whole number"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_hyper_parameters_that_make_no_sense(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (jlora.Additive(3), r"mix/kernel .*rank 3 does not divide its in axes \(8,\); 1, 2, 4, 8 would"),
+        (jlora.MiSS(5), r"mix/kernel .*rank 5 does not divide its in axes \(8,\); 1, 2, 4, 8 would"),
+        (jlora.OFT(3), r"mix/kernel .*3\^1 does not divide its in size 8; blocks that do: 2, 4, 8"),
+        (jlora.LoRA(2, groups=3), "mix/kernel .*3 groups do not divide axis 1, 'out' of size 8"),
+        (jlora.LoRA(5, groups=2), "mix/kernel .*rank 5 .*out size 4 of each of 2 groups; lower the rank"),
+        (jlora.SHiRA(5), "mix/kernel .*80 entries are more than its 8 x 8"),
+        (jlora.Hadamard(2, 1, "tanh", dropout=0.5), "mix/kernel .*dropout needs a branch"),
+        (jlora.LoRA(2, start="pissa"), r"starts from the weight mix/kernel: pass jlora.init\(..., params=params\)"),
+        (jlora.DoRA(2, offset=True), "DoRA scales the weight .*leave out offset at mix/kernel"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, jlora.Method) else "",
+)
+def test_hyper_parameters_that_do_not_fit(method, message):
+    with pytest.raises(ValueError, match=message):
+        jlora.init(KEY, small.sites(), {"mix/kernel": method})
+
+
 def test_a_rank_above_the_axes():
     with pytest.raises(ValueError, match=r"cannot adapt mix/kernel \(8, 8\): rank 9 .* in size 8 .* out size 8"):
         jlora.init(KEY, small.sites(), {"mix/kernel": jlora.LoRA(rank=9)})

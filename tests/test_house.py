@@ -23,7 +23,7 @@ LAYERS = [
     ["methods"],
     ["_trace"],
     ["_transform"],
-    ["_dropout", "io", "io.orbax"],
+    ["_dropout", "_rank", "_gradients", "_budget", "_targets", "io", "io.orbax"],
     [""],
 ]
 

@@ -134,7 +134,10 @@ def _rebuild(path: str, said: dict[str, Any], arrays: dict[str, Any]) -> Update:
     if said["method"] not in METHODS:
         raise CheckpointError(f"{path} has the method {said['method']!r}, and this release of jlora has none such.")
     try:
-        method = METHODS[said["method"]](**said["hyperparameters"])
+        values: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in said["hyperparameters"].items()
+        }
+        method = METHODS[said["method"]](**values)
     except TypeError as error:
         raise CheckpointError(f"{path}: {said['method']} in this release does not take {error}.") from error
     groups: dict[str, dict[str, jax.Array]] = {"factors": {}, "frozen": {}}

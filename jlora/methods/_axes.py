@@ -81,7 +81,7 @@ def as_matrix(array: jax.Array, roles: Sequence[Role]) -> jax.Array:
 
 def matrix(w: Factored, roles: Sequence[Role]) -> jax.Array:
     """The whole weight, as `as_matrix` gives it."""
-    return as_matrix(dense(w, widened(w.dtype)), roles)
+    return as_matrix(jnp.asarray(dense(w, widened(w.dtype))), roles)
 
 
 def rank_above(site: Site, rank: int) -> str:

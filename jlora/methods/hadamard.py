@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Any, Literal, final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class Hadamard(Method):
     Arguments:
         rank: k r', the width of all terms together.
         k: the number of terms.
-        of: what a term is.
+        of: what a term is, "lora", "additive", "tanh" or "sigmoid".
         alpha: the numerator of the scale; None makes the scale 1.
         rank_stabilized: divides alpha by sqrt(rank) instead of rank.
         dropout: the share of the branch's input that is dropped in training, in [0, 1).
@@ -47,7 +47,7 @@ class Hadamard(Method):
 
     rank: int = 8
     k: int = 2
-    of: Literal["lora", "additive", "tanh", "sigmoid"] = "lora"
+    of: str = "lora"
     alpha: float | None = None
     rank_stabilized: bool = False
     dropout: float = 0.0

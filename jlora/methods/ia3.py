@@ -1,7 +1,7 @@
 """IA3: a trained vector that scales the weight along its out or its in axes."""
 
 import dataclasses
-from typing import Any, Literal, final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ class IA3(Method):
     arXiv:2205.05638.
     """
 
-    axis: Literal["out", "in"] = "out"
+    axis: str = "out"
 
     scales_base = True
 

@@ -169,6 +169,8 @@ class LoRA(Method):
         rank = next(c for c in _axes.ranks(w, 2) if c != kept)
         outer = outer.replace(group, "") if group else outer
         pairs = [(update["a"], stack + inner + kept + rank), (update["b"], stack + kept + rank + outer), *pairs]
+        if "kept" in update.frozen:
+            pairs.append((update["kept"], rank))
         sizes = {rank: self.rank, kept: len(self._enabled())} if kept else {rank: self.rank}
         return _axes.add(w, pairs, sizes, self.scale * update.scale, **_axes.dropout(update, stack))
 

@@ -160,7 +160,7 @@ def read(
         inside: which rows lie within bounds, and the letters of its axes. The others are filled, with not-a-number as a
             rule: their cotangent may be none either, and must not reach the factors.
     """
-    left = [x for x in out.letters if x.size > 1 and x.origins]
+    left = [axis for axis in out.axes if any(x.size > 1 and x.origins for x in out.letters if x.name in axis)]
     if not indexed or len(left) > 1:
         return out
     roles: dict[str, Role] = {x.name: "out" for x in f.letters}

@@ -1,0 +1,128 @@
+"""What every method owes: the base at its start, a gradient there, a place on disk, and the same on eight devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from methods import METHODS, fitting
+
+import jlora
+from tests import small
+
+KEY = jax.random.key(0)
+PATHS = ("embed", "layers/down", "layers/up", "mix/kernel")
+NAMES = sorted(METHODS)
+
+# One method of every nature; the others by night.
+NATURES = {"lora", "additive", "delora", "dora", "full", "hadamard_sigmoid", "hra", "ia3_in", "lokr_both", "oft"}
+BY_NIGHT = [pytest.param(name, marks=[] if name in NATURES else [pytest.mark.nightly]) for name in NAMES]
+
+
+def targets_of(name: str, **changes: object) -> dict[str, jlora.Method]:
+    sites = small.sites()
+    return {path: dataclasses.replace(fitting(name, sites[path]), **changes) for path in PATHS}
+
+
+def adapter_of(name: str, **changes: object) -> dict:
+    """A new adapter, made in one compiled call."""
+    return jax.jit(lambda params: jlora.init(KEY, small.sites(), targets_of(name, **changes), params=params))(
+        small.params()
+    )
+
+
+@jax.jit
+def run(params: dict, adapter: dict) -> jax.Array:
+    return jlora.adapt(small.model, on_dense="allow")(params, adapter, small.tokens())
+
+
+@jax.jit
+def derivative(params: dict, adapter: dict) -> tuple[jax.Array, dict]:
+    """The output, and the gradient of a sum of it."""
+    y, pull = jax.vjp(lambda adapter: run(params, adapter), adapter)
+    (gradient,) = pull(jnp.cos(jnp.arange(float(y.size))).reshape(y.shape))
+    return y, gradient
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_start_is_the_base_and_can_be_left(name):
+    params, adapter = small.params(), adapter_of(name)
+    base = small.model(params, small.tokens())
+    y, gradient = derivative(params, adapter)
+    np.testing.assert_allclose(y, base, atol=3e-6 * float(jnp.abs(base).max()))
+    for path, update in gradient.items():
+        assert any(float(jnp.abs(g).max()) > 1e-7 for g in update.factors.values()), path
+        assert all(not g.any() for g in jax.tree.leaves(update.frozen)), path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_offset_starts_anywhere(name):
+    if fitting(name, small.sites()["mix/kernel"]).scales_base:
+        with pytest.raises(ValueError, match="leave out offset"):
+            adapter_of(name, offset=True)
+        return
+    params = small.params()
+    adapter = adapter_of(name, offset=True)
+    moved = {
+        path: dataclasses.replace(
+            update,
+            factors=small.nonzero(update.factors),
+            frozen=update.frozen | {f"{k}_at_start": v for k, v in small.nonzero(update.factors).items()},
+        )
+        for path, update in adapter.items()
+    }
+    base = small.model(params, small.tokens())
+    np.testing.assert_allclose(run(params, moved), base, atol=2e-4 * float(jnp.abs(base).max()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_survives_the_disk(name, tmp_path):
+    params, adapter = small.params(), small.nonzero(adapter_of(name))
+    jlora.save(tmp_path / "adapter", adapter)
+    again = jlora.load(tmp_path / "adapter")
+    assert jax.tree.structure(again) == jax.tree.structure(adapter)
+    np.testing.assert_array_equal(run(params, again), run(params, adapter))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_comes_out_again_unless_it_reads_the_base(name):
+    params, adapter = small.params(), small.nonzero(adapter_of(name))
+    merged = jlora.merge(params, adapter)
+    if any(update.method.reads_base for update in adapter.values()):
+        with pytest.raises(ValueError, match="Keep the base parameters"):
+            jlora.unmerge(merged, adapter)
+        return
+    again = jlora.unmerge(merged, adapter)
+    scale = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(merged))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * scale, rtol=1e-3), again, params)
+
+
+@pytest.mark.parametrize("name", BY_NIGHT)
+def test_eight_devices_compute_the_same(name):
+    params, adapter = small.params(), small.nonzero(adapter_of(name))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = {
+        "embed": PartitionSpec(None, "model"),
+        "layers": {"up": PartitionSpec(None, "data", "model"), "down": PartitionSpec(None, "model"), "bias": None},
+        "mix": {"kernel": PartitionSpec("data"), "bias": PartitionSpec("model")},
+    }
+    cut = jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s or PartitionSpec())), params, specs)
+    whole = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec())), adapter)
+    (want, right), (got, left) = derivative(params, adapter), derivative(cut, whole)
+    np.testing.assert_allclose(got, want, atol=2e-5 * float(jnp.abs(want).max()))
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(right))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), left, right)
+
+
+@pytest.mark.parametrize("second", BY_NIGHT)
+@pytest.mark.parametrize("first", ["ia3", "lokr"])
+def test_two_adapters_apply_in_order(first, second):
+    params = small.params()
+    both = [small.nonzero(adapter_of(first), 1), small.nonzero(adapter_of(second), 2)]
+    merged = jlora.merge(jlora.merge(params, both[0]), both[1])
+    want = small.model(merged, small.tokens())
+    np.testing.assert_allclose(run(params, both), want, atol=3e-5 * float(jnp.abs(want).max()))
+    together = small.model(jlora.merge(params, both), small.tokens())
+    np.testing.assert_allclose(together, want, atol=3e-5 * float(jnp.abs(want).max()))
