@@ -36,7 +36,8 @@ class IA3(Method):
         _check.choice(self, "out", "in", axis=self.axis)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
-        return {"l": jnp.ones((*site.sizes("stack"), *site.sizes(self.axis)), dtype)}
+        along = site.sizes("out" if self.axis == "out" else "in")
+        return {"l": jnp.ones((*site.sizes("stack"), *along), dtype)}
 
     def lower(self, update: Update, w: Factored) -> Factored:
         stack, inner, outer = _axes.letters(w, update.roles)
