@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+import jlora
 from reviews import LENGTH, Split
 
 # (trainable, frozen, ids, mask) -> logits (batch, classes)
@@ -45,7 +46,7 @@ def fit(
 ) -> tuple[Any, History]:
     """Trains for `steps` steps with AdamW, warm-up and a cosine; returns the trained tree and its history."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 10), max(2, steps))
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.adamw(schedule), trains))
     state = jax.jit(optimiser.init)(trainable)
 
     def loss(trainable: Any, frozen: Any, ids: jax.Array, mask: jax.Array, labels: jax.Array) -> jax.Array:
@@ -85,6 +86,15 @@ def fit(
                 right = accuracy(predict(evaluate, trainable, frozen, validation), validation.labels)
                 history.validated.append((count, right))
     return trainable, history
+
+
+def trains(tree: Any) -> Any:
+    """Every leaf but what an adapter holds frozen."""
+    return jax.tree.map(
+        lambda node: jlora.mask(node) if isinstance(node, jlora.Update) else True,
+        tree,
+        is_leaf=lambda node: isinstance(node, jlora.Update),
+    )
 
 
 def predict(logits: Logits, trainable: Any, frozen: Any, split: Split, batch: int = 100) -> np.ndarray:

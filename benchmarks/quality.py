@@ -1,0 +1,153 @@
+"""What every method learns: film reviews with MiniLM-L6, at about as many trained parameters as LoRA of rank 8.
+
+    PYTHONPATH=examples python -m benchmarks.quality                # every method, three seeds: hours on two cores
+    PYTHONPATH=examples python -m benchmarks.quality --methods LoRA DoRA --seeds 0
+
+The job is that of examples/finetune_reviews.py, one epoch of it. Results are kept as they come, and a run that was
+stopped goes on where it was. A method that learns worse than the frozen encoder has a fault until shown otherwise.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+
+import assets
+import jlora
+import minilm
+import reviews
+from benchmarks import _measure
+from training import accuracy, apply_head, fit, fit_head, init_head, predict
+
+matplotlib.use("agg")
+from matplotlib import pyplot
+
+TARGETS = r"params/layer_\d+/(attention|feed_forward)/\w+/kernel"
+
+# With the peak learning rate of each: that of the main job, and more where few numbers move much.
+METHODS: dict[str, tuple[jlora.Method, float]] = {
+    "LoRA": (jlora.LoRA(8, 16.0), 2e-3),
+    "LoRA, rank-stabilised": (jlora.LoRA(8, 5.6, rank_stabilized=True), 2e-3),
+    "LoRA-FA": (jlora.LoRA(16, 32.0, freeze_a=True), 2e-3),
+    "PiSSA": (jlora.LoRA(8, start="pissa"), 5e-4),
+    "MiLoRA": (jlora.LoRA(8, start="milora"), 2e-3),
+    "OLoRA": (jlora.LoRA(8, start="olora"), 5e-4),
+    "orthogonal": (jlora.LoRA(8, 16.0, start="orthogonal"), 2e-3),
+    "DoRA": (jlora.DoRA(8, 16.0), 2e-3),
+    "Additive": (jlora.Additive(8, 16.0), 1e-3),
+    "Hadamard, k = 2": (jlora.Hadamard(8, 2, alpha=16.0), 2e-3),
+    "Hadamard of additive": (jlora.Hadamard(8, 2, "additive", 16.0), 1e-3),
+    "Hadamard of tanh": (jlora.Hadamard(8, 2, "tanh", 16.0), 2e-3),
+    "Hadamard of sigmoid": (jlora.Hadamard(8, 2, "sigmoid", 16.0), 2e-3),
+    "LoHa": (jlora.LoHa(4, 8.0), 2e-3),
+    "LoKr": (jlora.LoKr(None, factor=6), 2e-3),
+    "VeRA": (jlora.VeRA(1024), 1e-2),
+    "AdaLoRA": (jlora.AdaLoRA(8, 16.0), 2e-3),
+    "LoRA-XS": (jlora.LoRAXS(96), 1e-3),
+    "MiSS": (jlora.MiSS(16), 5e-4),
+    "DeLoRA": (jlora.DeLoRA(8, reach=4.0), 2e-3),
+    "HRA": (jlora.HRA(16), 2e-3),
+    "IA3": (jlora.IA3(), 1e-2),
+    "OFT": (jlora.OFT(32), 1e-3),
+    "HiRA": (jlora.HiRA(8, 16.0), 2e-3),
+    "FourierFT": (jlora.FourierFT(9216), 5e-2),
+    "RandLoRA": (jlora.RandLoRA(24, 48.0), 2e-3),
+    "SHiRA": (jlora.SHiRA(8), 1e-3),
+}
+
+
+def run(name: str, seed: int, steps: int) -> dict[str, Any]:
+    """Trains one method with one seed; gives its accuracies, parameters and seconds."""
+    folder = assets.minilm()
+    model, variables = minilm.load(folder)
+    train, validation, test = reviews.load(assets.reviews(), folder / "tokenizer.json")
+    head_key, adapter_key = jax.random.split(jax.random.key(seed))
+    head = init_head(head_key, model.width, classes=2)
+    if name == FROZEN:
+        embed = jax.jit(lambda _, variables, ids, mask: model.apply(variables, ids, mask))
+        head = fit_head(predict(embed, None, variables, train), train.labels, head)
+        logits = apply_head(head, predict(embed, None, variables, test))
+        return {"accuracy": accuracy(jax.device_get(logits), test.labels), "parameters": 0, "seconds": 0.0}
+
+    method, learning_rate = METHODS[name]
+    sites = jlora.trace(model.apply, variables, train.ids[:1], train.mask[:1])
+    adapter = jlora.init(adapter_key, sites, {TARGETS: method}, params=variables)
+    adapted = jlora.adapt(model.apply, on_dense="allow")
+
+    def logits_of(trainable: Any, variables: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        return apply_head(trainable["head"], adapted(variables, trainable["adapter"], ids, mask))
+
+    trained, history = fit(
+        logits_of,
+        {"adapter": adapter, "head": head},
+        variables,
+        train,
+        validation,
+        name=f"{name}, seed {seed}",
+        learning_rate=learning_rate,
+        steps=steps,
+        seed=seed,
+    )
+    merged = jlora.merge(variables, trained["adapter"])
+    plain = jax.jit(lambda head, variables, ids, mask: apply_head(head, model.apply(variables, ids, mask)))
+    return {
+        "accuracy": accuracy(predict(plain, trained["head"], merged, test), test.labels),
+        "parameters": sum(f.size for update in adapter.values() for f in update.factors.values()),
+        "seconds": history.seconds,
+    }
+
+
+FROZEN = "frozen encoder"
+
+
+def show(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Prints the table and draws the picture, the best method first."""
+    means = {name: statistics.mean(r["accuracy"] for r in runs.values()) for name, runs in found.items()}
+    order = sorted(means, key=lambda name: -means[name])
+    rows = []
+    for name in order:
+        runs = list(found[name].values())
+        right = [100 * r["accuracy"] for r in runs]
+        rows.append(
+            [name, f"{runs[0]['parameters']:,}", f"{statistics.mean(right):.1f}%", f"{min(right):.1f}-{max(right):.1f}"]
+        )
+    print(_measure.table(["method", "parameters", "test accuracy", "seeds from-to"], rows))
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.28 * len(order) + 1.2), layout="constrained")
+    for k, name in enumerate(reversed(order)):
+        right = [100 * r["accuracy"] for r in found[name].values()]
+        axes.plot(right, [k] * len(right), "o", color="tab:grey" if name == FROZEN else "tab:blue", markersize=4)
+        axes.plot([100 * means[name]], [k], "|", color="black", markersize=12)
+    axes.set_yticks(range(len(order)), list(reversed(order)), fontsize=8)
+    axes.set(xlabel="right answers on 1,500 test sentences (%)", title="MiniLM-L6 on film reviews, one epoch")
+    axes.grid(True, axis="x", alpha=0.25)
+    figure.savefig(path.with_suffix(".png"), dpi=130)
+
+
+def main() -> None:
+    """Reads the options, trains what is missing, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [FROZEN, *METHODS]
+    parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="METHOD")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=93, help="of 32 sentences (default: 93, one epoch)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quality.json")
+    options = parser.parse_args()
+    result = json.loads(options.out.read_text()) if options.out.exists() else {"steps": options.steps, "methods": {}}
+    if result["steps"] != options.steps:
+        parser.error(f"{options.out} holds runs of {result['steps']} steps: give another --out")
+    for seed in options.seeds:
+        for name in options.methods:
+            runs = result["methods"].setdefault(name, {})
+            if str(seed) not in runs:
+                runs[str(seed)] = run(name, seed, options.steps)
+                _measure.save(options.out, result)
+    show({name: runs for name, runs in result["methods"].items() if runs}, options.out)
+
+
+if __name__ == "__main__":
+    main()
