@@ -65,12 +65,6 @@ class Network:
             key_term=self.key_term.replace(name, new),
         )
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether one factor already spans all that the network spans, so that forming it costs nothing."""
-        span = set("".join(self.terms))
-        return any(set(term) == span for term in self.terms)
-
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -129,7 +123,13 @@ class Factored:
 
     @property
     def is_dense(self) -> bool:
-        return not self.gains and all(network.is_dense for network in self.networks)
+        """Whether every network is as large as the weight, so that adding it costs nothing."""
+        return not self.gains and all(map(self.is_filled_by, self.networks))
+
+    def is_filled_by(self, network: Network) -> bool:
+        """Whether a network is as large as the weight: one factor has all letters of a size above one, and no rank."""
+        wide = {letter.name for letter in self.letters if letter.size > 1}
+        return set("".join(network.terms)) <= set("".join(self.axes)) and any(wide <= set(t) for t in network.terms)
 
 
 def fresh(used: Iterable[str], count: int = 1) -> str:
@@ -165,11 +165,10 @@ def folded(f: Factored) -> tuple[Factored, bool]:
 
     Two products, one with the base and one with the update, cost more than the sum.
     """
-    wide = {x.name for x in f.letters if x.size > 1}
     full, thin = [], []
     for n in f.networks:
-        (full if n.key is None and any(wide <= set(t) for t in n.terms) else thin).append(n)
-    if not full or not wide:
+        (full if n.key is None and f.is_filled_by(n) else thin).append(n)
+    if not full:
         return f, False
     base = dense(dataclasses.replace(f, networks=tuple(full)))
     return dataclasses.replace(f, base=base, networks=tuple(thin), gains=()), True

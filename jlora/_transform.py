@@ -85,16 +85,15 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
 
 
 def _on_dense(formed: dict[str, None], action: str, f: Factored, eqn: Any) -> None:
-    if f.is_dense:  # an update of the weight's own shape has no other form
-        return
-    what = f"{', '.join(f.paths)}: " + (
-        f"{eqn.primitive.name} at {_compat.where(eqn)}" if eqn else "the program's output"
-    )
+    use = f"{eqn.primitive.name} at {_compat.where(eqn)}" if eqn else "the program's output"
+    what = f"{', '.join(f.paths)}: {use}"
     if eqn and any(n.key is not None for n in f.networks):
         raise ValueError(
             f"Dropout acts on a branch's input, and there is none where the weight is formed: {what}. "
             "Exclude the path, or set its dropout to 0."
         )
+    if f.is_dense:  # an update of the weight's own shape has no other form
+        return
     if action == "error":
         raise DenseError(f"The weight would be formed: {what}.")
     if action == "warn":

@@ -176,15 +176,15 @@ def _bend(y: Array) -> Array:
 # Lookups. JAX defines indices out of bounds in the modes fill, clip and wrap; elsewhere they are a broken promise.
 
 ROWS = ids([0, 3, 3], [6, 1, -2])  # from the end, too
-STRAY = ids([0, -1, 3], [9, -9, 6])  # on both sides of a table of seven rows
+STRAY = ids([0, -1, 3], [9, -9, 6])  # on both sides of a table of seven or eight rows
 
 
-@kind((7, 4), x=(2, 3, 4), rows=STRAY)
+@kind((8, 4), x=(2, 3, 4), rows=STRAY)
 def take_fill(p: Params, x: Array, rows: Array) -> Array:
     return jnp.take(p["w"], rows, axis=0) * x  # not-a-number in the rows out of bounds
 
 
-@kind((7, 4), x=(2, 3, 4), rows=STRAY)
+@kind((8, 4), x=(2, 3, 4), rows=STRAY)
 def take_clip(p: Params, x: Array, rows: Array) -> Array:
     return jnp.take(p["w"], rows, axis=0, mode="clip") * x
 
@@ -199,7 +199,7 @@ def take_columns(p: Params, x: Array, rows: Array) -> Array:
     return p["w"].at[:, rows].get(mode="fill", fill_value=2.5) * x
 
 
-@kind((7, 4), x=(2, 3, 4), rows=ROWS)
+@kind((8, 4), x=(2, 3, 4), rows=ROWS)
 def index(p: Params, x: Array, rows: Array) -> Array:
     return p["w"][rows] * x
 

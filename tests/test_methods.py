@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from kinds import KINDS
 from methods import METHODS, fitting
+from test_law import shapes_of_adapter
 
 import jlora
 from tests import small
@@ -126,3 +128,33 @@ def test_two_adapters_apply_in_order(first, second):
     np.testing.assert_allclose(run(params, both), want, atol=3e-5 * float(jnp.abs(want).max()))
     together = small.model(jlora.merge(params, both), small.tokens())
     np.testing.assert_allclose(together, want, atol=3e-5 * float(jnp.abs(want).max()))
+
+
+# Of the kinds of weight in tests/kinds.py, those that a method with networks or gains forms after all, and says so.
+FORMED = {
+    "lora_groups": {"ragged_experts", "conv_grouped", "axes_split", "concatenated", "stacked", "interpolated"},
+    "additive": {
+        *("conv_2d", "conv_2d_of_a_dilated_input", "conv_grouped", "conv_depthwise_wide"),
+        *("conv_transpose", "conv_transpose_kernel", "axes_split"),
+        *("conv_depthwise", "scan_stacked", "layers_by_index"),  # whose sizes are primes, so that the rank is one
+    },
+    "dora": {"padded_and_rolled", "interpolated", "added_to_a_frozen_kernel"},
+    "ia3": {"padded_and_rolled", "interpolated", "added_to_a_frozen_kernel"},
+    "lokr": {
+        *("ragged_experts", "conv_2d", "conv_2d_of_a_dilated_input", "conv_3d", "conv_depthwise_wide"),
+        *("conv_transpose", "conv_transpose_kernel", "axes_split", "axes_regrouped", "sliced", "padded_and_rolled"),
+        *("concatenated", "stacked", "interpolated"),
+    },
+}
+FACTORED = {"lora", "lora_offset", "lora_fa", "adalora", "delora", "hra", "lora_xs", "vera"}
+
+
+@pytest.mark.parametrize("name", sorted(FACTORED | set(FORMED)))
+def test_what_is_formed(name):
+    formed = set()
+    for kind in KINDS:
+        params, x = kind.values(np.random.default_rng(0))
+        adapter = shapes_of_adapter(kind, kind.use, params, x, name)
+        if jlora.explain(kind.use, params, adapter, x).dense:
+            formed.add(kind.name)
+    assert formed == FORMED.get(name, set())

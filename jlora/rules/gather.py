@@ -23,19 +23,26 @@ def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | No
     indexed = [k for k in d.start_index_map if k in cut or k in taken]
     fills = p["mode"] == lax.GatherScatterMode.FILL_OR_DROP  # then even the index of a whole axis may be out of bounds
     touched = (*(d.start_index_map if fills else indexed), *d.operand_batching_dims)
-    if any(len(f.axes[k]) > 1 for k in (*cut, *touched, *taken)):
+    single = {k for k in range(len(f.shape)) if len(f.axes[k]) == 1}
+    rows = {
+        k for k in d.collapsed_slice_dims if k in d.start_index_map
+    } - single  # looked up one by one, letter by letter
+    if not {*cut, *touched, *taken} <= single | rows:
         return None
-    if not all(_carries(n, {f.axes[k] for k in touched}) for n in f.networks):
+    stays = sum(p["slice_sizes"][k] > 1 for k in windows) > 1  # a weight still, in which only zeros say what was filled
+    carried = all(_carries(n, {f.axes[k] for k in touched}) for n in f.networks)
+    if fills and ((stays and not carried) or (rows and (stays or f.gains))):
         return None
     if fills:  # what is filled has no gain: each has to know where
         f = _with_letters(f, [f.axes[k] for k in touched])
     (base,) = _compat.bind(eqn, f.base, indices)
+    starts = _starts(f, eqn, indices)
 
     new = fresh([f.used()], indices.ndim - 1)
     batch = [Letter(c, n) for c, n in zip(new, indices.shape[:-1], strict=True)]
     window = {k: f.axes[k] for k in windows}
-    networks = tuple(_gathered(n, f, eqn, indices, "".join(new), fill=0) for n in f.networks)
-    gains = tuple(_gathered(n, f, eqn, indices, "".join(new), fill=1) for n in f.gains)
+    networks = tuple(_gathered(n, f, eqn, starts, indices, "".join(new), fill=0) for n in f.networks)
+    gains = tuple(_gathered(n, f, eqn, starts, indices, "".join(new), fill=1) for n in f.gains)
     axes = _place([window[k] for k in windows], [x.name for x in batch], d.offset_dims)
     letters = [
         x._replace(size=p["slice_sizes"][k])
@@ -45,11 +52,10 @@ def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | No
     ]
     out = respell(dataclasses.replace(f, networks=networks, gains=gains), base, axes, (*batch, *letters))
     inside = (_inside(f, eqn, indices), new) if fills and f.networks else None
-    value = read(
-        ctx, eqn, f, out, [f.axes[k] for k in indexed], [f.axes[k] for k in d.operand_batching_dims], inside=inside
-    )
+    looked = [c for k in indexed for c in f.axes[k]]
+    value = read(ctx, eqn, f, out, looked, [f.axes[k] for k in d.operand_batching_dims], inside=inside)
     if isinstance(value, Factored) and any(x.size > 1 for x in batch):  # one row alone is a layer, several are a lookup
-        origins = [o for k in indexed for o in f.letter(f.axes[k]).origins]
+        origins = dict.fromkeys(o for c in looked for o in f.letter(c).origins)
         value = dataclasses.replace(value, read=(*value.read, *origins))
     return [value]
 
@@ -60,6 +66,21 @@ def _inside(f: Factored, eqn: Any, indices: jax.Array) -> jax.Array:
     indices = indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices  # the bounds may not fit narrow ones
     last = jnp.array([f.shape[k] - sizes[k] for k in index_map], indices.dtype)
     return ((indices >= 0) & (indices <= last.reshape([1] * (indices.ndim - 1) + [-1]))).all(axis=-1)
+
+
+def _starts(f: Factored, eqn: Any, indices: jax.Array) -> dict[str, jax.Array]:
+    """For every letter that is looked up, where: an axis of several letters has an index for each."""
+    p, d, starts = eqn.params, eqn.params["dimension_numbers"], {}
+    for j, k in enumerate(d.start_index_map):
+        at = indices[..., j]
+        if len(f.axes[k]) == 1:
+            starts[f.axes[k]] = at
+        elif k in d.collapsed_slice_dims:
+            at = at.astype(jnp.int32)
+            at = jnp.clip(at, 0, f.shape[k] - 1) if p["mode"] == lax.GatherScatterMode.CLIP else at
+            for c in reversed(f.axes[k]):
+                starts[c], at = at % f.letter(c).size, at // f.letter(c).size
+    return starts
 
 
 def _carries(network: Network, names: set[str]) -> bool:
@@ -78,9 +99,11 @@ def _with_letters(f: Factored, names: list[str]) -> Factored:
     return dataclasses.replace(f, gains=tuple(map(gain, f.gains)))
 
 
-def _gathered(n: Network, f: Factored, eqn: Any, indices: jax.Array, batch: str, fill: int) -> Network:
+def _gathered(
+    n: Network, f: Factored, eqn: Any, starts: dict[str, jax.Array], indices: jax.Array, batch: str, fill: int
+) -> Network:
     """The same rows of every factor that has them; rows out of bounds are filled, as the base decides their value."""
-    pairs = [_rows(a, t, f, eqn, indices, batch, fill) for a, t in zip(n.factors, n.terms, strict=True)]
+    pairs = [_rows(a, t, f, eqn, starts, indices, batch, fill) for a, t in zip(n.factors, n.terms, strict=True)]
     key = None if n.key is None else n.key.reshape(-1)[0]  # one serves all rows: their inputs are drawn apart
     return dataclasses.replace(
         n, factors=tuple(a for a, _ in pairs), terms=tuple(t for _, t in pairs), key=key, key_term=""
@@ -88,12 +111,19 @@ def _gathered(n: Network, f: Factored, eqn: Any, indices: jax.Array, batch: str,
 
 
 def _rows(
-    factor: jax.Array, term: str, f: Factored, eqn: Any, indices: jax.Array, batch: str, fill: int
+    factor: jax.Array,
+    term: str,
+    f: Factored,
+    eqn: Any,
+    starts: dict[str, jax.Array],
+    indices: jax.Array,
+    batch: str,
+    fill: int,
 ) -> tuple[jax.Array, str]:
     p, d = eqn.params, eqn.params["dimension_numbers"]
-    axis = {f.axes[k]: k for k in range(len(f.shape)) if len(f.axes[k]) == 1}
+    axis = {c: k for k, letters in enumerate(f.axes) for c in letters}
     dims = [axis.get(c) for c in term]  # for every axis of the factor, the weight's axis
-    columns = [j for j, k in enumerate(d.start_index_map) if k in dims]
+    columns = [c for c in starts if c in term]
     collapsed = tuple(j for j, k in enumerate(dims) if k in d.collapsed_slice_dims)
     batching = [
         (dims.index(k), s)
@@ -101,7 +131,8 @@ def _rows(
         if k in dims
     ]
     batching.sort()
-    sizes = [factor.shape[j] if k is None else p["slice_sizes"][k] for j, k in enumerate(dims)]
+    whole = [k is None or (len(f.axes[k]) > 1 and k not in d.collapsed_slice_dims) for k in dims]
+    sizes = [factor.shape[j] if whole[j] else p["slice_sizes"][k] for j, k in enumerate(dims)]
     if not columns and not batching:  # a window that no index moves lies at the start
         first = lax.slice(factor, [0] * factor.ndim, sizes)
         return lax.squeeze(first, collapsed), "".join(c for j, c in enumerate(term) if j not in collapsed)
@@ -109,11 +140,11 @@ def _rows(
     numbers = lax.GatherDimensionNumbers(
         offset_dims=tuple(range(len(batch), len(batch) + len(windows))),
         collapsed_slice_dims=collapsed,
-        start_index_map=tuple(dims.index(d.start_index_map[j]) for j in columns),
+        start_index_map=tuple(term.index(c) for c in columns),
         operand_batching_dims=tuple(b for b, _ in batching),
         start_indices_batching_dims=tuple(s for _, s in batching),
     )
-    picked = indices[..., jnp.array(columns, jnp.int32)] if columns else indices[..., :0]
+    picked = jnp.stack([starts[c] for c in columns], axis=-1) if columns else indices[..., :0]
     rows = lax.gather(factor, picked, numbers, tuple(sizes), mode=p["mode"], fill_value=fill)
     return rows, batch + "".join(term[j] for j in windows)
 

@@ -301,9 +301,9 @@ def add(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value] | None
 
 def _add_to_base(eqn: Any, left: Value, right: Value) -> list[Value] | None:
     f = left if isinstance(left, Factored) else right
-    if (
-        f.is_dense or not f.is_matrix or f.read or f.gains or eqn.outvars[0].aval.shape != f.shape
-    ):  # a dense update costs nothing
+    if f.is_dense:  # it costs nothing to form
+        return None
+    if not f.is_matrix or f.read or f.gains or eqn.outvars[0].aval.shape != f.shape:
         return None
     (base,) = _compat.bind(eqn, *(v.base if v is f else v for v in (left, right)))
     f = _times(f, -1.0) if eqn.primitive.name == "sub" and f is right else f
