@@ -59,7 +59,7 @@ def test_the_start_is_the_base_and_can_be_left(name):
         assert all(not g.any() for g in jax.tree.leaves(update.frozen)), path
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BY_NIGHT)
 def test_an_offset_starts_anywhere(name):
     if fitting(name, small.sites()["mix/kernel"]).scales_base:
         with pytest.raises(ValueError, match="leave out offset"):
@@ -88,7 +88,7 @@ def test_it_survives_the_disk(name, tmp_path):
     np.testing.assert_array_equal(run(params, again), run(params, adapter))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BY_NIGHT)
 def test_it_comes_out_again_unless_it_reads_the_base(name):
     params, adapter = small.params(), small.nonzero(adapter_of(name))
     merged = jlora.merge(params, adapter)
