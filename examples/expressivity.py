@@ -63,7 +63,11 @@ def measure(method: jlora.Method, m: int, n: int) -> tuple[int, int]:
 
 def curves(m: int, n: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     """Each method's sizes as (parameters, rank), by parameters."""
-    made = families(m, n)
+    kernel = jax.ShapeDtypeStruct((m, n), jnp.float64)
+    site = jlora.trace(lambda p, x: x @ p["w"], {"w": kernel}, jax.ShapeDtypeStruct((1, m), jnp.float64))["w"]
+    made = {
+        name: [method for method in methods if not method.refusal(site)] for name, methods in families(m, n).items()
+    }
     with tqdm(total=sum(map(len, made.values())), unit="update") as bar:
         for name, methods in made.items():
             points = []
@@ -77,7 +81,7 @@ def curves(m: int, n: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
 def draw(found: dict[str, list[tuple[int, int]]], m: int, n: int, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     colours = pyplot.colormaps["tab20"].colors
-    for k, (name, points) in enumerate(found.items()):
+    for k, (name, points) in enumerate((name, points) for name, points in found.items() if points):
         count, rank = zip(*points, strict=True)
         marker = "os^D"[k % 4]
         axes.plot(count, rank, marker=marker, markersize=4, linewidth=1.2, color=colours[k % 20], label=name)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._factored import Factored
+from jlora._factored import Factored, widened
 from jlora._method import Method, Update
 from jlora._site import Site
 from jlora.methods import _axes, _check, _random
@@ -47,7 +47,7 @@ class FourierFT(Method):
     def lower(self, update: Update, w: Factored) -> Factored:
         _, inner, outer = _axes.letters(w, update.roles)
         spectrum = _random.scattered(update["c"], self.seed, w.size(inner), w.size(outer))
-        delta = jnp.fft.ifft2(spectrum.astype(jnp.float32)).real
+        delta = jnp.fft.ifft2(spectrum.astype(widened(spectrum.dtype))).real
         # In partitioned programs XLA's CPU transform fails on a gradient that is laid out by columns: this one is not.
         delta = lax.optimization_barrier(delta.reshape(-1)).reshape(delta.shape)
         return _axes.add_matrix(w, delta, update.roles, self.scaling * update.scale)
