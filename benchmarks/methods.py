@@ -74,19 +74,19 @@ def transformer(method: jlora.Method, options: argparse.Namespace) -> tuple[Call
 
 
 def kernel(method: jlora.Method, options: argparse.Namespace) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A step through one square kernel, with a gradient for its input as a layer inside a model has it."""
+    """A step through one square kernel and what follows it."""
     keys = jax.random.split(jax.random.key(0), 3)
     width = options.width
-    params = {"w": jax.random.normal(keys[0], (width, width)) / width**0.5, "under": jnp.ones(width)}
+    params = {"w": jax.random.normal(keys[0], (width, width)) / width**0.5}
     x = jax.random.normal(keys[1], (8, options.tokens // 8, width))
 
     def forward(params: Any, x: jax.Array) -> jax.Array:
-        return jnp.tanh(x * params["under"]) @ params["w"]
+        return jnp.tanh(x @ params["w"])
 
     def loss(y: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.mean(jnp.square(y - x))
 
-    return step(forward, loss, keys[2], {"w": method, "under": jlora.Full()}, params, x)
+    return step(forward, loss, keys[2], {"w": method}, params, x)
 
 
 def step(

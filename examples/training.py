@@ -36,7 +36,7 @@ def fit(
     trainable: Any,
     frozen: Any,
     train: Split,
-    validation: Split,
+    validation: Split | None,
     *,
     name: str,
     learning_rate: float,
@@ -82,7 +82,7 @@ def fit(
                 refresh=False,
             )
             bar.update()
-            if count % per_epoch == 0 or count == steps:
+            if validation and (count % per_epoch == 0 or count == steps):
                 right = accuracy(predict(evaluate, trainable, frozen, validation), validation.labels)
                 history.validated.append((count, right))
     return trainable, history
