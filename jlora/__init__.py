@@ -34,12 +34,14 @@ from jlora.methods import IA3 as IA3
 from jlora.methods import OFT as OFT
 from jlora.methods import AdaLoRA as AdaLoRA
 from jlora.methods import Additive as Additive
+from jlora.methods import ConvLoRA as ConvLoRA
 from jlora.methods import DeLoRA as DeLoRA
 from jlora.methods import DoRA as DoRA
 from jlora.methods import FourierFT as FourierFT
 from jlora.methods import Full as Full
 from jlora.methods import Hadamard as Hadamard
 from jlora.methods import HiRA as HiRA
+from jlora.methods import LoCon as LoCon
 from jlora.methods import LoHa as LoHa
 from jlora.methods import LoKr as LoKr
 from jlora.methods import LoRA as LoRA

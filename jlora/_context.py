@@ -10,8 +10,14 @@ import jax
 from jlora import _compat
 from jlora._factored import Factored, Network, dense
 
-Role = Literal["in", "out", "stack"]
+# A window is what a convolution slides along: contracted as "in" is, and most methods do not tell the two apart.
+Role = Literal["in", "window", "out", "stack"]
 Value = Any  # an array, or a Factored where a weight was
+
+
+def side(role: Role) -> Role:
+    """The role, a window taken for what it is a part of."""
+    return "in" if role == "window" else role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +89,7 @@ class Context:
         for path in f.paths:
             axes: dict[int, Role] = {}
             known = [x for x in f.letters if x.name in roles]
-            for letter in sorted(known, key=lambda x: ("stack", "out", "in").index(roles[x.name])):
+            for letter in sorted(known, key=lambda x: ("stack", "out", "window", "in").index(roles[x.name])):
                 # An axis that was split may play several roles: the factors are shared along what is not contracted.
                 axes |= {axis: roles[letter.name] for p, axis in letter.origins if p == path}
             if primitive:

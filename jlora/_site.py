@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora._context import Role, Use
+from jlora._context import Role, Use, side
 
 _LOOKUPS = ("gather", "dynamic_slice")
 
@@ -47,8 +47,8 @@ class Site:
         return tuple(found.get(axis, "stack") for axis in range(len(self.shape)))
 
     def sizes(self, role: Role) -> tuple[int, ...]:
-        """The sizes of the axes in a role."""
-        return tuple(n for n, r in zip(self.shape, self.roles, strict=True) if r == role)
+        """The sizes of the axes in a role; those of a window, which is contracted too, are among those of "in"."""
+        return tuple(n for n, r in zip(self.shape, self.roles, strict=True) if role in (r, side(r)))
 
     @property
     def max_rank(self) -> int:

@@ -158,3 +158,59 @@ def test_what_is_formed(name):
         if jlora.explain(kind.use, params, adapter, x).dense:
             formed.add(kind.name)
     assert formed == FORMED.get(name, set())
+
+
+@pytest.mark.parametrize(("rank", "k", "m", "n"), [(4, 2, 24, 36), (8, 2, 48, 48), (6, 2, 12, 15)])
+def test_a_product_of_additive_terms_in_all_its_forms(rank, k, m, n):
+    """One product of low rank, networks with repeated blocks, and dense: each is the formula."""
+    rng = np.random.default_rng(0)
+    part = rank // k
+    shapes = {f"a{j}": (m, part) for j in range(k)} | {f"b{j}": (part, n) for j in range(k)}
+    factors = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    w, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((m, n), (3, m)))
+    terms = [np.tile(factors[f"a{j}"], n // part) + np.tile(factors[f"b{j}"], (m // part, 1)) for j in range(k)]
+    want = x @ (w + 3 / rank * np.prod(terms, axis=0))
+    update = jlora.init(KEY, jlora.trace(lambda w, x: x @ w, w, x), {"": jlora.Hadamard(rank, k, "additive", 3.0)})[""]
+    adapter = {"": dataclasses.replace(update, factors=factors)}
+    got = jlora.adapt(lambda w, x: x @ w, on_dense="allow")(w, adapter, x)
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    np.testing.assert_allclose(x @ jlora.merge(w, adapter), want, atol=1e-5 * np.abs(want).max())
+
+
+def test_lora_xs_moves_between_the_leading_singular_vectors():
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(9, 7)).astype(np.float32)
+    sites = jlora.trace(lambda w, x: x @ w, w, w.T)
+    update = jlora.init(KEY, sites, {"": jlora.LoRAXS(3, alpha=6.0)}, params=w)[""]
+    r = rng.normal(size=(3, 3)).astype(np.float32)
+    u, s, vt = np.linalg.svd(w, full_matrices=False)
+    sign = np.sign(np.diag(u[:, :3].T @ update.frozen["a"]))
+    want = w + 2 * (u[:, :3] * s[:3] * sign) @ r @ (sign[:, None] * vt[:3])
+    got = jlora.merge(w, {"": dataclasses.replace(update, factors={"r": r})})
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(("groups", "window"), [(1, (3,)), (1, (2, 2)), (2, (2, 2)), (3, (2, 2, 2)), (1, (3, 1))])
+def test_a_convolution_the_original_librarys_way(groups, window):
+    """The product, read in the order (out, in / groups, *window), against the same in NumPy."""
+    n_in, n_out, last = 3, 12, window[-1]
+    rng = np.random.default_rng(0)
+    layout = ("NCHWD"[: len(window) + 2], "HWD"[: len(window)] + "IO", "NCHWD"[: len(window) + 2])
+    w = rng.normal(size=(*window, n_in, n_out)).astype(np.float32)
+    x = rng.normal(size=(2, n_in * groups, *[5] * len(window))).astype(np.float32)
+
+    def program(w, x):
+        return jax.lax.conv_general_dilated(
+            x, w, [1] * len(window), "SAME", dimension_numbers=layout, feature_group_count=groups
+        )
+
+    update = jlora.init(KEY, jlora.trace(program, w, x), {"": jlora.ConvLoRA(2, 6.0, groups)})[""]
+    assert update.factors["a"].shape == (n_in * groups * last, 2 * last)
+    assert update.factors["b"].shape == (2 * last, n_out * np.prod(window[:-1], dtype=int) // groups)
+    factors = {name: rng.normal(size=f.shape).astype(np.float32) for name, f in update.factors.items()}
+    kernel = (factors["b"].T @ factors["a"].T).reshape(n_out, n_in, *window)
+    want = w + 3 * np.moveaxis(kernel, (0, 1), (-1, -2))
+    adapter = {"": dataclasses.replace(update, factors=factors)}
+    np.testing.assert_allclose(jlora.merge(w, adapter), want, atol=1e-5 * np.abs(want).max())
+    y = program(want, x)
+    np.testing.assert_allclose(jlora.adapt(program, on_dense="allow")(w, adapter, x), y, atol=1e-5 * np.abs(y).max())

@@ -112,14 +112,17 @@ def merged_linear(ref: Factors, w: Array) -> Factors:
     }
 
 
-def loralib_conv(ref: Factors, w: Array) -> Factors:
-    """loralib multiplies (out * k, r * k) with (r * k, in * k), and reads the product as a kernel (out, in, k, k).
+def locon(ref: Factors, w: Array) -> Factors:
+    return {
+        "a": ref["lora_down"].reshape(2, -1).T,
+        "core": ref["lora_mid"].transpose(2, 3, 1, 0),
+        "b": ref["lora_up"].reshape(-1, 2).T,
+    }
 
-    That is a LoRA of rank r * k * k, whose A has a block for each of the k rows that belong to one out channel.
-    """
-    k, rank = w.shape[0], ref["lora_A"].shape[0]
-    b = ref["lora_B"].reshape(-1, k, rank).transpose(1, 2, 0).reshape(k * rank, -1)
-    return {"a": conv_rows(jnp.kron(jnp.eye(k), ref["lora_A"].T), w), "b": b}
+
+def terms(count: int) -> Callable[[Factors, Array], Factors]:
+    """Factors of a product of several terms."""
+    return renamed(**{f"{name}{k}": f"{name}.{k}.T" for name in "ab" for k in range(count)})
 
 
 LORA = renamed(a="lora_A.T", b="lora_B.T")
@@ -136,7 +139,7 @@ CASES = {
     "loralib_linear": Case(jlora.LoRA(4, ALPHA), LORA),
     "loralib_merged_linear": Case(jlora.LoRA(2, ALPHA, groups=3, enable=(True, False, True)), merged_linear),
     "loralib_embedding": Case(jlora.LoRA(4, ALPHA), LORA, EMBEDDING),
-    "loralib_conv2d": Case(jlora.LoRA(8, 8 * ALPHA / 2), loralib_conv, CONV),
+    "loralib_conv2d": Case(jlora.ConvLoRA(2, ALPHA), LORA, CONV),
     "peft_lora": Case(jlora.LoRA(4, ALPHA), LORA),
     "peft_lora_stabilized": Case(jlora.LoRA(4, ALPHA, rank_stabilized=True), LORA),
     "peft_lora_embedding": Case(jlora.LoRA(4, ALPHA), EMBEDDED, EMBEDDING),
@@ -162,9 +165,7 @@ CASES = {
     "peft_ia3": Case(jlora.IA3(), lambda ref, w: {"l": ref["ia3_l"][:, 0]}),
     "peft_ia3_feedforward": Case(jlora.IA3("in"), lambda ref, w: {"l": ref["ia3_l"][0]}),
     "peft_ia3_conv2d": Case(jlora.IA3(), lambda ref, w: {"l": ref["ia3_l"].reshape(-1)}, CONV),
-    "peft_ia3_conv2d_feedforward": Case(  # PEFT scales the channels, jlora every entry of the kernel's in axes
-        jlora.IA3("in"), lambda ref, w: {"l": jnp.broadcast_to(ref["ia3_l"].reshape(1, 1, -1), w.shape[:-1])}, CONV
-    ),
+    "peft_ia3_conv2d_feedforward": Case(jlora.IA3("in"), lambda ref, w: {"l": ref["ia3_l"].reshape(-1)}, CONV),
     "peft_oft": Case(jlora.OFT(4), lambda ref, w: {"q": ref["oft_R"][None]}),
     "peft_hra": Case(jlora.HRA(4), renamed(u="hra_u")),
     "peft_hra_conv2d": Case(jlora.HRA(4), lambda ref, w: {"u": conv_rows(ref["hra_u"], w)}, CONV),
@@ -182,6 +183,13 @@ CASES = {
         lambda ref, w: {"a": ref["delora_A"].T, "b": ref["delora_B"].T, "l": ref["delora_lambda"][0]},
     ),
     "peft_shira": Case(jlora.SHiRA(2, SEED), renamed(s="shira_weight")),
+    "additive": Case(jlora.Additive(3, ALPHA), renamed(a="a.0.T", b="b.0.T")),
+    "additive_embedding": Case(jlora.Additive(1, ALPHA), renamed(a="a.0.T", b="b.0.T"), EMBEDDING),
+    "hadamard": Case(jlora.Hadamard(6, 3, alpha=ALPHA), terms(3)),
+    "hadamard_additive": Case(jlora.Hadamard(6, 2, "additive", ALPHA), terms(2)),
+    "hadamard_tanh": Case(jlora.Hadamard(4, 2, "tanh", ALPHA), terms(2)),
+    "lycoris_locon": Case(jlora.LoCon(2, ALPHA), renamed(a="lora_down.T", b="lora_up.T")),
+    "lycoris_locon_conv2d": Case(jlora.LoCon(2, ALPHA), locon, CONV),
     "lycoris_loha": Case(jlora.LoHa(2, ALPHA), LOHA),
     "lycoris_lokr_whole": Case(jlora.LoKr(4, ALPHA), LOKR_WHOLE),
     "lycoris_lokr": Case(jlora.LoKr(2, ALPHA), LOKR),

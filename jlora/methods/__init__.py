@@ -3,6 +3,7 @@
 from jlora._method import Method
 from jlora.methods.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.additive import Additive as Additive
+from jlora.methods.conv_lora import ConvLoRA as ConvLoRA
 from jlora.methods.delora import DeLoRA as DeLoRA
 from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.fourierft import FourierFT as FourierFT
@@ -12,6 +13,7 @@ from jlora.methods.hadamard import LoHa as LoHa
 from jlora.methods.hira import HiRA as HiRA
 from jlora.methods.hra import HRA as HRA
 from jlora.methods.ia3 import IA3 as IA3
+from jlora.methods.locon import LoCon as LoCon
 from jlora.methods.lokr import LoKr as LoKr
 from jlora.methods.lora import LoRA as LoRA
 from jlora.methods.lora_xs import LoRAXS as LoRAXS

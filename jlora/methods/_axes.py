@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._context import Role
+from jlora._context import Role, side
 from jlora._factored import Factored, Network, dense, fresh, split_letter, widened
 from jlora._method import Update
 from jlora._site import Site
@@ -17,11 +17,25 @@ Pair = tuple[jax.Array, str]
 
 
 def letters(w: Factored, roles: Sequence[Role]) -> tuple[str, str, str]:
-    """The letters of a weight's stack, in and out axes."""
+    """The letters of a weight's stack, in and out axes, those of a window among the in axes."""
     stack, inner, outer = (
-        "".join(axis for axis, r in zip(w.axes, roles, strict=True) if r == role) for role in ("stack", "in", "out")
+        "".join(axis for axis, r in zip(w.axes, roles, strict=True) if side(r) == role)
+        for role in ("stack", "in", "out")
     )
     return stack, inner, outer
+
+
+def within(w: Factored, roles: Sequence[Role]) -> tuple[str, str]:
+    """The letters of a weight's in axes, divided into channels and window."""
+    channels, window = (
+        "".join(axis for axis, r in zip(w.axes, roles, strict=True) if r == role) for role in ("in", "window")
+    )
+    return channels, window
+
+
+def channels(site: Site) -> tuple[int, ...]:
+    """The sizes of a site's in axes without its window."""
+    return tuple(n for n, r in zip(site.shape, site.roles, strict=True) if r == "in")
 
 
 def counts(site: Site) -> tuple[int, int]:
@@ -73,9 +87,9 @@ def add_matrix(w: Factored, matrix: jax.Array, roles: Sequence[Role], scale: flo
 
 def as_matrix(array: jax.Array, roles: Sequence[Role]) -> jax.Array:
     """A weight's value as `(*stack, in, out)`, each joined, in float32 or wider."""
-    order = [k for role in ("stack", "in", "out") for k, r in enumerate(roles) if r == role]
+    order = [k for role in ("stack", "in", "out") for k, r in enumerate(roles) if side(r) == role]
     shape = [n for n, r in zip(array.shape, roles, strict=True) if r == "stack"]
-    n_in = math.prod(n for n, r in zip(array.shape, roles, strict=True) if r == "in")
+    n_in = math.prod(n for n, r in zip(array.shape, roles, strict=True) if side(r) == "in")
     return array.transpose(order).reshape(*shape, n_in, -1).astype(max(array.dtype, jnp.dtype(jnp.float32), key=_bits))
 
 

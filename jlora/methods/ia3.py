@@ -19,7 +19,8 @@ class IA3(Method):
 
         W diag(l)    or    diag(l) W,    l: (*stack, *out) or (*stack, *in), ones at the start
 
-    A gain and no network: the cost of a bias.
+    A gain and no network: the cost of a bias. In a convolution "in" is its input channels, whatever their place in the
+    window.
 
     Arguments:
         axis: "out" (keys, values) or "in" (the second feed-forward kernel).
@@ -36,12 +37,13 @@ class IA3(Method):
         _check.choice(self, "out", "in", axis=self.axis)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
-        along = site.sizes("out" if self.axis == "out" else "in")
+        along = site.sizes("out") if self.axis == "out" else _axes.channels(site)
         return {"l": jnp.ones((*site.sizes("stack"), *along), dtype)}
 
     def lower(self, update: Update, w: Factored) -> Factored:
-        stack, inner, outer = _axes.letters(w, update.roles)
+        stack, _, outer = _axes.letters(w, update.roles)
+        along = outer if self.axis == "out" else _axes.within(w, update.roles)[0]
         vector = update["l"]
         if update.scale != 1:
             vector = 1 + update.scale * (vector - 1)
-        return _axes.multiply(w, vector, stack + (outer if self.axis == "out" else inner))
+        return _axes.multiply(w, vector, stack + along)

@@ -74,7 +74,7 @@ class LoKr(Method):
 
     def lower(self, update: Update, w: Factored) -> Factored:
         stack, inner, outer = _axes.letters(w, update.roles)
-        sizes = [tuple(n for n, r in zip(update.shape, update.roles, strict=True) if r == s) for s in ("in", "out")]
+        sizes = [tuple(w.letter(c).size for c in cs) for cs in (inner, outer)]
         w, inner, row = _axes.blocks(w, inner, self._split(sizes[0])[1])
         w, outer, column = _axes.blocks(w, outer, self._split(sizes[1])[1])
         one, two = _axes.ranks(w, 2)

@@ -38,7 +38,8 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Value, f: Value) -> list[Val
         return None
     (base,) = _compat.bind(eqn, _along(x, gains[0], p["dimension_numbers"].lhs_spec[1]), f.base)
     base = _along(base, gains[1], p["dimension_numbers"].out_spec[1])
-    roles: dict[str, Role] = {c: "out" if k == out_axis else "in" for k, axis in enumerate(f.axes) for c in axis}
+    played: dict[int, Role] = {out_axis: "out", in_axis: "in"}
+    roles: dict[str, Role] = {c: played.get(k, "window") for k, axis in enumerate(f.axes) for c in axis}
     rows = base.size // max(f.shape[out_axis], 1)
     added = 2 * rows * sum(p["feature_group_count"] ** (not set(t) & set(group)) * a.size for a, t in _factors(f))
     added = f.base.size if formed else added

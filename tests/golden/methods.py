@@ -22,6 +22,7 @@ import loralib  # pyright: ignore[reportMissingImports]
 import numpy as np
 import peft  # pyright: ignore[reportMissingImports]
 import torch  # pyright: ignore[reportMissingImports]
+from lycoris.modules.locon import LoConModule  # pyright: ignore[reportMissingImports]
 from lycoris.modules.loha import LohaModule  # pyright: ignore[reportMissingImports]
 from lycoris.modules.lokr import LokrModule  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
@@ -111,6 +112,11 @@ def of_lycoris(module: type[nn.Module], **options: Any) -> Wrap:
     return wrap
 
 
+def of_locon(base: nn.Module) -> Adapted:
+    layer = LoConModule("layer", base.requires_grad_(False), lora_dim=2, alpha=ALPHA, use_tucker=True)
+    return Adapted(layer, lambda: layer.get_merged_weight()[0])
+
+
 class RandLoRA(nn.Module):
     """The sum over k of A_k diag(lambda_k) B_k diag(gamma_k), as RandLoRA's paper writes it.
 
@@ -175,6 +181,40 @@ def fix_fourierft(layer: nn.Module) -> None:
     layer.indices["default"] = places(len(layer.fourierft_spectrum["default"]))
 
 
+class Formula(nn.Module):
+    """What no library at hand computes (or none rightly): torch's own matrices in the formula of the paper.
+
+    The library that introduced the additive update forgets its scale where it merges an embedding.
+    """
+
+    def __init__(self, base: nn.Module, rank: int, terms: int, term: Callable[[Any, Any], torch.Tensor]) -> None:
+        super().__init__()
+        self.base, self.term, self.scale = base.requires_grad_(False), term, ALPHA / (rank * terms)
+        out, inner = base.weight.shape if isinstance(base, nn.Linear) else base.weight.T.shape
+        self.a = nn.ParameterList(torch.empty(rank, inner) for _ in range(terms))
+        self.b = nn.ParameterList(torch.empty(out, rank) for _ in range(terms))
+
+    def merged(self) -> torch.Tensor:
+        update = self.scale * torch.stack([self.term(a, b) for a, b in zip(self.a, self.b, strict=True)]).prod(0)
+        return self.base.weight + (update if isinstance(self.base, nn.Linear) else update.T)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        call = nn.functional.linear if isinstance(self.base, nn.Linear) else nn.functional.embedding
+        return call(x, self.merged())
+
+
+def additive(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a.repeat(len(b) // len(a), 1) + b.repeat(1, a.shape[1] // len(a))
+
+
+def of_formula(rank: int, terms: int, term: Callable[[Any, Any], torch.Tensor]) -> Wrap:
+    def wrap(base: nn.Module) -> Adapted:
+        layer = Formula(base, rank, terms, term)
+        return Adapted(layer, layer.merged)
+
+    return wrap
+
+
 LORA = {"r": 4, "lora_alpha": ALPHA}
 ADALORA = {"init_r": 4, "target_r": 2, "total_step": 9, "tfinal": 1, "lora_alpha": ALPHA}
 
@@ -219,6 +259,13 @@ REFERENCES: dict[str, tuple[str, Wrap]] = {
     "peft_miss": ("linear", of_peft(peft.MissConfig, r=4)),
     "peft_delora": ("linear", of_peft(peft.DeloraConfig, r=4)),
     "peft_shira": ("linear", of_peft(peft.ShiraConfig, fix_shira, r=2)),
+    "additive": ("linear", of_formula(3, 1, additive)),
+    "additive_embedding": ("embedding", of_formula(1, 1, additive)),
+    "hadamard": ("linear", of_formula(2, 3, lambda a, b: b @ a)),
+    "hadamard_additive": ("linear", of_formula(3, 2, additive)),
+    "hadamard_tanh": ("linear", of_formula(2, 2, lambda a, b: torch.tanh(b @ a))),
+    "lycoris_locon": ("linear", of_locon),
+    "lycoris_locon_conv2d": ("conv", of_locon),
     "lycoris_loha": ("linear", of_lycoris(LohaModule, lora_dim=2)),
     "lycoris_lokr_whole": ("linear", of_lycoris(LokrModule, lora_dim=4)),
     "lycoris_lokr": ("linear", of_lycoris(LokrModule, lora_dim=2)),
