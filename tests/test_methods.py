@@ -140,13 +140,21 @@ FORMED = {
     },
     "dora": {"padded_and_rolled", "interpolated", "added_to_a_frozen_kernel"},
     "ia3": {"padded_and_rolled", "interpolated", "added_to_a_frozen_kernel"},
+    "ia3_in": {
+        "padded_and_rolled",
+        "interpolated",
+        "added_to_a_frozen_kernel",
+        "axes_regrouped",
+        "concatenated",
+        "stacked",
+    },
     "lokr": {
         *("ragged_experts", "conv_2d", "conv_2d_of_a_dilated_input", "conv_3d", "conv_depthwise_wide"),
         *("conv_transpose", "conv_transpose_kernel", "axes_split", "axes_regrouped", "sliced", "padded_and_rolled"),
         *("concatenated", "stacked", "interpolated"),
     },
 }
-FACTORED = {"lora", "lora_offset", "lora_fa", "adalora", "delora", "hra", "lora_xs", "vera"}
+FACTORED = {"locon", "lora", "lora_offset", "lora_fa", "adalora", "delora", "hra", "lora_xs", "vera"}
 
 
 @pytest.mark.parametrize("name", sorted(FACTORED | set(FORMED)))
@@ -175,6 +183,16 @@ def test_a_product_of_additive_terms_in_all_its_forms(rank, k, m, n):
     got = jlora.adapt(lambda w, x: x @ w, on_dense="allow")(w, adapter, x)
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
     np.testing.assert_allclose(x @ jlora.merge(w, adapter), want, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_reshaped_convolution_is_factored_where_that_is_cheaper():
+    def program(w, x):
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    w, x = jax.ShapeDtypeStruct((3, 3, 64, 64), jnp.float32), jax.ShapeDtypeStruct((1, 8, 8, 64), jnp.float32)
+    for rank, dense in ((4, 0), (8, 1)):
+        adapter = jlora.init(KEY, jlora.trace(program, w, x), jlora.ConvLoRA(rank))
+        assert len(jlora.explain(program, w, adapter, x).dense) == dense
 
 
 def test_lora_xs_moves_between_the_leading_singular_vectors():
