@@ -37,9 +37,9 @@ TARGETS = r"params/layer_\d+/(attention|feed_forward)/\w+/kernel"
 METHODS: dict[str, tuple[jlora.Method, float]] = {
     "LoRA": (jlora.LoRA(8, 16.0), 2e-3),
     "LoRA-FA": (jlora.LoRA(16, 32.0, freeze_a=True), 2e-3),
-    "PiSSA": (jlora.LoRA(8, start="pissa"), 5e-4),
+    "PiSSA": (jlora.LoRA(8, start="pissa"), 2e-3),
     "MiLoRA": (jlora.LoRA(8, start="milora"), 2e-3),
-    "OLoRA": (jlora.LoRA(8, start="olora"), 5e-4),
+    "OLoRA": (jlora.LoRA(8, start="olora"), 2e-3),
     "orthogonal": (jlora.LoRA(8, 16.0, start="orthogonal"), 2e-3),
     "DoRA": (jlora.DoRA(8, 16.0), 2e-3),
     "Additive": (jlora.Additive(8), 2e-4),

@@ -6,6 +6,7 @@ Every method updates one kernel with Gaussian factors, in several sizes; the upd
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import jlora
 matplotlib.use("agg")
 from matplotlib import pyplot
 
-RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def families(m: int, n: int) -> dict[str, list[jlora.Method]]:
@@ -28,23 +29,30 @@ def families(m: int, n: int) -> dict[str, list[jlora.Method]]:
     both = [r for r in RANKS if m % r == 0 and n % r == 0]
     return {
         "LoRA": [jlora.LoRA(r) for r in RANKS],
+        "AdaLoRA": [jlora.AdaLoRA(r) for r in RANKS],
+        "DeLoRA": [jlora.DeLoRA(r) for r in RANKS],
+        "DoRA": [jlora.DoRA(r) for r in RANKS],
         "Additive": [jlora.Additive(r) for r in both],
         "MiSS": [jlora.MiSS(r) for r in RANKS if m % r == 0],
-        "Hadamard, k = 2": [jlora.Hadamard(2 * r, 2) for r in RANKS[:8]],
-        "Hadamard, k = 4": [jlora.Hadamard(4 * r, 4) for r in RANKS[:6]],
-        "Hadamard of additive, k = 2": [jlora.Hadamard(2 * r, 2, "additive") for r in both[:7]],
-        "Hadamard of additive, k = 4": [jlora.Hadamard(4 * r, 4, "additive") for r in both[:4]],
-        "tanh": [jlora.Hadamard(r, 1, "tanh") for r in RANKS[:8]],
-        "sigmoid": [jlora.Hadamard(r, 1, "sigmoid") for r in RANKS[:8]],
-        "LoKr": [jlora.LoKr(r, factor=f) for f in (2, 4, 8) for r in (1, 2, 4, 8)],
+        "Hadamard, k = 2": [jlora.Hadamard(2 * r, 2) for r in (1, 2, 3, 4, 6, 8, 12, 16)],
+        "Hadamard, k = 4": [jlora.Hadamard(4 * r, 4) for r in (1, 2, 3, 4)],
+        "Hadamard of additive, k = 2": [jlora.Hadamard(2 * r, 2, "additive") for r in (1, 2, 3, 4, 6, 8, 12)],
+        "Hadamard of additive, k = 4": [jlora.Hadamard(4 * r, 4, "additive") for r in (1, 2, 3, 4)],
+        "Hadamard of tanh": [jlora.Hadamard(r, 1, "tanh") for r in (1, 2, 3, 4, 8)],
+        "Hadamard of sigmoid": [jlora.Hadamard(r, 1, "sigmoid") for r in (1, 2, 3, 4, 8)],
+        "LoHa": [jlora.LoHa(r) for r in (1, 2, 3, 4, 6, 8, 12, 16)],
+        "LoKr, factor 4": [jlora.LoKr(r, factor=4) for r in RANKS[:6]],
+        "LoKr, factor 8": [jlora.LoKr(r, factor=8) for r in RANKS[:5]],
         "VeRA": [jlora.VeRA(r) for r in (*RANKS, 96, 128)],
         "LoRA-XS": [jlora.LoRAXS(r) for r in RANKS],
-        "HRA": [jlora.HRA(r) for r in RANKS if r % 2 == 0],
+        "HRA": [jlora.HRA(r) for r in RANKS[1:]],
         "RandLoRA": [jlora.RandLoRA(r) for r in (4, 8, 16, 32)],
-        "OFT": [jlora.OFT(r) for r in RANKS if r > 1 and m % r == 0],
-        "HiRA": [jlora.HiRA(r) for r in RANKS[:8]],
+        "OFT": [jlora.OFT(r) for r in RANKS[1:] if m % r == 0],
+        "HiRA": [jlora.HiRA(r) for r in RANKS[:4]],
         "FourierFT": [jlora.FourierFT(k) for k in (10, 30, 100, 300, 1000)],
-        "SHiRA": [jlora.SHiRA(r) for r in RANKS[:8]],
+        "SHiRA": [jlora.SHiRA(r) for r in RANKS[:4]],
+        "IA3": [jlora.IA3()],
+        "Full": [jlora.Full()],
     }
 
 
@@ -68,7 +76,8 @@ def curves(m: int, n: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     made = {
         name: [method for method in methods if not method.refusal(site)] for name, methods in families(m, n).items()
     }
-    with tqdm(total=sum(map(len, made.values())), unit="update") as bar:
+    interval = 0.2 if sys.stderr.isatty() else 20.0
+    with tqdm(total=sum(map(len, made.values())), unit="update", mininterval=interval) as bar:
         for name, methods in made.items():
             points = []
             for method in methods:
@@ -83,12 +92,18 @@ def draw(found: dict[str, list[tuple[int, int]]], m: int, n: int, path: Path) ->
     colours = pyplot.colormaps["tab20"].colors
     for k, (name, points) in enumerate((name, points) for name, points in found.items() if points):
         count, rank = zip(*points, strict=True)
-        marker = "os^D"[k % 4]
-        axes.plot(count, rank, marker=marker, markersize=4, linewidth=1.2, color=colours[k % 20], label=name)
+        marker = "os^DvPX"[k % 7]
+        axes.plot(
+            count, rank, marker=marker, markersize=4, linewidth=1.2, color=colours[2 * k % 20 + k // 10 % 2], label=name
+        )
     axes.axhline(min(m, n), color="0.6", linestyle=":", linewidth=1)
     axes.axvline(m * n, color="0.6", linestyle=":", linewidth=1)
     axes.set(
-        xscale="log", yscale="log", xlabel=f"trained parameters (the weight has {m * n:,})", ylabel="rank of the update"
+        xscale="log",
+        yscale="log",
+        xlim=(8, 2 * m * n),
+        xlabel=f"trained parameters (the weight has {m * n:,})",
+        ylabel="rank of the update",
     )
     axes.set_title(f"Rank of a {m} x {n} update, Gaussian factors")
     axes.legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
