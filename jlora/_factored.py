@@ -221,6 +221,28 @@ def barrier(values: Sequence[Any]) -> list[Any]:
     ]
 
 
+def joined(f: Factored) -> Factored:
+    """The weight with its low-rank products side by side in one, whose rank is the sum: two matrices, not two a piece.
+
+    Only plain ones join, with the same letters and one rank between them.
+    """
+    done: dict[Any, Network] = {}
+    for number, n in enumerate(f.networks):
+        own = set("".join(n.terms)) - set("".join(f.axes))
+        rank = "".join(own)
+        plain = len(own) == 1 and len(n.terms) == 2 and all(rank in t for t in n.terms) and n.key is None
+        kind = (*(t.replace(rank, "?") for t in n.terms), *(a.dtype for a in n.factors)) if plain else number
+        done[kind] = _beside(done[kind], n, rank) if kind in done else n
+    return dataclasses.replace(f, networks=tuple(done.values()))
+
+
+def _beside(one: Network, other: Network, rank: str) -> Network:
+    (a, c), (b, d) = ((n.factors[0] * scalar(n.scale, n.factors[0].dtype), n.factors[1]) for n in (one, other))
+    left, right = (term.index(rank) for term in other.terms)
+    factors = jnp.concatenate([a, b], axis=left), jnp.concatenate([c, d], axis=right)
+    return dataclasses.replace(one, factors=factors, scale=1.0)
+
+
 # What structural rules do to the networks. Each returns a weight whose `base` is still the old one.
 
 

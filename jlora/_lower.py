@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora._factored import Factored, weight
+from jlora._factored import Factored, joined, weight
 from jlora._method import Adapter, Update
 from jlora._paths import near
 
@@ -26,7 +26,7 @@ def lowered(adapters: Sequence[Adapter], leaf: Any, path: str) -> Factored:
     for adapter in adapters:
         if path in adapter:
             w = _updated(adapter[path], w)
-    return w
+    return joined(w)
 
 
 def _updated(update: Update, w: Factored) -> Factored:

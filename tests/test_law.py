@@ -75,7 +75,7 @@ def test_law(program: Program, kind: Kind) -> None:
 
 # Methods whose networks or gains have a form of their own: these take every kind of weight by day. The others have the
 # form of one of them, and take every kind by night and a few by day.
-FORMS = {"additive", "dora", "full", "hadamard_additive", "ia3_in", "lokr", "lora_groups"}
+FORMS = {"dora", "full", "hadamard_additive", "ia3_in", "lokr", "lora_groups"}
 FEW = {"dense_general_in_axes", "experts", "scan_stacked", "tied_embedding", "conv_grouped"}
 
 

@@ -133,11 +133,6 @@ def test_two_adapters_apply_in_order(first, second):
 # Of the kinds of weight in tests/kinds.py, those that a method with networks or gains forms after all, and says so.
 FORMED = {
     "lora_groups": {"ragged_experts", "conv_grouped", "axes_split", "concatenated", "stacked", "interpolated"},
-    "additive": {
-        *("conv_2d", "conv_2d_of_a_dilated_input", "conv_grouped", "conv_depthwise_wide"),
-        *("conv_transpose", "conv_transpose_kernel", "axes_split"),
-        *("conv_depthwise", "scan_stacked", "layers_by_index"),  # whose sizes are primes, so that the rank is one
-    },
     "dora": {"padded_and_rolled", "interpolated", "added_to_a_frozen_kernel"},
     "ia3": {"padded_and_rolled", "interpolated", "added_to_a_frozen_kernel"},
     "ia3_in": {
@@ -154,7 +149,19 @@ FORMED = {
         *("concatenated", "stacked", "interpolated"),
     },
 }
-FACTORED = {"locon", "lora", "lora_offset", "lora_fa", "adalora", "delora", "hra", "lora_xs", "vera"}
+FACTORED = {
+    "additive",
+    "miss",
+    "locon",
+    "lora",
+    "lora_offset",
+    "lora_fa",
+    "adalora",
+    "delora",
+    "hra",
+    "lora_xs",
+    "vera",
+}
 
 
 @pytest.mark.parametrize("name", sorted(FACTORED | set(FORMED)))

@@ -112,17 +112,6 @@ def too_many(site: Site, count: int) -> str:
     return "" if count <= n_in * n_out else f"{count} entries are more than its {n_in} x {n_out}; lower their number"
 
 
-def repeats(site: Site, rank: int, name: str) -> str:
-    """Why blocks of a rank do not fill both axes, with the nearest that do; empty where they do."""
-    for role in ("in", "out"):
-        if not blocks_fit(site.sizes(role), rank):
-            return (
-                f"{name} {rank} does not divide its {role} axes {site.sizes(role)}; "
-                f"{blocks_that_fit(site, role, rank)} would"
-            )
-    return ""
-
-
 def _bits(dtype: Any) -> int:
     return jnp.finfo(dtype).bits
 
@@ -157,10 +146,3 @@ def blocks_fit(sizes: Sequence[int], minor: int) -> bool:
         else:
             return minor % reach == 0 and size % (minor // reach) == 0
     return reach == minor
-
-
-def blocks_that_fit(site: Site, role: Role, near: int) -> str:
-    """The divisors nearest to a number by which a site's joint axis can be divided into blocks."""
-    sizes = site.sizes(role)
-    good = [n for n in range(1, math.prod(sizes) + 1) if math.prod(sizes) % n == 0 and blocks_fit(sizes, n)]
-    return ", ".join(map(str, sorted(sorted(good, key=lambda n: abs(n - near))[:4])))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jlora._factored import Factored
 from jlora._method import Method, Update
 from jlora._site import Site
-from jlora.methods import _axes, _check
+from jlora.methods import _axes, _check, _repeat
 
 
 @final
@@ -19,7 +19,8 @@ class Additive(Method):
 
         W + s (A [I ... I] + [I; ...; I] B),    A: (*stack, *in, rank),    B: (*stack, rank, *out),    s = alpha / rank
 
-    Both start at zero, and both get gradients there. In letters: `ir -> i, (t r)` and `ro -> (t r), o`.
+    Both start at zero, and both get gradients there. It is computed as one product of that rank, of [A [I; ...; I]] and
+    [[I ... I]; B].
 
     Arguments:
         rank: the width of both, a divisor of the weight's joint in and out sizes; the update has twice this rank.
@@ -28,7 +29,7 @@ class Additive(Method):
         dropout: the share of the branch's input that is dropped in training, in [0, 1).
 
     Raises:
-        ValueError: from `jlora.init`, where the rank divides no block of the weight's axes, with those that would do.
+        ValueError: from `jlora.init`, where the rank does not divide both sizes, with those that do.
     """
 
     rank: int = 8
@@ -41,7 +42,7 @@ class Additive(Method):
         _check.share(self, dropout=self.dropout)
 
     def refusal(self, site: Site) -> str:
-        return site.refusal or _axes.repeats(site, self.rank, "rank")
+        return site.refusal or _repeat.refusal(site, self.rank, "rank")
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         stack, inner, outer = (site.sizes(role) for role in ("stack", "in", "out"))
@@ -52,10 +53,10 @@ class Additive(Method):
 
     def lower(self, update: Update, w: Factored) -> Factored:
         stack, inner, outer = _axes.letters(w, update.roles)
-        w, _, column = _axes.blocks(w, outer, self.rank)
-        w, _, row = _axes.blocks(w, inner, self.rank)
-        stack, inner, outer = _axes.letters(w, update.roles)
+        sizes = [w.letter(c).size for c in stack]
+        a, b = update["a"].reshape(*sizes, -1, self.rank), update["b"].reshape(*sizes, self.rank, -1)
+        down, up = _repeat.product([a], [b])
+        rank = _axes.ranks(w)
+        pairs = [(down, stack + inner + rank), (up, stack + rank + outer)]
         scale = _check.scale(self.alpha, self.rank, self.rank_stabilized) * update.scale
-        options = _axes.dropout(update, stack)
-        w = _axes.add(w, [(update["a"], stack + inner + column)], {}, scale, **options)
-        return _axes.add(w, [(update["b"], stack + row + outer)], {}, scale, **options)
+        return _axes.add(w, pairs, {rank: 2 * self.rank}, scale, **_axes.dropout(update, stack))

@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Iterator
 from typing import Any, final
 
 import jax
@@ -13,7 +11,7 @@ import jax.numpy as jnp
 from jlora._factored import Factored
 from jlora._method import Method, Update
 from jlora._site import Site
-from jlora.methods import _axes, _check, _start
+from jlora.methods import _axes, _check, _repeat, _start
 
 
 @final
@@ -25,8 +23,8 @@ class Hadamard(Method):
 
         of="lora":      T_j = Aj Bj.  The product is A B with the columns of A the products of one column of each Aj
                         (Khatri-Rao), so it costs a LoRA of rank r'^k.
-        of="additive":  T_j = Aj [I ... I] + [I; ...; I] Bj, multiplied out: one product of rank 2 r' + (2^k - 2) r'^2
-                        where that is low, 2^k networks of rank r' elsewhere.
+        of="additive":  T_j = Aj [I ... I] + [I; ...; I] Bj, multiplied out into a product of rank
+                        2 r' + (2^k - 2) r'^2 while that is cheaper than dense.
         of="tanh":      T_j = tanh(Aj Bj), a dense update of any rank.
         of="sigmoid":   T_j = sigmoid(Aj Bj), dense; the start is subtracted.
 
@@ -73,13 +71,7 @@ class Hadamard(Method):
         """Of the product of LoRAs, or of additive terms, as one pair of matrices."""
         return self.part**self.k if self.of == "lora" else 2 * self.part + (2**self.k - 2) * self.part**2
 
-    def _is_low(self, n_in: int, n_out: int) -> bool:
-        """Whether one pair of additive terms costs little more FLOPs than their networks, which take more memory."""
-        return self._rank() <= 2 ** (self.k + 1) * self.part or 24 * self._rank() <= min(n_in, n_out)
-
     def _is_dense(self, n_in: int, n_out: int) -> bool:
-        if self.of == "additive" and not self._is_low(n_in, n_out):
-            return 2**self.k * self.part * (n_in + n_out) >= n_in * n_out
         return self.of in ("tanh", "sigmoid") or self._rank() * (n_in + n_out) >= n_in * n_out
 
     def refusal(self, site: Site) -> str:
@@ -90,7 +82,7 @@ class Hadamard(Method):
             return f"rank / k = {self.part} is above the smaller of its in size {n_in} and out size {n_out}"
         if self.dropout and self._is_dense(n_in, n_out):
             return "its update would be dense here, and dropout needs a branch; lower rank or k, or set dropout to 0"
-        return _axes.repeats(site, self.part, "rank / k =") if self.of == "additive" else ""
+        return _repeat.refusal(site, self.part, "rank / k =") if self.of == "additive" else ""
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         stack, inner, outer = (site.sizes(role) for role in ("stack", "in", "out"))
@@ -119,12 +111,10 @@ class Hadamard(Method):
         if self._is_dense(n_in, n_out):
             terms = (self._term(a, b) for a, b in zip(downs, ups, strict=True))
             return _axes.add_matrix(w, functools.reduce(jnp.multiply, terms), update.roles, scale)
-        if self.of == "lora":
-            down, up = functools.reduce(_columns, downs), functools.reduce(_rows, ups)
-        elif self._is_low(n_in, n_out):
-            down, up = self._joined(downs, ups)
+        if self.of == "additive":
+            down, up = _repeat.product(downs, ups)
         else:
-            return self._expanded(update, w, downs, ups, scale)
+            down, up = functools.reduce(_repeat.every_column, downs), functools.reduce(_repeat.every_row, ups)
         rank = _axes.ranks(w)
         pairs = [(down, stack + inner + rank), (up, stack + rank + outer)]
         return _axes.add(w, pairs, {rank: up.shape[-2]}, scale, **_axes.dropout(update, stack))
@@ -135,61 +125,6 @@ class Hadamard(Method):
             return wide + jnp.tile(b, (*[1] * (b.ndim - 2), a.shape[-2] // self.part, 1))
         product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
         return product if self.of == "lora" else jnp.tanh(product) if self.of == "tanh" else jax.nn.sigmoid(product)
-
-    def _joined(self, downs: list[jax.Array], ups: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """The product of additive terms as one pair of matrices."""
-        one = jnp.eye(self.part, dtype=downs[0].dtype)
-        rows = jnp.tile(one, (downs[0].shape[-2] // self.part, 1))
-        columns = jnp.tile(one, (1, ups[0].shape[-1] // self.part))
-        stack = downs[0].shape[:-2]
-        left, right = [], []
-        for a, b in _summands(downs, ups):
-            down = rows if a is None else a if b is None else _columns(a, rows)
-            up = columns if b is None else b if a is None else _rows(columns, b)
-            left.append(jnp.broadcast_to(down, (*stack, *down.shape[-2:])))
-            right.append(jnp.broadcast_to(up, (*stack, *up.shape[-2:])))
-        return jnp.concatenate(left, axis=-1), jnp.concatenate(right, axis=-2)
-
-    def _expanded(
-        self, update: Update, w: Factored, downs: list[jax.Array], ups: list[jax.Array], scale: float
-    ) -> Factored:
-        """The product of additive terms as a network for every summand."""
-        stack, inner, outer = _axes.letters(w, update.roles)
-        w, _, column = _axes.blocks(w, outer, self.part)
-        w, _, row = _axes.blocks(w, inner, self.part)
-        stack, inner, outer = _axes.letters(w, update.roles)
-        for a, b in _summands(downs, ups):
-            pairs = [] if a is None else [(a, stack + inner + column)]
-            pairs += [] if b is None else [(b, stack + row + outer)]
-            w = _axes.add(w, pairs, {}, scale, **_axes.dropout(update, stack))
-        return w
-
-
-def _columns(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Every column of one matrix times every column of another."""
-    product = x[..., :, :, None] * y[..., :, None, :]
-    return product.reshape(*product.shape[:-2], -1)
-
-
-def _rows(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Every row of one matrix times every row of another."""
-    product = x[..., :, None, :] * y[..., None, :, :]
-    return product.reshape(*product.shape[:-3], -1, product.shape[-1])
-
-
-def _summands(downs: list[jax.Array], ups: list[jax.Array]) -> Iterator[tuple[jax.Array | None, jax.Array | None]]:
-    """A product of sums multiplied out: for every choice of one summand a term, the chosen As and the chosen Bs.
-
-    What is repeated alike multiplies alike, so the chosen As are one matrix, and so are the chosen Bs; None where
-    none is chosen.
-    """
-    for choice in itertools.product((True, False), repeat=len(downs)):
-        a = [down for down, chosen in zip(downs, choice, strict=True) if chosen]
-        b = [up for up, chosen in zip(ups, choice, strict=True) if not chosen]
-        yield (
-            functools.reduce(jnp.multiply, a) if a else None,
-            functools.reduce(jnp.multiply, b) if b else None,
-        )
 
 
 @final

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jlora._factored import Factored
 from jlora._method import Method, Update
 from jlora._site import Site
-from jlora.methods import _axes, _check
+from jlora.methods import _axes, _check, _repeat
 
 
 @final
@@ -19,7 +19,7 @@ class MiSS(Method):
 
         W + [I; ...; I] B,    B: (*stack, rank, *out), zero at the start
 
-    In letters `ro -> (t r), o`: the input is summed in strides of the rank, and then multiplied.
+    The input is summed in strides of the rank, by a product with the identities, and then multiplied.
 
     Arguments:
         rank: the height of B, a divisor of the weight's joint in size.
@@ -37,15 +37,14 @@ class MiSS(Method):
         _check.share(self, dropout=self.dropout)
 
     def refusal(self, site: Site) -> str:
-        if site.refusal or _axes.blocks_fit(site.sizes("in"), self.rank):
-            return site.refusal
-        would = _axes.blocks_that_fit(site, "in", self.rank)
-        return f"rank {self.rank} does not divide its in axes {site.sizes('in')}; {would} would"
+        return site.refusal or _repeat.refusal(site, self.rank, "rank", both=False)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         return {"b": jnp.zeros((*site.sizes("stack"), self.rank, *site.sizes("out")), dtype)}
 
     def lower(self, update: Update, w: Factored) -> Factored:
         stack, inner, outer = _axes.letters(w, update.roles)
-        w, _, row = _axes.blocks(w, inner, self.rank)
-        return _axes.add(w, [(update["b"], stack + row + outer)], {}, update.scale, **_axes.dropout(update, stack))
+        rank = _axes.ranks(w)
+        rows = _repeat.identities(self.rank, w.size(inner), update["b"].dtype)
+        pairs = [(rows, inner + rank), (update["b"], stack + rank + outer)]
+        return _axes.add(w, pairs, {rank: self.rank}, update.scale, **_axes.dropout(update, stack))
