@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jlora.io._error import CheckpointError
 from jlora.io._pieces import Box, checksum, grid, inside, overlap, plain, within
 
 HOST = "host"  # in place of a sharding: a numpy array
-Place = jax.sharding.Sharding | str | None  # None is the default device, to which nothing is committed
+Place: TypeAlias = jax.sharding.Sharding | str | None  # None is the default device, to which nothing is committed
 
 _THREADS = 4
 # Files are mapped, so that no copy is made but the one into the array itself.

@@ -71,7 +71,7 @@ def checksum(data: np.ndarray) -> int:
     raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
     whole = raw.size - raw.size % (8 * _ROW)
     folded = raw[:whole].view(np.uint64).reshape(-1, _ROW).sum(axis=0, dtype=np.uint64)
-    return zlib.crc32(raw[whole:], zlib.crc32(folded.astype("<u8")))
+    return zlib.crc32(raw[whole:].data, zlib.crc32(folded.astype("<u8").data))
 
 
 def sums(array: Any) -> dict[str, Any]:

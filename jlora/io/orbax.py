@@ -1,6 +1,8 @@
 """Adapters and what trains them on disk: arrays through Orbax, and beside them JSON that says what they are."""
 
+import glob
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,8 @@ def save(path: str | os.PathLike[str], adapter: Adapter, *, params: Any = None, 
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
             checkpointer.save(folder, args=ocp.args.Composite(**items))
     except Exception as error:  # whatever Orbax, TensorStore and the file system raise
+        for left in folder.parent.glob(f"{glob.escape(folder.name)}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
         raise CheckpointError(
             f"The adapter could not be written to {folder}, and nothing is there: {error}. "
             "Look for space and for the right to write, and save again."
