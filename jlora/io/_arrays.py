@@ -1,10 +1,13 @@
 """Arrays of a checkpoint, read with TensorStore: every process its own shards, each byte copied once and checked."""
 
+import contextlib
+import dataclasses
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +18,39 @@ from jlora.io._error import CheckpointError
 from jlora.io._pieces import Box, checksum, grid, inside, overlap, plain, within
 
 HOST = "host"  # in place of a sharding: a numpy array
-Place: TypeAlias = jax.sharding.Sharding | str | None  # None is the default device, to which nothing is committed
+Place = jax.sharding.Sharding | str | None  # None is the default device, with nothing committed to it
 
 _THREADS = 4
-# Files are mapped, so that no copy is made but the one into the array itself.
-_CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, "file_io_mode": {"mode": "memmap"}}
+_AT_A_TIME = 256 << 20  # bytes that are read before any of them go to their devices
+# Files are mapped, so that no copy is made but the one into the array itself, and of the store only its index is kept.
+_CONTEXT = {
+    "cache_pool": {"total_bytes_limit": 0},
+    "cache_pool#index": {"total_bytes_limit": 128 << 20},
+    "file_io_mode": {"mode": "memmap"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """A part of an array, the memory that it is read into, and the devices that it goes to."""
+
+    box: Box
+    out: np.ndarray
+    devices: list[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """One array that is being read: where it comes from and all that is wanted of it here."""
+
+    name: str
+    record: Any
+    place: Place
+    store: Any
+    targets: list[_Target]
+
+
+Job = tuple[_Plan, Box, list[tuple[Box, Any]]]  # what to read at a time, with the sums of the pieces in it
 
 
 def read(folder: Path, records: Mapping[str, Any], places: Mapping[str, Place]) -> dict[str, Any]:
@@ -34,85 +65,122 @@ def read(folder: Path, records: Mapping[str, Any], places: Mapping[str, Place]) 
         CheckpointError: where an array is missing, of another shape or dtype, or altered; with all that were altered.
     """
     context = ts.Context(_CONTEXT)
-    found, altered = {}, []
+    found: dict[str, Any] = {}
+    altered: set[str] = set()
     with ThreadPoolExecutor(_THREADS) as pool:
-        for name, place in places.items():
-            try:
-                found[name] = _read(folder, name, records[name], place, context, pool, altered)
-            except Exception as error:  # TensorStore's own errors have no class of their own
-                raise CheckpointError(
-                    f"The array {name!r} in {folder} is missing or damaged: {_short(error)} Use an earlier checkpoint."
-                ) from error
+        for names in _batches(places, records):
+            opened = {name: _open(folder, name, context) for name in names if all(records[name]["shape"])}
+            plans = [_plan(folder, name, records[name], places[name], opened.get(name)) for name in names]
+            jobs = [job for plan in plans for job in _jobs(plan)]
+            shares = [jobs[k::_THREADS] for k in range(_THREADS)]
+            altered = altered.union(*pool.map(lambda share: _fill_all(folder, share), shares))
+            found |= {plan.name: _placed(plan) for plan in plans}
     if altered:
         raise CheckpointError(
             f"Arrays in {folder} were altered after they were written. Use an earlier checkpoint.\n  "
-            + "\n  ".join(dict.fromkeys(altered))
+            + "\n  ".join(
+                f"{name}: {records[name]['dtype']}{tuple(records[name]['shape'])}" for name in sorted(altered)
+            )
         )
     return found
 
 
-def _read(
-    folder: Path,
-    name: str,
-    record: Any,
-    place: Place,
-    context: ts.Context,
-    pool: ThreadPoolExecutor,
-    altered: list[str],
-) -> Any:
+def _batches(names: Iterable[str], records: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Names of arrays that are read together."""
+    batch, size = [], 0
+    for name in names:
+        batch.append(name)
+        size += math.prod(records[name]["shape"]) * jnp.dtype(records[name]["dtype"]).itemsize
+        if size >= _AT_A_TIME:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+@contextlib.contextmanager
+def _reading(folder: Path, name: str) -> Iterator[None]:
+    """Errors inside are errors of one array; TensorStore's own have no class of their own."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"The array {name!r} in {folder} is missing or damaged: {reason}. Use an earlier checkpoint."
+        ) from error
+
+
+def _open(folder: Path, name: str, context: ts.Context) -> Any:
+    """Begins to open an array."""
+    files = {"driver": "file", "path": f"{folder}/"}
+    kvstore = {"driver": "ocdbt", "base": files, "path": f"{name}/", "cache_pool": "cache_pool#index"}
+    spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+    with _reading(folder, name):
+        return ts.open(spec, context=context, open=True, read=True)
+
+
+def _plan(folder: Path, name: str, record: Any, place: Place, opened: Any) -> _Plan:
     shape, dtype = tuple(record["shape"]), jnp.dtype(record["dtype"])
-    whole = tuple(slice(0, n) for n in shape)
-    targets: dict[Any, list[jax.Device]] = {_key(whole): []}
+    store = None
+    if opened is not None:
+        with _reading(folder, name):
+            store = opened.result()
+            if (store.shape, store.dtype.numpy_dtype) != (shape, dtype):
+                raise ValueError(f"recorded as {dtype.name}{shape}, found {store.dtype.name}{tuple(store.shape)}")
+    parts: dict[Any, list[Any]] = {}
     if isinstance(place, jax.sharding.Sharding):
-        targets = {}
         for device, index in place.addressable_devices_indices_map(shape).items():
-            targets.setdefault(_key(plain(index or (), shape)), []).append(device)
-    outs = [(tuple(slice(*pair) for pair in key), _empty(key, dtype)) for key in targets]
-    if all(shape):
-        store = ts.open(_spec(folder, name), context=context, open=True, read=True).result()
-        if (store.shape, store.dtype.numpy_dtype) != (shape, dtype):
-            raise CheckpointError(f"recorded as {dtype.name}{shape}, found {store.dtype.name}{tuple(store.shape)}.")
-        jobs = _jobs(record, store, [box for box, _ in outs])
-        if not all(pool.map(lambda job: _fill(store, dtype, outs, *job), jobs)):
-            altered.append(f"{name}: {dtype.name}{shape}")
-    hosts = [out for _, out in outs]
-    if isinstance(place, jax.sharding.Sharding):
-        shards = [jax.device_put(out, d) for out, devices in zip(hosts, targets.values(), strict=True) for d in devices]
-        return jax.make_array_from_single_device_arrays(shape, place, shards)
-    return hosts[0] if place == HOST else jax.device_put(hosts[0])
-
-
-def _jobs(record: Any, store: Any, targets: list[Box]) -> list[tuple[Box, list[tuple[Box, Any]]]]:
-    """What to read at a time, with the sums of what is in it.
-
-    Where bytes are stored as they are that is a piece. What is compressed is taken a shard at a time, for that is how
-    it was written.
-    """
-    pieces = grid(record["shape"], record["shard"], record["piece"])
-    known = list(zip(pieces, record["sums"], strict=True))
-    if store.spec().to_json()["metadata"]["compressor"] is None:
-        jobs = [(box, [(box, recorded)]) for box, recorded in known]
+            box = plain(index or (), shape)
+            parts.setdefault(tuple((b.start, b.stop) for b in box), []).append(device)
     else:
-        units = grid(record["shape"], record["shard"])
-        jobs = [(unit, [(box, recorded) for box, recorded in known if inside(box, unit)]) for unit in units]
-    return [job for job in jobs if any(overlap(job[0], target) is not None for target in targets)]
+        parts[tuple((0, n) for n in shape)] = []
+    boxes = [(tuple(slice(*pair) for pair in part), devices) for part, devices in parts.items()]
+    return _Plan(name, record, place, store, [_Target(box, _empty(box, dtype), devices) for box, devices in boxes])
 
 
-def _fill(
-    store: Any, dtype: np.dtype, outs: list[tuple[Box, np.ndarray]], box: Box, known: list[tuple[Box, Any]]
-) -> bool:
+def _jobs(plan: _Plan) -> list[Job]:
+    """What is read here of an array: pieces, where its bytes are stored as they are.
+
+    What is compressed is taken a shard at a time, for that is how it was written.
+    """
+    if plan.store is None:
+        return []
+    record = plan.record
+    known = list(zip(grid(record["shape"], record["shard"], record["piece"]), record["sums"], strict=True))
+    units = [(box, [(box, recorded)]) for box, recorded in known]
+    if plan.store.codec.to_json().get("compressor") is not None:
+        shards = grid(record["shape"], record["shard"])
+        units = [(shard, [(box, recorded) for box, recorded in known if inside(box, shard)]) for shard in shards]
+    return [(plan, *unit) for unit in units if any(overlap(unit[0], target.box) is not None for target in plan.targets)]
+
+
+def _fill_all(folder: Path, jobs: list[Job]) -> set[str]:
+    """The names of the arrays whose sums are wrong."""
+    return {plan.name for plan, box, known in jobs if not _fill(folder, plan, box, known)}
+
+
+def _fill(folder: Path, plan: _Plan, box: Box, known: list[tuple[Box, Any]]) -> bool:
     """Reads a box into every target that shares some of it; says whether its sums are right."""
-    owner = next((k for k, (target, _) in enumerate(outs) if inside(box, target)), None)
-    buffer = None if owner is None else outs[owner][1][within(box, outs[owner][0])]
+    owner = next((target for target in plan.targets if inside(box, target.box)), None)
+    buffer = None if owner is None else owner.out[within(box, owner.box)]
     if buffer is None or not buffer.flags.c_contiguous:
-        owner, buffer = None, np.empty([b.stop - b.start for b in box], dtype)
-    source = store[box]
-    ts.array(buffer).write(source.translate_to[(0,) * len(box)] if box else source).result()
-    for k, (target, out) in enumerate(outs):
-        both = overlap(box, target)
-        if both is not None and k != owner:
-            out[within(both, target)] = buffer[within(both, box)]
+        owner, buffer = None, np.empty([b.stop - b.start for b in box], jnp.dtype(plan.record["dtype"]))
+    with _reading(folder, plan.name):
+        source = plan.store[box]
+        ts.array(buffer).write(source.translate_to[(0,) * len(box)] if box else source).result()
+    for target in plan.targets:
+        both = overlap(box, target.box)
+        if both is not None and target is not owner:
+            target.out[within(both, target.box)] = buffer[within(both, box)]
     return all(_sum(buffer[within(piece, box)], recorded) == recorded for piece, recorded in known)
+
+
+def _placed(plan: _Plan) -> Any:
+    """The array on its devices; on a CPU it is the memory that was read into."""
+    if isinstance(plan.place, jax.sharding.Sharding):
+        shards = [jax.device_put(target.out, device) for target in plan.targets for device in target.devices]
+        return jax.make_array_from_single_device_arrays(tuple(plan.record["shape"]), plan.place, shards)
+    (target,) = plan.targets
+    return target.out if plan.place == HOST else jax.device_put(target.out)
 
 
 def _sum(data: np.ndarray, recorded: Any) -> Any:
@@ -122,23 +190,10 @@ def _sum(data: np.ndarray, recorded: Any) -> Any:
     return checksum(data)
 
 
-def _spec(folder: Path, name: str) -> dict[str, Any]:
-    kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": f"{name}/"}
-    return {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
-
-
-def _key(box: Box) -> tuple[tuple[int, int], ...]:
-    return tuple((b.start, b.stop) for b in box)
-
-
-def _empty(key: tuple[tuple[int, int], ...], dtype: np.dtype) -> np.ndarray:
+def _empty(box: Box, dtype: np.dtype) -> np.ndarray:
     """Memory that starts at a multiple of 64 bytes, which a CPU device takes as it is."""
-    shape = [stop - start for start, stop in key]
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    shape = [b.stop - b.start for b in box]
+    size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _short(error: Exception) -> str:
-    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
