@@ -1,5 +1,11 @@
 """Adapters on meshes: where their arrays lie, and checkpoints that go from one mesh to another."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jlora
 from jlora.io import _pieces
-from tests import small
+from tests import processes, small
 from tests.checkpoints import same
 from tests.methods import METHODS, fitting
 
@@ -179,3 +185,20 @@ def test_many_pieces_and_shards(tmp_path, monkeypatch):
     jlora.save(tmp_path / "raw", placed, params=on)
     other = on_mesh(params(), "2x4")
     same(jax.device_get(jlora.load(tmp_path / "raw", params=other)), jax.device_get(adapter()))
+
+
+def test_two_processes_read_their_own_shards(tmp_path):
+    """Each writes and reads what its devices hold, and no array is whole anywhere."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", processes.__name__, str(tmp_path / "a"), str(port)]
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    options = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([*command, str(rank)], **options) for rank in range(2)]
+    ended = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ended
+    read = [json.loads(out.splitlines()[-1]) for out, _ in ended]
+    both = [["w:factors:b", [[0, 2], [0, 12]]], ["w:factors:b", [[0, 2], [12, 24]]]]
+    assert read[0] == [["w:factors:a", [[0, 4], [0, 2]]], ["w:factors:a", [[4, 8], [0, 2]]], *both]
+    assert read[1] == [["w:factors:a", [[8, 12], [0, 2]]], ["w:factors:a", [[12, 16], [0, 2]]], *both]

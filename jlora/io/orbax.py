@@ -62,8 +62,9 @@ def checkpoint_args(
 
         manager.save(step, args=ocp.args.Composite(**jlora.checkpoint_args(adapter, state, params=params)))
 
-    The values are taken before this returns, so a save in the background may overlap the next steps. Items of your
-    own go beside these. `jlora.load` and `jlora.load_state` read a step's folder, `manager.directory / str(step)`.
+    Orbax takes the values before `manager.save` returns, so a save in the background may overlap the next steps.
+    Items of your own go beside these. `jlora.load` and `jlora.load_state` read a step's folder,
+    `manager.directory / str(step)`.
 
     Arguments:
         adapter: the adapter.
