@@ -136,9 +136,9 @@ def load_or_refuse(folder) -> int:
 
 
 @pytest.mark.parametrize("kind", ["1", "2", "managed"])
-@pytest.mark.parametrize("rounds", [1, pytest.param(40, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("rounds", [1, pytest.param(15, marks=pytest.mark.nightly)])
 def test_every_region_of_every_file_may_be_damaged(tmp_path, managed, kind, rounds):
-    """By day every region is damaged once, in one of the ways; by night forty times."""
+    """By day every region is damaged once, in one of the ways; by night fifteen times."""
     source = managed if kind == "managed" else GOLDEN / kind
     shutil.copytree(source, tmp_path / "a")
     rng = random.Random(f"{kind} {rounds}")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ Place = jax.sharding.Sharding | str | None  # None is the default device, with n
 
 _THREADS = 4
 _AT_A_TIME = 256 << 20  # bytes that are read before any of them go to their devices
+_AHEAD = 2 << 20  # bytes that the system is asked for at once
 # Files are mapped, so that no copy is made but the one into the array itself, and of the store only its index is kept.
 _CONTEXT = {
     "cache_pool": {"total_bytes_limit": 0},
@@ -68,6 +70,8 @@ def read(folder: Path, records: Mapping[str, Any], places: Mapping[str, Place]) 
     found: dict[str, Any] = {}
     altered: set[str] = set()
     with ThreadPoolExecutor(_THREADS) as pool:
+        if len(places) == len(records) and jax.process_count() == 1:
+            pool.submit(_announce, folder)
         for names in _batches(places, records):
             opened = {name: _open(folder, name, context) for name in names if all(records[name]["shape"])}
             plans = [_plan(folder, name, records[name], places[name], opened.get(name)) for name in names]
@@ -83,6 +87,16 @@ def read(folder: Path, records: Mapping[str, Any], places: Mapping[str, Place]) 
             )
         )
     return found
+
+
+def _announce(folder: Path) -> None:
+    """Tells the system that all files will be read; what is mapped it fetches in small steps otherwise."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in sorted(found for found in folder.rglob("*") if found.is_file()):
+        with file.open("rb") as opened:
+            for start in range(0, os.fstat(opened.fileno()).st_size, _AHEAD):
+                os.posix_fadvise(opened.fileno(), start, _AHEAD, os.POSIX_FADV_WILLNEED)
 
 
 def _batches(names: Iterable[str], records: Mapping[str, Any]) -> Iterator[list[str]]:
