@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jlora
+from jlora.io import _describe
 from tests import small
 from tests.checkpoints import GOLDEN, same, varied
 from tests.methods import METHODS, fitting
@@ -103,6 +104,34 @@ def test_an_altered_description(saved, change, message):
     file.write_text(json.dumps(meta))
     with pytest.raises(jlora.CheckpointError, match=message):
         jlora.load(saved[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda meta: meta.pop("updates"),
+        lambda meta: meta["updates"]["embed"].pop("roles"),
+        lambda meta: meta["updates"]["embed"].update(method=7),
+        lambda meta: meta["updates"]["embed"]["factors"].update(a="none"),
+        lambda meta: meta["arrays"]["embed:factors:a"]["sums"].append(0),
+        lambda meta: meta["arrays"]["embed:factors:a"].update(shape=[3]),
+        lambda meta: meta["arrays"]["embed:factors:a"].update(dtype="float7"),
+        lambda meta: meta["arrays"].update({"embed:factors:a": 3}),
+        lambda meta: meta["methods"][0]["hyperparameters"].update(rank=-1),
+        lambda meta: meta["methods"][0]["hyperparameters"].update(unheard_of=1),
+    ],
+)
+def test_a_description_that_somebody_else_wrote(saved, change):
+    """Its sum is right, and what it says makes no sense."""
+    file = saved[0] / "jlora" / "metadata"
+    meta = json.loads(file.read_text())
+    del meta["sha256"]
+    change(meta)
+    file.write_text(json.dumps(meta | {"sha256": _describe._digest(meta)}))
+    with pytest.raises(jlora.CheckpointError):
+        jlora.load(saved[0])
+    with pytest.raises(jlora.CheckpointError):
+        jlora.load(saved[0], params=small.params())
 
 
 def test_an_unknown_method(saved, monkeypatch):

@@ -1,8 +1,10 @@
 """Adapters and what trains them on disk: arrays through Orbax, and beside them JSON that says what they are."""
 
+import contextlib
 import glob
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,21 +115,18 @@ def load(path: str | os.PathLike[str], *, params: Any = None) -> Adapter:
             release does not know, or was made for another base; with every misfit.
     """
     folder, meta = _open(path)
-    try:
+    with _understood(folder):
         expected = {path: {"shape": said["shape"]} for path, said in meta["updates"].items()}
         base = meta["base"] if meta["base"] is not None else expected
-        if params is not None:
-            wrong = _base.misfits(base, params, whole=meta["base"] is not None)
-            if wrong:
-                raise CheckpointError(
-                    f"The adapter at {folder} was made for another base. Pass the parameters that it was made for; "
-                    "without params nothing is compared.\n  " + "\n  ".join(wrong)
-                )
+        wrong = [] if params is None else _base.misfits(base, params, whole=meta["base"] is not None)
+        if wrong:
+            raise CheckpointError(
+                f"The adapter at {folder} was made for another base. Pass the parameters that it was made for; "
+                "without params nothing is compared.\n  " + "\n  ".join(wrong)
+            )
         names = {name: name for said in meta["updates"].values() for g in _describe.GROUPS for name in said[g].values()}
-        places = dict.fromkeys(names) if params is None else _places(_describe.rebuild(meta, names), meta, params)
+        places = dict.fromkeys(names) if params is None else _places(_describe.rebuild(meta, names), params)
         return _describe.rebuild(meta, _arrays.read(folder / ARRAYS, meta["arrays"], places))
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"The description of the adapter at {folder} is not jlora's: {error!r}") from error
 
 
 def load_state(path: str | os.PathLike[str], like: Any) -> Any:
@@ -143,11 +142,25 @@ def load_state(path: str | os.PathLike[str], like: Any) -> Any:
         CheckpointError: where there is no state, or it was altered, or does not fit the tree; with every misfit.
     """
     folder, meta = _open(path)
-    leaves = meta["state"]
-    if leaves is None:
-        raise CheckpointError(f"{folder} holds an adapter alone: jlora.checkpoint_args(adapter, state) keeps a state.")
-    places = _state.places(leaves, like)
-    return _state.join(leaves, _arrays.read(folder / ARRAYS, meta["arrays"], places), like)
+    with _understood(folder):
+        leaves = meta["state"]
+        if leaves is None:
+            raise CheckpointError(
+                f"{folder} holds an adapter alone: jlora.checkpoint_args(adapter, state) keeps a state."
+            )
+        places = _state.places(leaves, like)
+        return _state.join(leaves, _arrays.read(folder / ARRAYS, meta["arrays"], places), like)
+
+
+@contextlib.contextmanager
+def _understood(folder: Path) -> Iterator[None]:
+    """A description that is intact and yet not what jlora writes is told as such."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"What {folder / META} says cannot be used: {error!r}") from error
 
 
 def _open(path: str | os.PathLike[str]) -> tuple[Path, _describe.Meta]:
@@ -157,7 +170,7 @@ def _open(path: str | os.PathLike[str]) -> tuple[Path, _describe.Meta]:
     return folder, _describe.read(folder / META)
 
 
-def _places(names: Adapter, meta: _describe.Meta, params: Any) -> dict[str, _arrays.Place]:
+def _places(names: Adapter, params: Any) -> dict[str, _arrays.Place]:
     """The place of every array of an adapter, whose leaves are their names."""
     targets = shardings(names, params)
     leaves = dict(named_leaves(params))
