@@ -45,6 +45,7 @@ def test_resume_is_exact(whole, tmp_path):
     assert {a.sharding.num_devices for a in jax.tree.leaves(again_adapter)} == {count}
 
 
+@pytest.mark.parametrize("whole", [pytest.param(1, marks=pytest.mark.nightly), 8], indirect=True)
 def test_resume_after_a_kill(whole, tmp_path):
     """The same with a process that is killed somewhere after the second checkpoint began."""
     count, _, (adapter, state, losses) = whole
