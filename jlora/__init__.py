@@ -15,6 +15,7 @@ from jlora._optim import labels as labels
 from jlora._optim import mask as mask
 from jlora._rank import truncate as truncate
 from jlora._rank import with_rank as with_rank
+from jlora._sharding import shardings as shardings
 from jlora._site import Site as Site
 from jlora._targets import restart as restart
 from jlora._targets import with_biases as with_biases
@@ -27,7 +28,9 @@ from jlora._transform import DenseWarning as DenseWarning
 from jlora._transform import adapt as adapt
 from jlora._transform import init as init
 from jlora.io.orbax import CheckpointError as CheckpointError
+from jlora.io.orbax import checkpoint_args as checkpoint_args
 from jlora.io.orbax import load as load
+from jlora.io.orbax import load_state as load_state
 from jlora.io.orbax import save as save
 from jlora.methods import HRA as HRA
 from jlora.methods import IA3 as IA3

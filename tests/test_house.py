@@ -19,11 +19,15 @@ LAYERS = [
     ["_method", "rules.structural", "rules.dot_general", "rules.gather", "rules.conv"],
     ["rules", "_control", "methods._check", "methods._start", "methods._axes", "methods._random", "_lower", "_optim"],
     ["methods._norm", "methods._repeat", "methods.lora"],
-    ["_interpret", "methods.*", "_merge"],
+    ["_interpret", "methods.*", "_merge", "_sharding"],
     ["methods"],
     ["_trace"],
     ["_transform"],
-    ["_dropout", "_rank", "_gradients", "_budget", "_targets", "io", "io.orbax"],
+    ["_dropout", "_rank", "_gradients", "_budget", "_targets", "io"],
+    ["io._error", "io._pieces", "io._base"],
+    ["io._arrays", "io._describe"],
+    ["io._state"],
+    ["io.orbax"],
     [""],
 ]
 

@@ -1,168 +1,182 @@
-"""Adapters on disk: arrays through Orbax, and beside them JSON that says what they are."""
+"""Adapters and what trains them on disk: arrays through Orbax, and beside them JSON that says what they are."""
 
-import dataclasses
-import hashlib
-import importlib.metadata
-import json
+import contextlib
+import glob
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
-from jlora._method import Adapter, Update
-from jlora.methods import METHODS
+from jlora._lower import check
+from jlora._method import Adapter
+from jlora._paths import is_array, named_leaves
+from jlora._sharding import shardings
+from jlora.io import _arrays, _base, _describe, _state
+from jlora.io._error import CheckpointError as CheckpointError
+from jlora.io._pieces import sums
 
-FORMAT = 1
-_ARRAYS, _META = "arrays", "jlora"
+ARRAYS, META = "arrays", "jlora"
 
 
-class CheckpointError(ValueError):
-    """A saved adapter that cannot be trusted or understood: truncated, altered, or of another format."""
-
-
-def save(path: str | os.PathLike[str], adapter: Adapter) -> None:
+def save(path: str | os.PathLike[str], adapter: Adapter, *, params: Any = None, hashes: bool = False) -> None:
     """Writes an adapter to a new folder, whole or not at all.
 
     The folder holds the arrays as Orbax writes them and a JSON file with every update's method, roles, shape and
-    scale, the dtype, shape and SHA-256 sum of every array, and the versions that wrote it. Dropout keys are not kept.
+    scale, the dtype, shape and sums of every array, the versions that wrote it, and what is known of the base. On a
+    mesh every process writes its own shards. Dropout keys are not kept.
 
     Arguments:
         path: the folder, which must not exist.
         adapter: the adapter.
+        params: the base parameters, whose paths, shapes and dtypes are kept so that `load` can refuse another base.
+        hashes: keeps a sum of every base parameter's bytes too, so that `load` refuses a base of other values.
 
     Raises:
         FileExistsError: where the path exists.
+        ValueError: where the adapter is empty, does not fit `params`, or has what JSON cannot hold.
+        CheckpointError: where the folder cannot be written; it does not exist then.
     """
     folder = Path(os.path.abspath(path))
     if folder.exists():
         raise FileExistsError(f"{folder} exists. Save to another path, or remove it first.")
-    arrays = _arrays(adapter)
+    items = checkpoint_args(adapter, params=params, hashes=hashes)
+    handlers = {ARRAYS: ocp.PyTreeCheckpointHandler(use_compression=False), META: ocp.JsonCheckpointHandler()}
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+            checkpointer.save(folder, args=ocp.args.Composite(**items))
+    except Exception as error:  # whatever Orbax, TensorStore and the file system raise
+        for left in folder.parent.glob(f"{glob.escape(folder.name)}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
+        raise CheckpointError(
+            f"The adapter could not be written to {folder}, and nothing is there: {error}. "
+            "Look for space and for the right to write, and save again."
+        ) from error
+
+
+def checkpoint_args(
+    adapter: Adapter, state: Any = None, *, params: Any = None, hashes: bool = False
+) -> dict[str, ocp.args.CheckpointArgs]:
+    """Makes what Orbax's own `CheckpointManager` needs to keep an adapter and all that trains it.
+
+        manager.save(step, args=ocp.args.Composite(**jlora.checkpoint_args(adapter, state, params=params)))
+
+    Orbax takes the values before `manager.save` returns, so a save in the background may overlap the next steps.
+    Items of your own go beside these. `jlora.load` and `jlora.load_state` read a step's folder,
+    `manager.directory / str(step)`.
+
+    Arguments:
+        adapter: the adapter.
+        state: any tree of arrays, PRNG keys, numbers, strings and booleans: the optimiser's state, the step, the
+            position in the data (a NumPy generator's `bit_generator.state`, for one).
+        params, hashes: as for `save`.
+
+    Raises:
+        ValueError: as for `save`.
+        TypeError: where the state has a leaf of another kind.
+    """
+    arrays = _describe.arrays_of(adapter)
     if not arrays:
         raise ValueError("The adapter is empty: there is nothing to save.")
-    meta = {
-        "format": FORMAT,
-        "versions": {name: importlib.metadata.version(name) for name in ("jlora", "jax", "orbax-checkpoint")},
-        "updates": {path: _describe(update) for path, update in adapter.items()},
-        "arrays": {name: _summary(array) for name, array in arrays.items()},
+    if hashes and params is None:
+        raise ValueError("hashes are of the base parameters: pass params too.")
+    if params is not None:
+        check([adapter], {path: leaf for path, leaf in named_leaves(params) if is_array(leaf)})
+    more, leaves = _state.split(state)
+    arrays |= more
+    rest = {
+        "base": None if params is None else _base.fingerprint(params, hashes),
+        "state": None if state is None else leaves,
+        "arrays": {name: sums(array) for name, array in arrays.items()},
     }
-    meta["sha256"] = _digest(meta)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(_ARRAYS, _META)) as checkpointer:
-        items = {_ARRAYS: ocp.args.PyTreeSave(arrays), _META: ocp.args.JsonSave(meta)}
-        checkpointer.save(folder, args=ocp.args.Composite(**items))
+    stored = {name: array for name, array in arrays.items() if array.size}
+    return {ARRAYS: ocp.args.PyTreeSave(stored), META: ocp.args.JsonSave(_describe.describe(adapter, rest))}
 
 
-def load(path: str | os.PathLike[str]) -> Adapter:
-    """Reads an adapter that `save` wrote. No template is needed.
+def load(path: str | os.PathLike[str], *, params: Any = None) -> Adapter:
+    """Reads an adapter that `save` or a `CheckpointManager` wrote. No template is needed.
 
     Arguments:
         path: the folder.
+        params: the base parameters that it is for, arrays or `jax.ShapeDtypeStruct`. They are compared with what the
+            checkpoint says of its base, and each factor goes to where its weight lies (`jlora.shardings`), on any
+            number of devices; a process reads what its own devices need. Without them nothing is compared, and all
+            goes to the default device.
 
     Returns:
-        the adapter, its arrays on the default device.
+        the adapter.
 
     Raises:
         FileNotFoundError: where there is no such folder.
         CheckpointError: where it is no adapter, or was truncated or altered, or has a format or method that this
-            release does not know; with every misfit.
+            release does not know, or was made for another base; with every misfit.
     """
+    folder, meta = _open(path)
+    with _understood(folder):
+        expected = {path: {"shape": said["shape"]} for path, said in meta["updates"].items()}
+        base = meta["base"] if meta["base"] is not None else expected
+        wrong = [] if params is None else _base.misfits(base, params, whole=meta["base"] is not None)
+        if wrong:
+            raise CheckpointError(
+                f"The adapter at {folder} was made for another base. Pass the parameters that it was made for; "
+                "without params nothing is compared.\n  " + "\n  ".join(wrong)
+            )
+        names = {name: name for said in meta["updates"].values() for g in _describe.GROUPS for name in said[g].values()}
+        places = dict.fromkeys(names) if params is None else _places(_describe.rebuild(meta, names), params)
+        return _describe.rebuild(meta, _arrays.read(folder / ARRAYS, meta["arrays"], places))
+
+
+def load_state(path: str | os.PathLike[str], like: Any) -> Any:
+    """Reads the state that was saved beside an adapter.
+
+    Arguments:
+        path: the folder.
+        like: a tree of the same structure, shapes and dtypes; its arrays say where each goes. The state of a new
+            run, `{"optimiser": tx.init(adapter), "step": 0}`, is one.
+
+    Raises:
+        FileNotFoundError: where there is no such folder.
+        CheckpointError: where there is no state, or it was altered, or does not fit the tree; with every misfit.
+    """
+    folder, meta = _open(path)
+    with _understood(folder):
+        leaves = meta["state"]
+        if leaves is None:
+            raise CheckpointError(
+                f"{folder} holds an adapter alone: jlora.checkpoint_args(adapter, state) keeps a state."
+            )
+        places = _state.places(leaves, like)
+        return _state.join(leaves, _arrays.read(folder / ARRAYS, meta["arrays"], places), like)
+
+
+@contextlib.contextmanager
+def _understood(folder: Path) -> Iterator[None]:
+    """A description that is intact and yet not what jlora writes is told as such."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"What {folder / META} says cannot be used: {error!r}") from error
+
+
+def _open(path: str | os.PathLike[str]) -> tuple[Path, _describe.Meta]:
     folder = Path(os.path.abspath(path))
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no saved adapter at {folder}; jlora.save(path, adapter) writes one.")
-    meta = _read_meta(folder)
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(_ARRAYS, _META)) as checkpointer:
-            as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in meta["arrays"]}
-            template = dict.fromkeys(meta["arrays"], 0)
-            restore = ocp.args.PyTreeRestore(item=template, restore_args=as_numpy)
-            arrays = checkpointer.restore(folder, args=ocp.args.Composite(**{_ARRAYS: restore}))[_ARRAYS]
-    except Exception as error:  # whatever Orbax and TensorStore raise for damaged files
-        raise CheckpointError(f"The arrays of the adapter at {folder} cannot be read: {error}") from error
-    misfits = [
-        f"{name}: recorded {meta['arrays'][name]}, found {_summary(array)}"
-        for name, array in arrays.items()
-        if _summary(array) != meta["arrays"][name]
-    ]
-    if misfits:
-        raise CheckpointError(f"The arrays of the adapter at {folder} were altered:\n  " + "\n  ".join(misfits))
-    return {path: _rebuild(path, said, arrays) for path, said in meta["updates"].items()}
+    return folder, _describe.read(folder / META)
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
-    file = folder / _META / "metadata"
-    try:
-        meta = json.loads(file.read_text())
-        version = meta["format"]
-        intact = isinstance(version, int) and meta.pop("sha256") == _digest(meta)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is no saved adapter, or an incomplete one: {file.name} is missing.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged and cannot be read: {error!r}") from error
-    if version > FORMAT:
-        raise CheckpointError(
-            f"{folder} has format {version}, and this release of jlora reads up to {FORMAT}; upgrade."
-        )
-    if not intact:
-        raise CheckpointError(f"{file} was altered after it was written.")
-    return meta
-
-
-def _arrays(adapter: Adapter) -> dict[str, Any]:
-    """Every array under a flat name, `<path>:<group>:<name>`."""
-    return {
-        f"{path}:{group}:{name}": array
-        for path, update in adapter.items()
-        for group in ("factors", "frozen")
-        for name, array in getattr(update, group).items()
-    }
-
-
-def _describe(update: Update) -> dict[str, Any]:
-    return {
-        "method": type(update.method).__name__,
-        "hyperparameters": dataclasses.asdict(update.method),  # pyright: ignore[reportArgumentType]
-        "roles": list(update.roles),
-        "shape": list(update.shape),
-        "scale": update.scale,
-    }
-
-
-def _rebuild(path: str, said: dict[str, Any], arrays: dict[str, Any]) -> Update:
-    if said["method"] not in METHODS:
-        raise CheckpointError(f"{path} has the method {said['method']!r}, and this release of jlora has none such.")
-    try:
-        values: dict[str, Any] = {
-            name: tuple(v) if isinstance(v, list) else v for name, v in said["hyperparameters"].items()
-        }
-        method = METHODS[said["method"]](**values)
-    except TypeError as error:
-        raise CheckpointError(f"{path}: {said['method']} in this release does not take {error}.") from error
-    groups: dict[str, dict[str, jax.Array]] = {"factors": {}, "frozen": {}}
-    for full, array in arrays.items():
-        owner, group, name = full.rsplit(":", 2)
-        if owner == path:
-            groups[group][name] = jnp.asarray(array)
-    return Update(
-        factors=groups["factors"],
-        frozen=groups["frozen"],
-        method=method,
-        roles=tuple(said["roles"]),
-        shape=tuple(said["shape"]),
-        scale=said["scale"],
-    )
-
-
-def _summary(array: Any) -> dict[str, Any]:
-    value = np.asarray(array)
-    return {
-        "shape": list(value.shape),
-        "dtype": value.dtype.name,
-        "sha256": hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest(),
-    }
-
-
-def _digest(meta: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+def _places(names: Adapter, params: Any) -> dict[str, _arrays.Place]:
+    """The place of every array of an adapter, whose leaves are their names."""
+    targets = shardings(names, params)
+    leaves = dict(named_leaves(params))
+    out: dict[str, _arrays.Place] = {}
+    for path, update in names.items():
+        free = _state.place(leaves[path]) in (None, _arrays.HOST)
+        for name, target in zip(jax.tree.leaves(update), jax.tree.leaves(targets[path]), strict=True):
+            out[name] = None if free else target
+    return out
