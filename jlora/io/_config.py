@@ -1,0 +1,167 @@
+"""PEFT's `adapter_config.json`: what each field means here, and which are refused."""
+
+import collections
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jlora._method import Method
+from jlora.methods import IA3, DoRA, LoHa, LoKr, LoRA, VeRA
+
+Config = dict[str, Any]
+
+# Fields that say nothing about what a trained adapter computes.
+_IDLE = {
+    *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
+    *("runtime_config", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config"),
+    *("lora_ga_config", "init_weights", "init_ia3_weights", "fan_in_fan_out", "d_initial"),
+}
+# Fields of all types that are read.
+_COMMON = {
+    *("peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "bias"),
+}
+# Fields that are read beside those, by type.
+_READ = {
+    "LORA": [
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout"),
+        *("init_lora_weights", "trainable_token_indices", "target_parameters", "ensure_weight_tying"),
+    ],
+    "LOHA": ["r", "alpha", "rank_pattern", "alpha_pattern"],
+    "LOKR": ["r", "alpha", "rank_pattern", "alpha_pattern", "decompose_both", "decompose_factor"],
+    "VERA": ["r", "projection_prng_key", "save_projection", "vera_dropout"],
+    "IA3": ["feedforward_modules"],
+    "TRAINABLE_TOKENS": ["token_indices"],
+}
+_NEEDED = {
+    "LORA": ("r", "lora_alpha"),
+    "LOHA": ("r", "alpha"),
+    "LOKR": ("r", "alpha"),
+    "VERA": ("r", "projection_prng_key"),
+    "IA3": ("feedforward_modules",),
+    "TRAINABLE_TOKENS": ("token_indices",),
+}
+_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base as it is
+TYPES = {"LoRA": "LORA", "DoRA": "LORA", "LoHa": "LOHA", "LoKr": "LOKR", "VeRA": "VERA", "IA3": "IA3"}
+
+
+def read(path: str | os.PathLike[str]) -> Config:
+    """The configuration in a file.
+
+    Raises:
+        ValueError: where it is damaged, lacks a field, or says what jlora does not implement, by name.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in _READ:
+        raise ValueError(f"{path} has the peft_type {kind!r}; jlora reads {', '.join(_READ)}.")
+    missing = [field for field in (*_NEEDED[kind], "target_modules") if field not in config]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}, and jlora takes no default for it.")
+    unknown = [f"{name} = {v!r}" for name, v in config.items() if v and name not in {*_IDLE, *_COMMON, *_READ[kind]}]
+    if unknown:
+        raise ValueError(f"{path} says what jlora does not implement: {'; '.join(unknown)}.")
+    start = config.get("init_lora_weights", True)
+    if start not in _STARTS:
+        raise ValueError(
+            f"{path} has init_lora_weights = {start!r}: PEFT changes the base when it loads that. Save it there as a "
+            "plain LoRA: model.save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+    if kind == "VERA" and not config.get("save_projection", True):
+        raise ValueError(
+            f"{path} has save_projection = False: its matrices are to be drawn by torch's generator, which jlora does "
+            "not have. Save it with save_projection=True."
+        )
+    if config.get("bias", "none") not in ("none", "all", "lora_only", "vera_only"):
+        raise ValueError(f"{path} has bias = {config['bias']!r}; it is none, all, lora_only or vera_only.")
+    return config
+
+
+def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """What the first matching pattern says of a module, as PEFT reads them: whole parts of a name, at its end."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def method(config: Config, name: str) -> tuple[Method, float]:
+    """The method of a module, and a multiplier of its update."""
+    kind = config["peft_type"]
+    rank = by_pattern(config.get("rank_pattern"), name, config.get("r"))
+    alpha = by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha" if kind == "LORA" else "alpha"))
+    if kind != "VERA" and kind != "IA3" and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
+        raise ValueError(f"The alpha of {name} is a number, not {alpha!r}.")
+    match kind:
+        case "LORA":
+            make = DoRA if config.get("use_dora") else LoRA
+            return make(rank, alpha, bool(config.get("use_rslora")), dropout=config.get("lora_dropout") or 0.0), 1.0
+        case "LOHA":
+            return LoHa(rank, alpha), 1.0
+        case "LOKR":
+            factor, both = config.get("decompose_factor", -1), bool(config.get("decompose_both"))
+            return LoKr(rank, alpha, factor, both), 1.0
+        case "VERA":
+            dropout = config.get("vera_dropout") or 0.0
+            return VeRA(rank, config.get("d_initial", 0.1), config["projection_prng_key"], dropout), 1.0
+        case _:
+            return IA3("in" if _ends(config["feedforward_modules"], name, "") else "out"), 1.0
+
+
+def _ends(targets: str | Iterable[str] | None, name: str, dot: str = ".") -> bool:
+    """Whether a name is among targets: a regular expression for the whole, or a list of ends."""
+    if isinstance(targets, str):
+        return bool(re.fullmatch(targets, name))
+    return any(name == t or name.endswith(dot + t) for t in targets or ())
+
+
+def targets(config: Config, name: str) -> bool:
+    """Whether the configuration says that a module is adapted; where that depends on torch, whether it may be."""
+    wanted = config["target_modules"]
+    if wanted is None or wanted == "all-linear":
+        return False
+    if config.get("exclude_modules") and _ends(config["exclude_modules"], name):
+        return False
+    if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.get("modules_to_save") or ()):
+        return False
+    layers = config.get("layers_to_transform")
+    if layers is not None and not isinstance(wanted, str):
+        patterns = config.get("layers_pattern") or [r"[^.]*"]
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        found = [re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in patterns]
+        index = next((int(m[1]) for m in found if m), None)
+        if index not in ([layers] if isinstance(layers, int) else layers):
+            return False
+    return _ends(wanted, name)
+
+
+def targets_parameter(config: Config, name: str) -> bool:
+    """Whether the configuration says that a parameter is adapted."""
+    return _ends(config.get("target_parameters"), name)
+
+
+def commonest(values: Iterable[Any]) -> Any:
+    counts = collections.Counter(values)
+    return min(counts, key=lambda v: (-counts[v], v))
+
+
+def patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """A pattern for every module that differs, which matches that module and no other."""
+    escaped = {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
+    return dict(sorted(escaped.items()))
+
+
+def number(value: float) -> int | float:
+    """A whole number as one."""
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def write(path: str | os.PathLike[str], config: Config) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(config, file, indent=2, sort_keys=True)

@@ -1,0 +1,332 @@
+"""From PEFT's tensors to an adapter."""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora._method import Adapter, Update
+from jlora._trace import Sites
+from jlora.io import _config, _tensors
+from jlora.io._base import Base, bias_beside, relative, scaled_bias, scales_bias
+from jlora.io._layout import TERMS, Piece, assemble, cut, divide, kind, side_by_side
+from jlora.io._names import Index, Names, Place, Weight, misfit, places
+from jlora.io._tensors import Sizes
+from jlora.methods import IA3, Full, LoKr, LoRA, VeRA
+from jlora.methods.vera import shared
+
+PREFIX, PROJECTIONS = "base_model.model.", ("base_model.vera_A", "base_model.vera_B")
+_TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
+
+Tensors = dict[str, np.ndarray]
+
+
+class Owner(NamedTuple):
+    """A weight that a module holds, or holds a part of: the index of its stack, and the piece beside others."""
+
+    place: Place
+    index: Index
+    piece: int
+
+
+Owners = dict[str, list[Owner]]
+
+
+class File(NamedTuple):
+    """What a file holds, by module or parameter.
+
+    Arguments:
+        adapters: the tensors of every adapted module, by what PEFT calls them.
+        values: whole parameters: biases and `modules_to_save`.
+        bases: base weights of adapted modules, which are kept beside them.
+        tokens: trained rows of embeddings.
+    """
+
+    adapters: dict[str, Tensors]
+    values: Tensors
+    bases: Tensors
+    tokens: Tensors
+
+
+def adapter(config: _config.Config, tensors: Tensors, sites: Sites, names: Names, params: Any) -> Adapter:
+    """The adapter that a configuration and its tensors make."""
+    base = Base(params)
+    found = places(names, {path: Weight(site.shape, site.roles) for path, site in sites.items()})
+    owners = owners_of(found)
+    file = _grouped(tensors, owners, config)
+    heads = _tied_heads(file.adapters, found, config)
+    lost = {n: owners for part in file for n in part if n not in owners and n not in heads}
+    if lost:
+        raise misfit("These in the file have no weight in the program:", lost, names, sites)
+    _check_complete(config, file.adapters, owners, heads)
+    pieces: dict[str, dict[Index, dict[int, Piece]]] = collections.defaultdict(lambda: collections.defaultdict(dict))
+
+    def put(name: str, piece: Piece) -> None:
+        own = owners[name]
+        whole = own[0].place.module.part is None
+        parts = [piece] if whole else cut(piece, [o.place.count("out") for o in own], name)
+        for (place, index, k), one in zip(own, parts, strict=True):
+            pieces[place.path][index][k] = one
+
+    for name, parts in file.adapters.items():
+        if name not in heads:
+            put(name, _adapted(config, name, parts, owners[name], tensors))
+    for name, tensor in file.values.items():
+        put(name, _whole(name, tensor, owners[name]))
+    for name, tensor in file.tokens.items():
+        put(name, _with_rows(name, tensor, config, owners[name], base))
+    for name, tensor in file.bases.items():
+        if name not in heads:
+            _check_base(name, tensor, owners[name], base)
+    out: Adapter = {}
+    for path, by_index in pieces.items():
+        place = found[path]
+        rows = {k: side_by_side([row.get(p) for p in range(place.pieces)], place) for k, row in by_index.items()}
+        out[path] = assemble(rows, place)
+        _check_update(path, out[path], sites)
+        out[path] = relative(path, out[path], base)
+    _check_tied(out, sites, found, heads)
+    for path, update in list(out.items()):
+        bias = bias_beside(path, update, sites) if scales_bias(update) else None
+        if bias is not None:
+            out[bias] = scaled_bias(path, update, bias, base)
+    return {path: _on_device(out[path]) for path in sites if path in out}
+
+
+def _on_device(update: Update) -> Update:
+    return dataclasses.replace(update, factors={name: jnp.asarray(array) for name, array in update.factors.items()})
+
+
+def owners_of(found: Mapping[str, Place]) -> Owners:
+    """The weights of every module, its parts in order; a parameter goes by its own name."""
+    out: Owners = collections.defaultdict(list)
+    for place in found.values():
+        for index, names in place.modules.items():
+            for piece, name in enumerate(names):
+                out[name].append(Owner(place, index, piece))
+    return {name: sorted(own, key=lambda o: o.place.module.part or 0) for name, own in out.items()}
+
+
+def _grouped(tensors: Tensors, owners: Owners, config: _config.Config) -> File:
+    file = File(collections.defaultdict(dict), {}, {}, {})
+    for key, tensor in tensors.items():
+        if key in PROJECTIONS:
+            continue
+        if not key.startswith(PREFIX):
+            raise ValueError(f"The file has the tensor {key}, and all of PEFT's start with {PREFIX}")
+        name = key.removeprefix(PREFIX)
+        suffix = next((s for s in (*_tensors.SUFFIXES, *_TOKENS) if name.endswith(f".{s}")), "")
+        module = name.removesuffix(f".{suffix}")
+        if suffix in _TOKENS:
+            file.tokens[module] = tensor
+        elif suffix:
+            file.adapters[_unwrapped(module, owners, config)][suffix] = tensor
+        elif name.endswith(".base_layer.weight"):
+            file.bases[name.removesuffix(".base_layer.weight")] = tensor
+        else:
+            name = name.replace(".base_layer.", ".")
+            file.values[name if name in owners else name.removesuffix(".weight")] = tensor
+    return file
+
+
+def _unwrapped(module: str, owners: Owners, config: _config.Config) -> str:
+    """The parameter that tensors are of, where PEFT adapts several of one module: it wraps the first one innermost."""
+    bare = re.sub(r"(\.base_layer)+$", "", module)
+    inside = [n for n in owners if n.rpartition(".")[0] == bare and _config.targets_parameter(config, n)]
+    depth = module.removeprefix(bare).count(".base_layer")
+    return inside[-1 - depth] if depth < len(inside) else module
+
+
+def _tied_heads(modules: Mapping[str, Tensors], found: Mapping[str, Place], config: _config.Config) -> set[str]:
+    """The output heads that are adapted together with the embedding that they are tied to.
+
+    Raises:
+        ValueError: where the two are adapted in different ways.
+    """
+    heads = set()
+    for place in found.values():
+        head, embedding = place.module.tied, place.modules[next(iter(place.modules))][0]
+        if head is None or head not in modules:
+            continue
+        one, two = modules.get(embedding, {}), modules[head]
+        pairs = (("lora_embedding_A", "lora_B.weight"), ("lora_embedding_B", "lora_A.weight"))
+        same = all(e in one and h in two and np.array_equal(one[e], two[h].T) for e, h in pairs)
+        if not same or len(two) != 2 or _config.method(config, embedding) != _config.method(config, head):
+            raise ValueError(
+                f"{embedding} and {head} are one weight at {place.path}, and the file adapts them in different ways. "
+                "Untie them in the program, or train with ensure_weight_tying=True."
+            )
+        heads.add(head)
+    return heads
+
+
+def _check_complete(config: _config.Config, modules: Mapping[str, Tensors], owners: Owners, heads: set[str]) -> None:
+    """Raises where the configuration names other modules than have tensors."""
+    if config["peft_type"] == "TRAINABLE_TOKENS":
+        return
+    wanted = {
+        name
+        for name, (first, *_) in owners.items()
+        if (
+            _config.targets_parameter(config, name)
+            if first.place.module.kind == "parameter"
+            else _config.targets(config, name)
+        )
+    }
+    missing = sorted(wanted - set(modules))
+    if missing:
+        raise ValueError(f"The configuration says that these are adapted, and the file lacks them: {missing}.")
+    surplus = sorted(set(modules) - wanted - heads)
+    if surplus and config["target_modules"] != "all-linear":
+        raise ValueError(f"The file has tensors for {surplus}, which the configuration does not name.")
+
+
+def sizes_of(own: list[Owner]) -> Sizes:
+    """What is known of the tensors of a module."""
+    place = own[0].place
+    inner = list(place.sizes("in"))
+    kernel = (inner.pop(place.channel), *inner) if place.module.kind == "conv" else ()
+    letters = {"i": place.count("in")}
+    if place.pieces == 1:
+        letters["o"] = sum(o.place.count("out") for o in own)
+    if place.experts:
+        letters["e"] = place.experts[0]
+    return Sizes(letters, kernel)
+
+
+def _adapted(config: _config.Config, name: str, parts: Tensors, own: list[Owner], tensors: Tensors) -> Piece:
+    """What the tensors of one module say."""
+    place = own[0].place
+    method, scale = _config.method(config, name)
+    if not place.is_matrix:
+        raise ValueError(f"The file adapts {name}, and {place.path} is no matrix of the program.")
+    form = _tensors.form(kind(method), place.module.kind, name)
+    known = {suffix: (factor, spelled) for factor, (suffix, spelled) in form.items()}
+    have = {known[suffix][0] for suffix in parts if suffix in known}
+    strange = [suffix for suffix in parts if suffix not in known]
+    either = {"ca": "c", "cb": "c", "c": "ca", "a": "d", "b": "d", "d": "a"} if isinstance(method, LoKr) else {}
+    lacking = [suffix for suffix, (f, _) in known.items() if f not in have and either.get(f) not in have]
+    if strange or lacking:
+        raise ValueError(
+            f"{name}, {type(method).__name__} of {place.module.kind}: missing {lacking}, left over {strange}."
+        )
+    sizes = sizes_of(own)
+    if not isinstance(method, (LoKr, IA3)):
+        sizes = dataclasses.replace(sizes, letters={**sizes.letters, "r": method.rank})
+    stack = "e" if place.experts else ""
+    flat = {}
+    for suffix, tensor in parts.items():
+        factor, spelled = known[suffix]
+        term = stack + TERMS[kind(method)][factor]
+        flat[factor] = _tensors.read(tensor, term, spelled, sizes, f"{name}.{suffix}")
+    if isinstance(method, VeRA):
+        return _vera(method, name, flat, sizes, tensors)
+    if isinstance(method, LoKr) and not {"a", "ca"} & set(flat):  # there PEFT scales, and jlora's method does not
+        scale = method.alpha / method.rank
+    return Piece(method, scale, flat)
+
+
+def _vera(method: VeRA, name: str, flat: Tensors, sizes: Sizes, tensors: Tensors) -> Piece:
+    """VeRA where the matrices are those that jlora draws from the seed, else the equal LoRA."""
+    n_in, n_out = sizes.letters["i"], sizes.letters["o"]
+    missing = [key for key in PROJECTIONS if key not in tensors]
+    if missing:
+        raise ValueError(f"The file lacks {missing}, the random matrices that all its weights share.")
+    a, b = (tensors[key] for key in PROJECTIONS)
+    if a.ndim != 2 or b.ndim != 2 or (len(a), b.shape[1]) != (method.rank,) * 2 or a.shape[1] < n_in or len(b) < n_out:
+        raise ValueError(
+            f"The file's vera_A {a.shape} and vera_B {b.shape} are too small for {name}, {n_in} x {n_out}."
+        )
+    own = shared(method.seed, a.shape[1], len(b), method.rank)
+    if all(np.array_equal(x, np.asarray(y).T) for x, y in zip((a, b), own, strict=True)):
+        return Piece(method, 1.0, {**flat, "d": unscaled(flat["d"], a.shape[1], n_in)})
+    lora = LoRA(method.rank, dropout=method.dropout)
+    return Piece(lora, 1.0, {"a": a[:, :n_in].T * flat["d"], "b": b[:n_out].T * flat["b"]})
+
+
+def scaled(d: np.ndarray, widest: int, n_in: int) -> np.ndarray:
+    """VeRA's d for one matrix that all widths share: jlora scales the matrix to each weight's width."""
+    return d * d.dtype.type(np.sqrt(widest / n_in))
+
+
+def unscaled(d: np.ndarray, widest: int, n_in: int) -> np.ndarray:
+    """The inverse of `scaled`, to the last bit where there is such a number."""
+    start = d / d.dtype.type(np.sqrt(widest / n_in))
+    best = start
+    for step in (np.inf, -np.inf):
+        near = np.nextafter(start, d.dtype.type(step))
+        best = np.where(scaled(best, widest, n_in) == d, best, near)
+    return np.where(scaled(best, widest, n_in) == d, best, start)
+
+
+def _whole(name: str, tensor: np.ndarray, own: list[Owner]) -> Piece:
+    """A parameter that is in the file as a whole."""
+    place = own[0].place
+    full = kind(Full(), place.is_matrix)
+    _, spelled = _tensors.form(full, place.module.kind, name)["d"]
+    sizes = sizes_of(own)
+    if place.experts:
+        raise ValueError(f"{name} is a trained weight with an axis of experts; jlora reads adapters of those alone.")
+    value = _tensors.read(tensor, TERMS[full]["d"], spelled, sizes, name)
+    return Piece(Full(), 1.0, {"d": value})
+
+
+def _base_piece(own: Owner, base: Base, why: str) -> np.ndarray:
+    place = own.place
+    value = base.value(place.path, place.weight.shape, why)
+    update = Update({"d": value}, Full(), place.weight.roles, place.weight.shape)
+    piece = divide(update, place)[own.index][own.piece]
+    assert piece is not None
+    return piece.flat["d"]
+
+
+def _with_rows(name: str, tensor: np.ndarray, config: _config.Config, own: list[Owner], base: Base) -> Piece:
+    """An embedding with its trained rows."""
+    rows = config.get("trainable_token_indices") or config.get("token_indices")
+    if isinstance(rows, dict):
+        rows = next((v for k, v in rows.items() if name == k or name.endswith(f".{k}")), None)
+    value = _base_piece(own[0], base, "the file holds trained rows, and jlora's adapter differences")
+    if not rows or tensor.shape != (len(rows), value.shape[-1]) or not all(0 <= k < len(value) for k in rows):
+        raise ValueError(f"{name} has rows of shape {tensor.shape} for the tokens {rows} of {value.shape}.")
+    value = value.copy()
+    value[rows] = tensor.astype(value.dtype)
+    return Piece(Full(), 1.0, {"d": value})
+
+
+def _check_base(name: str, tensor: np.ndarray, own: list[Owner], base: Base) -> None:
+    value = _base_piece(own[0], base, f"the file holds the base weight of {name} too")
+    stored = _whole(name, tensor, own).flat["d"]
+    if not np.array_equal(stored.astype(value.dtype), value):
+        raise ValueError(
+            f"The file holds the base weight of {name}, and it is another than {own[0].place.path} in params: PEFT "
+            "would replace it. Load that base, resized or trained as it was."
+        )
+
+
+def _check_update(path: str, update: Update, sites: Sites) -> None:
+    """Raises unless the factors are those that the method has for the site."""
+    site, method = sites[path], update.method
+    if not isinstance(method, Full) and site.refusal:
+        raise ValueError(f"{type(method).__name__} cannot adapt {path} {site.shape}: {site.refusal}.")
+    template = jax.eval_shape(lambda: method.init(jax.random.key(0), site, jnp.float32, None))
+    want = {name: a.shape for name, a in template.items()}
+    have = {name: a.shape for name, a in update.factors.items()}
+    if want != have:
+        raise ValueError(f"{method} at {path} has factors of shapes {want}, and the file's are {have}.")
+
+
+def _check_tied(out: Adapter, sites: Sites, found: Mapping[str, Place], heads: set[str]) -> None:
+    """Raises where a weight is looked up and multiplied, and the file adapts one of the two alone."""
+    for path, update in out.items():
+        tied = sites[path].is_lookup and sites[path].is_product
+        if tied and not isinstance(update.method, Full) and found[path].module.tied not in heads:
+            raise ValueError(
+                f"{path} is an embedding and the output head at once: jlora adapts both uses, and this file one. Train "
+                "with ensure_weight_tying=True and name the head, Module(..., 'embedding', tied='lm_head'), or untie "
+                "them in the program."
+            )

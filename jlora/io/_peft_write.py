@@ -1,0 +1,357 @@
+"""From an adapter to PEFT's tensors and configuration."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jlora._method import Adapter, Update
+from jlora._to_lora import to_lora
+from jlora.io import _config, _tensors
+from jlora.io._base import Base, whole, without_scaled_biases
+from jlora.io._layout import Piece, divide, join, kind
+from jlora.io._names import Names, Place, Weight, misfit, places
+from jlora.io._peft_read import PREFIX, PROJECTIONS, Owner, Tensors, owners_of, scaled, sizes_of
+from jlora.methods import IA3, DoRA, Full, LoKr, LoRA, VeRA
+from jlora.methods.vera import shared
+
+_TARGETS = (None, "vllm")
+
+
+class Part(NamedTuple):
+    """What is written for one module."""
+
+    place: Place
+    piece: Piece
+
+
+def files(
+    adapter: Adapter, names: Names, params: Any, target: str | None
+) -> tuple[_config.Config, Tensors, tuple[str, ...]]:
+    """PEFT's configuration and tensors for an adapter, and what of it was changed."""
+    if target not in _TARGETS:
+        raise ValueError(f"target is one of {_TARGETS}, not {target!r}.")
+    base = Base(params)
+    adapter, said = _unified(without_scaled_biases(adapter, base), params, target)
+    found = places(names, {path: Weight(update.shape, update.roles) for path, update in adapter.items()})
+    lost = {path: names for path in adapter if path not in found}
+    if lost:
+        raise misfit("The names have no module for these:", lost, names, adapter)
+    parts = _parts({path: whole(path, update, base) for path, update in adapter.items()}, found)
+    trained = {name: part for name, part in parts.items() if isinstance(part.piece.method, Full)}
+    adapted = {name: part for name, part in parts.items() if name not in trained}
+    if target == "vllm":
+        adapted = _for_vllm(adapted, trained, said)
+    tokens = {name: part for name, part in trained.items() if part.place.module.kind == "embedding"}
+    if not adapted and len(tokens) != len(trained):
+        raise ValueError(f"PEFT has no file of trained weights alone, {sorted(trained)}: adapt a weight by LoRA too.")
+    config, tensors = _adapters(adapted) if adapted else _tokens_alone(tokens, base)
+    if adapted:
+        _add_tokens(config, tensors, tokens, base)
+        _add_trained(config, tensors, {n: p for n, p in trained.items() if n not in tokens}, adapted)
+    return config, tensors, tuple(said)
+
+
+def _unified(adapter: Adapter, params: Any, target: str | None) -> tuple[Adapter, list[str]]:
+    """The adapter with one method that PEFT has, LoRA where there are several."""
+    low = {path: u for path, u in adapter.items() if not isinstance(u.method, Full)}
+    natural = {(kind(u.method).removesuffix(" in") if _is_native(u) else "LoRA") for u in low.values()}
+    if target == "vllm" or len(natural) > 1:
+        natural = {"LoRA"}
+    said, out = [], dict(adapter)
+    for path, update in low.items():
+        if _is_native(update) and type(update.method).__name__ in natural:
+            continue
+        new, errors = to_lora({path: update}, params)
+        out |= new
+        how = "by its factors" if errors[path] == 0 else f"by SVD with an error of {errors[path]:.1e}"
+        said.append(f"{path}: {type(update.method).__name__} became a LoRA of rank {new[path].method.rank}, {how}.")
+    return out, said
+
+
+def _is_native(update: Update) -> bool:
+    return type(update.method).__name__ in _config.TYPES and not update.method.offset
+
+
+def _parts(adapter: Adapter, found: Mapping[str, Place]) -> dict[str, Part]:
+    """Every module with its piece; weights that are parts of one module joined."""
+    pieces = {path: divide(update, found[path]) for path, update in adapter.items()}
+    out = {}
+    for name, own in owners_of({path: found[path] for path in adapter}).items():
+        ready = [(o, pieces[o.place.path][o.index][o.piece]) for o in own]
+        if all(piece is None for _, piece in ready):
+            continue
+        first = own[0].place
+        if first.module.part is None:
+            (piece,) = (piece for _, piece in ready)
+        else:
+            piece = _joined(name, ready)
+        assert piece is not None
+        out[name] = Part(first, piece)
+    return out
+
+
+def _joined(name: str, ready: list[tuple[Owner, Piece | None]]) -> Piece:
+    there = [o.place.module.part for o, _ in ready]
+    if there != list(range(len(there))):
+        raise ValueError(
+            f"{name} is made of several weights, and the adapter has those in places {there} alone: adapt all."
+        )
+    return join([piece for _, piece in ready], [o.place.count("out") for o, _ in ready], name)
+
+
+def _written(name: str, part: Part) -> Tensors:
+    """A module's tensors by what PEFT calls them."""
+    place, piece = part
+    own = [Owner(place, (), 0)]
+    form = _tensors.form(kind(piece.method, place.is_matrix), place.module.kind, name)
+    sizes = dataclasses.replace(sizes_of(own), letters={})
+    if place.experts:
+        sizes = dataclasses.replace(sizes, letters={"e": place.experts[0]})
+    return {
+        form[factor][0]: _tensors.write(array, piece.terms[factor], form[factor][1], sizes, name)
+        for factor, array in piece.flat.items()
+    }
+
+
+def _adapters(adapted: Mapping[str, Part]) -> tuple[_config.Config, Tensors]:
+    """Configuration and tensors of the adapted modules."""
+    modules = {name: part for name, part in adapted.items() if part.place.module.kind != "parameter"}
+    parameters = {name: part for name, part in adapted.items() if name not in modules}
+    tensors: Tensors = {}
+    for name, part in modules.items():
+        tensors |= {f"{PREFIX}{name}.{suffix}": a for suffix, a in _written(name, part).items()}
+    for name, part in parameters.items():
+        tensors |= {f"{PREFIX}{_wrapped(name, parameters)}.{suffix}": a for suffix, a in _written(name, part).items()}
+    first = next(iter(adapted.values())).piece.method
+    config: _config.Config = {
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "peft_type": _config.TYPES[type(first).__name__],
+        "revision": None,
+        "target_modules": sorted(modules),
+        "task_type": None,
+    }
+    match first:
+        case IA3():
+            config |= _ia3(modules)
+        case VeRA():
+            config |= _vera(modules, tensors)
+        case _:
+            config |= _ranks(adapted)
+    if isinstance(first, (LoRA, DoRA)):
+        config["target_parameters"] = sorted(parameters) or None
+        config |= _tied(modules, tensors)
+    return config, tensors
+
+
+def _wrapped(name: str, parameters: Mapping[str, Part]) -> str:
+    """Where PEFT keeps the tensors of a parameter: it wraps a module once for each, the first innermost."""
+    module = name.rpartition(".")[0]
+    inside = [n for n in parameters if n.rpartition(".")[0] == module]
+    return module + ".base_layer" * (len(inside) - 1 - inside.index(name))
+
+
+def _one(adapted: Mapping[str, Part], field: str) -> Any:
+    """What all methods have in common."""
+    values = {name: getattr(part.piece.method, field) for name, part in adapted.items()}
+    if len(set(values.values())) > 1:
+        raise ValueError(f"PEFT has one {field} for all modules, and the adapter has {values}.")
+    return next(iter(values.values()))
+
+
+def _ranks(adapted: Mapping[str, Part]) -> _config.Config:
+    """Ranks and alphas, those that most modules have as the default."""
+    methods = {name: part.piece.method for name, part in adapted.items()}
+    root = all(getattr(m, "rank_stabilized", False) for m in methods.values())
+    ranks = {name: _rank(part) for name, part in adapted.items()}
+    alphas = {name: _config.number(_alpha(part, ranks[name], root)) for name, part in adapted.items()}
+    r, alpha = _config.commonest(ranks.values()), _config.commonest(alphas.values())
+    first = next(iter(methods.values()))
+    config = {
+        "r": r,
+        "rank_pattern": _config.patterns(ranks, r),
+        "alpha_pattern": _config.patterns(alphas, alpha),
+        "modules_to_save": None,
+    }
+    if isinstance(first, (LoRA, DoRA)):
+        flipped = [part.place.module.kind == "conv1d" for part in adapted.values()]
+        return config | {
+            "bias": "none",
+            "fan_in_fan_out": any(flipped),
+            "init_lora_weights": True,
+            "lora_alpha": alpha,
+            "lora_dropout": _one(adapted, "dropout"),
+            "use_dora": isinstance(first, DoRA),
+            "use_rslora": root,
+        }
+    config |= {"alpha": alpha, "init_weights": True, "module_dropout": 0.0, "rank_dropout": 0.0}
+    if isinstance(first, LoKr):
+        both, factor = _one(adapted, "decompose_both"), _one(adapted, "factor")
+        return config | {"decompose_both": both, "decompose_factor": factor, "use_effective_conv2d": False}
+    return config | {"use_effective_conv2d": False}
+
+
+def _is_whole(piece: Piece) -> bool:
+    return isinstance(piece.method, LoKr) and not {"a", "ca"} & set(piece.flat)
+
+
+def _rank(part: Part) -> int:
+    method = part.piece.method
+    if isinstance(method, LoKr) and method.rank is None:  # PEFT keeps both factors whole from half their size on
+        return max(part.piece.flat["d"].shape)
+    return method.rank  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _alpha(part: Part, rank: int, root: bool) -> float:
+    """The numerator of PEFT's scale, which always has one."""
+    method, scale = part.piece.method, part.piece.scale
+    alpha, own = method.alpha, getattr(method, "rank_stabilized", False)  # pyright: ignore[reportAttributeAccessIssue]
+    if _is_whole(part.piece):
+        return scale * rank
+    if alpha is None:
+        return scale * (math.sqrt(rank) if root else rank)
+    return alpha * scale * (math.sqrt(rank) if own and not root else 1)
+
+
+def _tied(modules: Mapping[str, Part], tensors: Tensors) -> _config.Config:
+    """Adds the tensors of the output heads that are tied to embeddings."""
+    heads = {part.place.module.tied: name for name, part in modules.items() if part.place.module.tied}
+    for head, name in heads.items():
+        if isinstance(modules[name].piece.method, DoRA):
+            raise ValueError(f"{name} is tied to {head}, and DoRA's magnitudes differ between the two in PEFT.")
+        a, b = (tensors[f"{PREFIX}{name}.lora_embedding_{x}"] for x in "AB")
+        tensors[f"{PREFIX}{head}.lora_A.weight"] = np.ascontiguousarray(b.T)
+        tensors[f"{PREFIX}{head}.lora_B.weight"] = np.ascontiguousarray(a.T)
+    return {"ensure_weight_tying": bool(heads)}
+
+
+def _ia3(modules: Mapping[str, Part]) -> _config.Config:
+    inside = [name for name, part in modules.items() if kind(part.piece.method) == "IA3 in"]
+    for name, part in modules.items():
+        piece = part.piece
+        if piece.scale != 1:
+            raise ValueError(f"{name} has an IA3 of scale {piece.scale}, and PEFT's has none: jlora.merge it.")
+    clash = any(name.endswith(end) for end in inside for name in modules if name not in inside)
+    exact = "|".join(name.replace(".", r"\.") for name in sorted(inside))
+    return {
+        "fan_in_fan_out": any(part.place.module.kind == "conv1d" for part in modules.values()),
+        "feedforward_modules": exact if clash else sorted(inside),
+        "init_ia3_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def _vera(modules: Mapping[str, Part], tensors: Tensors) -> _config.Config:
+    rank, seed = _one(modules, "rank"), _one(modules, "seed")
+    widest, highest = (max(part.place.count(role) for part in modules.values()) for role in ("in", "out"))
+    for name, part in modules.items():
+        d, b = (f"{PREFIX}{name}.vera_lambda_{x}" for x in "db")
+        tensors[d] = scaled(tensors[d], widest, part.place.count("in"))
+        tensors[b] = tensors[b] * tensors[b].dtype.type(part.piece.scale)
+    for key, matrix in zip(PROJECTIONS, shared(seed, widest, highest, rank), strict=True):
+        tensors[key] = np.asarray(matrix).T
+    return {
+        "bias": "none",
+        "d_initial": _one(modules, "d_initial"),
+        "fan_in_fan_out": any(part.place.module.kind == "conv1d" for part in modules.values()),
+        "init_weights": True,
+        "modules_to_save": None,
+        "projection_prng_key": seed,
+        "r": rank,
+        "save_projection": True,
+        "vera_dropout": _one(modules, "dropout"),
+    }
+
+
+def _rows(name: str, part: Part, base: Base) -> tuple[list[int], np.ndarray]:
+    """The trained rows of an embedding."""
+    place = part.place
+    value = part.piece.flat["d"]
+    weight = base.value(place.path, place.weight.shape, "").reshape(value.shape)
+    rows = np.flatnonzero((value != weight.astype(value.dtype)).any(1))
+    return rows.tolist(), value[rows]
+
+
+def _tokens_alone(tokens: Mapping[str, Part], base: Base) -> tuple[_config.Config, Tensors]:
+    """A file of trained tokens."""
+    found = {name: _rows(name, part, base) for name, part in tokens.items()}
+    rows = next(iter(found.values()))[0]
+    if any(r != rows for r, _ in found.values()):
+        raise ValueError(f"PEFT trains the same tokens in all of {sorted(tokens)}, and here they differ.")
+    config = {"peft_type": "TRAINABLE_TOKENS", "target_modules": sorted(tokens), "token_indices": rows}
+    config |= {"base_model_name_or_path": None, "inference_mode": True, "init_weights": True, "task_type": None}
+    return config, {f"{PREFIX}{name}.trainable_tokens_delta": value for name, (_, value) in found.items()}
+
+
+def _add_tokens(config: _config.Config, tensors: Tensors, tokens: Mapping[str, Part], base: Base) -> None:
+    if not tokens:
+        return
+    _needs_lora(config, tokens)
+    found = {name: _rows(name, part, base) for name, part in tokens.items()}
+    config["trainable_token_indices"] = {name: rows for name, (rows, _) in sorted(found.items())}
+    tensors |= {f"{PREFIX}{name}.token_adapter.trainable_tokens_delta": value for name, (_, value) in found.items()}
+
+
+def _needs_lora(config: _config.Config, parts: Mapping[str, Part]) -> None:
+    if config["peft_type"] != "LORA":
+        raise ValueError(f"PEFT trains {sorted(parts)} with LoRA alone, and the adapter has {config['peft_type']}.")
+
+
+def _add_trained(
+    config: _config.Config, tensors: Tensors, trained: Mapping[str, Part], adapted: Mapping[str, Part]
+) -> None:
+    """Weights that are trained whole: biases, and modules with all that they hold."""
+    saved = {name for name, part in trained.items() if part.place.is_matrix}
+    saved |= {name.removesuffix(".weight") for name in trained if name.endswith(".weight")}
+    biases = {}
+    for name, part in trained.items():
+        ((suffix, value),) = _written(name, part).items()
+        module = name.removesuffix(".bias")
+        if name == module or module in saved:
+            tensors[f"{PREFIX}{name}.{suffix}".removesuffix(".")] = value
+        else:
+            biases[name] = module in adapted
+            tensors[PREFIX + (f"{module}.base_layer.bias" if module in adapted else name)] = value
+    if biases:
+        if config["peft_type"] not in ("LORA", "VERA"):
+            _needs_lora(config, {name: trained[name] for name in biases})
+        own = "vera_only" if config["peft_type"] == "VERA" else "lora_only"
+        config["bias"] = own if all(biases.values()) else "all"
+    if saved:
+        config["modules_to_save"] = sorted(saved)
+
+
+def _for_vllm(adapted: dict[str, Part], trained: Mapping[str, Part], said: list[str]) -> dict[str, Part]:
+    """Every module with the same rank and scale.
+
+    Raises:
+        ValueError: for what that engine does not take, by name.
+    """
+    if trained:
+        raise ValueError(
+            f"vLLM takes no trained weights beside LoRA (bias, modules_to_save, tokens): {sorted(trained)}."
+        )
+    strange = sorted(name for name, part in adapted.items() if part.place.module.kind in ("conv", "parameter"))
+    if strange:
+        raise ValueError(f"vLLM takes LoRA of linear layers and embeddings, and not of {strange}.")
+    ranks = {part.piece.method.rank for part in adapted.values()}  # pyright: ignore[reportAttributeAccessIssue]
+    scales = {part.piece.method.scale * part.piece.scale for part in adapted.values()}  # pyright: ignore[reportAttributeAccessIssue]
+    if len(ranks) == 1 and len(scales) == 1:
+        return adapted
+    rank, scale = max(ranks), max(scales)
+    out = {}
+    for name, part in adapted.items():
+        method, flat = part.piece.method, part.piece.flat
+        assert isinstance(method, LoRA)
+        more, ratio = rank - method.rank, method.scale * part.piece.scale / scale
+        a = np.pad(flat["a"], ((0, 0), (0, more)))
+        b = np.pad(flat["b"] * flat["b"].dtype.type(ratio), ((0, more), (0, 0)))
+        out[name] = Part(part.place, Piece(LoRA(rank, scale * rank, dropout=method.dropout), 1.0, {"a": a, "b": b}))
+        changes = [f"rank {method.rank} padded to {rank}"] * bool(more) + [f"B times {ratio:g}"] * (ratio != 1)
+        if changes:
+            said.append(f"{name}: {', '.join(changes)}, for one rank and one scale.")
+    return out
