@@ -70,10 +70,10 @@ GPT2: Names = {
     "norm/bias": Module("transformer.ln_f.bias", "parameter"),
 }
 
-# transformers' LlamaForCausalLM, and what is built like it: Mistral, Qwen, SmolLM.
+# transformers' LlamaForCausalLM, and what is built like it: Mistral, Qwen.
 _LAYER = "model.layers.{i}"
-LLAMA: Names = {
-    "embed/embedding": Module("model.embed_tokens", "embedding", tied="lm_head"),
+LLAMA: dict[str, str | Module] = {
+    "embed/embedding": Module("model.embed_tokens", "embedding"),
     "head/kernel": "lm_head",
     "norm/scale": Module("model.norm.weight", "parameter"),
     "layers/{i}/attention/query/kernel": f"{_LAYER}.self_attn.q_proj",
@@ -87,9 +87,12 @@ LLAMA: Names = {
     "layers/{i}/norm_2/scale": Module(f"{_LAYER}.post_attention_layernorm.weight", "parameter"),
 }
 
+# The same where the embedding is the output head as well: SmolLM, small Llamas.
+LLAMA_TIED: Names = {**LLAMA, "embed/embedding": Module("model.embed_tokens", "embedding", tied="lm_head")}
+
 # transformers' MixtralForCausalLM: Llama with experts, whose kernels are parameters of three dimensions.
 MIXTRAL: Names = {path: module for path, module in LLAMA.items() if "/mlp/" not in path} | {
-    "layers/{i}/mlp/router/kernel": Module(f"{_LAYER}.mlp.gate.weight", "parameter"),
+    "layers/{i}/mlp/router/kernel": f"{_LAYER}.mlp.gate",
     "layers/{i}/mlp/gate_up/kernel": Module(f"{_LAYER}.mlp.experts.gate_up_proj", "parameter"),
     "layers/{i}/mlp/down/kernel": Module(f"{_LAYER}.mlp.experts.down_proj", "parameter"),
 }

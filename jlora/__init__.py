@@ -27,6 +27,7 @@ from jlora._transform import DenseError as DenseError
 from jlora._transform import DenseWarning as DenseWarning
 from jlora._transform import adapt as adapt
 from jlora._transform import init as init
+from jlora.io import loralib as loralib
 from jlora.io import peft as peft
 from jlora.io.orbax import CheckpointError as CheckpointError
 from jlora.io.orbax import load as load

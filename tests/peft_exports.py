@@ -23,13 +23,18 @@ class Export:
     """An adapter: its model, the method of every path that a pattern matches, and what it is saved for.
 
     Arguments:
-        rows: of embeddings under `Full`, those that are trained; None means all.
+        model: its name in `MODELS`.
+        targets: the methods.
+        target: as for `jlora.peft.save`.
+        rows: of embeddings under `Full`, those that are trained.
+        scale: by which the adapter is scaled.
     """
 
     model: str
     targets: dict[str, jlora.Method]
     target: str | None = None
     rows: tuple[int, ...] | None = None
+    scale: float = 1.0
 
 
 ATTENTION = ".*/(query|value)/kernel"
@@ -45,7 +50,7 @@ EXPORTS: dict[str, Export] = {
     "loha": Export("bert", {ATTENTION: jlora.LoHa(2, 3.0), ".*/up/kernel": jlora.LoHa(3, 3.0)}),
     "lokr": Export("bert", {".*/up/kernel": jlora.LoKr(1, 3.0)}),
     "lokr_both": Export("bert", {".*/down/kernel": jlora.LoKr(1, 3.0, 8, True)}),
-    "lokr_whole": Export("bert", {".*/down/kernel": jlora.LoKr(None)}),
+    "lokr_whole": Export("bert", {".*/down/kernel": jlora.LoKr(None)}, scale=0.5),
     "vera": Export("bert", {ATTENTION: jlora.VeRA(4, seed=3), ".*/down/kernel": jlora.VeRA(4, seed=3)}),
     "ia3_in": Export("bert", {".*/down/kernel": jlora.IA3("in")}),
     "ia3": Export("llama", {".*/(key|value)/kernel": jlora.IA3(), ".*/down/kernel": jlora.IA3("in")}),
@@ -53,12 +58,14 @@ EXPORTS: dict[str, Export] = {
     "offset": Export("bert", {ATTENTION: jlora.LoRA(2, 3.0, start="gaussian", offset=True)}),
     "adalora": Export("bert", {ATTENTION: jlora.AdaLoRA(3, 5.0)}),
     "conv1d": Export("gpt2", {".*/(query|key|value|up)/kernel": LORA}),
+    "conv1d_part": Export("gpt2", {".*/(query|value)/kernel": LORA, ".*/query/bias": jlora.Full()}),
     "conv1d_dora": Export("gpt2", {".*/(up|down)/kernel": jlora.DoRA(3, 5.0)}),
     "decoder": Export("llama", {".*/kernel": LORA}),
     "stack": Export("llama_scanned", {"layers/.*/kernel": LORA}),
-    "stack_dora": Export("llama_scanned", {"layers/.*/(out|gate)/kernel": jlora.DoRA(2, 3.0)}),
-    "stack_vera": Export("llama_scanned", {"layers/.*/(query|down)/kernel": jlora.VeRA(4)}),
-    "stack_loha": Export("llama_scanned", {"layers/.*/(query|down)/kernel": jlora.LoHa(2)}),
+    "stack_norms": Export("llama_scanned", {"layers/.*/query/kernel": LORA, ".*/scale": jlora.Full()}, scale=0.5),
+    "stack_dora": Export("llama_scanned", {"layers/.*/(out|gate)/kernel": jlora.DoRA(2, 3.0)}, scale=0.5),
+    "stack_vera": Export("llama_scanned", {"layers/.*/(query|down)/kernel": jlora.VeRA(4)}, scale=0.5),
+    "stack_loha": Export("llama_scanned", {"layers/.*/(query|down)/kernel": jlora.LoHa(2)}, scale=0.5),
     "fused": Export("llama_fused", {".*/gate_up/kernel": LORA, ".*/down/kernel": LORA}),
     "groups": Export(
         "llama_fused", {".*/gate_up/kernel": jlora.LoRA(2, 3.0, groups=2), ".*/down/kernel": jlora.LoRA(2, 3.0)}
@@ -68,6 +75,7 @@ EXPORTS: dict[str, Export] = {
     "tokens_alone": Export("llama", {"embed/.*": jlora.Full()}, rows=(2, 9)),
     "tokens_tied": Export("llama_tied", {".*/query/kernel": LORA, "embed/.*": jlora.Full()}, rows=(2, 9)),
     "head": Export("llama", {".*/query/kernel": LORA, "head/kernel": jlora.Full()}),
+    "untied": Export("llama", {".*/query/kernel": LORA, "embed/.*": LORA, "head/kernel": LORA}),
     "tied": Export("llama_tied", {".*/query/kernel": LORA, "embed/.*": LORA}),
     "experts": Export("mixtral", {".*/(gate_up|down)/kernel": LORA, ".*/query/kernel": jlora.LoRA(2)}),
     "stacked_experts": Export("mixtral_scanned", {".*/down/kernel": LORA, ".*/gate_up/kernel": jlora.LoRA(2)}),
@@ -75,9 +83,7 @@ EXPORTS: dict[str, Export] = {
     "convolution_dora": Export("cnn", {".*/kernel": jlora.DoRA(2, 3.0)}),
     "convolution_loha": Export("cnn", {"(first|second)/kernel": jlora.LoHa(2, 3.0)}),
     "convolution_additive": Export("cnn", {"second/kernel": jlora.Additive(1, 3.0)}),
-    "vllm": Export(
-        "llama", {".*/query/kernel": jlora.LoRA(2, 3.0), ".*/(up|down)/kernel": LORA}, target="vllm"
-    ),
+    "vllm": Export("llama", {".*/query/kernel": jlora.LoRA(2, 3.0), ".*/(up|down)/kernel": LORA}, target="vllm"),
 }
 
 
@@ -93,7 +99,7 @@ def example(torch: str) -> jax.Array:
     return jnp.ones((2, 3, 6, 6)) if torch == "cnn" else jnp.asarray(rng.randint(0, 30, (2, 6)), jnp.int32)
 
 
-def adapter(name: str, params: Any, sites: jlora.Sites) -> dict[str, jlora.Update]:
+def adapter(name: str, sites: jlora.Sites) -> dict[str, jlora.Update]:
     """The adapter of an export, all its numbers at random."""
     export = EXPORTS[name]
     made = jlora.init(jax.random.key(0), sites, export.targets)
@@ -105,14 +111,15 @@ def adapter(name: str, params: Any, sites: jlora.Sites) -> dict[str, jlora.Updat
             new[[k for k in range(len(new)) if k not in export.rows]] = 0
         return jnp.asarray(new)
 
-    return {
-        path: dataclasses.replace(u, factors={key: draw(path, key, a) for key, a in u.factors.items()})
-        for path, u in made.items()
-    }
+    def drawn(path: str, update: jlora.Update) -> jlora.Update:
+        groups = ({key: draw(path, key, a) for key, a in group.items()} for group in (update.factors, update.frozen))
+        factors, frozen = groups
+        return dataclasses.replace(update, factors=factors, frozen=frozen)
+
+    return jlora.scale({path: drawn(path, update) for path, update in made.items()}, export.scale)
 
 
-def save(name: str, folder: Path, state: State) -> tuple[str, ...]:
+def save(name: str, folder: Path, params: Any, sites: jlora.Sites) -> None:
     export = EXPORTS[name]
-    params, sites = program(export.model, state)
-    made = adapter(name, params, sites)
-    return jlora.peft.save(folder, made, MODELS[export.model].names, params=params, target=export.target)
+    made = adapter(name, sites)
+    jlora.peft.save(folder, made, MODELS[export.model].names, params=params, target=export.target)

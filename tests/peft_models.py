@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import minilm
-import names as maps
 import numpy as np
 from jax import lax
 
+import minilm
+import names as maps
 from jlora.io.peft import Module, Names
 
 Array = jax.Array
@@ -251,8 +251,9 @@ CNN: Names = {
     "head/kernel": "5",
     "head/bias": Module("5.bias", "parameter"),
 }
-FUSED: Names = maps.stacked(maps.LLAMA) | {
-    "layers/mlp/gate_up/kernel": ("model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj")
+FUSED: Names = {
+    **maps.stacked(maps.LLAMA),
+    "layers/mlp/gate_up/kernel": ("model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"),
 }
 
 
@@ -283,7 +284,7 @@ MODELS = {
     "bert": Model("bert", bert, bert_params, maps.BERT),
     "gpt2": Model("gpt2", gpt2, gpt2_params, maps.GPT2),
     "llama": of_llama("llama", gated, gated_params, maps.LLAMA),
-    "llama_tied": of_llama("llama_tied", gated, gated_params, maps.LLAMA),
+    "llama_tied": of_llama("llama_tied", gated, gated_params, maps.LLAMA_TIED),
     "llama_scanned": of_llama("llama", gated, gated_params, maps.stacked(maps.LLAMA), True),
     "llama_fused": of_llama("llama", gated_fused, gated_fused_params, FUSED, True),
     "mixtral": of_llama("mixtral", experts, experts_params, maps.MIXTRAL),

@@ -23,7 +23,13 @@ LAYERS = [
     ["methods"],
     ["_trace"],
     ["_transform"],
-    ["_dropout", "_rank", "_gradients", "_budget", "_targets", "io", "io.orbax"],
+    ["_dropout", "_rank", "_gradients", "_budget", "_targets", "_to_lora", "io", "io.orbax"],
+    ["io._names", "io._config", "io._base"],
+    ["io._layout"],
+    ["io._tensors"],
+    ["io._peft_read", "io.loralib"],
+    ["io._peft_write"],
+    ["io.peft"],
     [""],
 ]
 

@@ -91,27 +91,52 @@ def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> A
     return default
 
 
-def method(config: Config, name: str) -> tuple[Method, float]:
-    """The method of a module, and a multiplier of its update."""
+def method(config: Config, name: str) -> Method:
+    """The method of a module.
+
+    Raises:
+        ValueError: where a number is none, or makes no sense.
+    """
     kind = config["peft_type"]
-    rank = by_pattern(config.get("rank_pattern"), name, config.get("r"))
-    alpha = by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha" if kind == "LORA" else "alpha"))
-    if kind != "VERA" and kind != "IA3" and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
-        raise ValueError(f"The alpha of {name} is a number, not {alpha!r}.")
-    match kind:
-        case "LORA":
-            make = DoRA if config.get("use_dora") else LoRA
-            return make(rank, alpha, bool(config.get("use_rslora")), dropout=config.get("lora_dropout") or 0.0), 1.0
-        case "LOHA":
-            return LoHa(rank, alpha), 1.0
-        case "LOKR":
-            factor, both = config.get("decompose_factor", -1), bool(config.get("decompose_both"))
-            return LoKr(rank, alpha, factor, both), 1.0
-        case "VERA":
-            dropout = config.get("vera_dropout") or 0.0
-            return VeRA(rank, config.get("d_initial", 0.1), config["projection_prng_key"], dropout), 1.0
-        case _:
-            return IA3("in" if _ends(config["feedforward_modules"], name, "") else "out"), 1.0
+    if kind == "IA3":
+        return IA3("in" if _ends(config["feedforward_modules"], name, "") else "out")
+    rank = by_pattern(config.get("rank_pattern"), name, config["r"])
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise ValueError(f"The rank of {name} is a whole number, not {rank!r}.")
+    if kind == "VERA":
+        start, dropout = (_number(config.get(field, 0.0), field) for field in ("d_initial", "vera_dropout"))
+        return VeRA(rank, start, int(_number(config["projection_prng_key"], "projection_prng_key")), dropout)
+    alpha = by_pattern(config.get("alpha_pattern"), name, config["lora_alpha" if kind == "LORA" else "alpha"])
+    alpha = _number(alpha, f"alpha of {name}")
+    if kind == "LORA":
+        make = DoRA if config.get("use_dora") else LoRA
+        dropout = _number(config.get("lora_dropout", 0.0), "lora_dropout")
+        return make(rank, alpha, bool(config.get("use_rslora")), dropout=dropout)
+    if kind == "LOHA":
+        return LoHa(rank, alpha)
+    factor = int(_number(config.get("decompose_factor", -1), "decompose_factor"))
+    return LoKr(rank, alpha, factor, bool(config.get("decompose_both")))
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"The {what} is a number, not {value!r}.")
+    return float(value)
+
+
+def rank(method: Method) -> int | None:
+    """A method's rank, where it has one."""
+    return getattr(method, "rank", None)
+
+
+def token_rows(config: Config) -> Any:
+    """The trained tokens: a list for the only embedding, or a dict from embeddings to lists."""
+    return config.get("trainable_token_indices") or config.get("token_indices")
+
+
+def is_saved(config: Config, name: str) -> bool:
+    """Whether a module or parameter is among those that are trained whole."""
+    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.get("modules_to_save") or ())
 
 
 def _ends(targets: str | Iterable[str] | None, name: str, dot: str = ".") -> bool:
@@ -128,7 +153,7 @@ def targets(config: Config, name: str) -> bool:
         return False
     if config.get("exclude_modules") and _ends(config["exclude_modules"], name):
         return False
-    if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.get("modules_to_save") or ()):
+    if is_saved(config, name):
         return False
     layers = config.get("layers_to_transform")
     if layers is not None and not isinstance(wanted, str):

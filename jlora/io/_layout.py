@@ -10,6 +10,7 @@ import numpy as np
 
 from jlora._method import Method, Update
 from jlora.io._names import Index, Place
+from jlora.methods.dora import DoRA
 from jlora.methods.full import Full
 from jlora.methods.ia3 import IA3
 from jlora.methods.lora import LoRA
@@ -125,8 +126,8 @@ def _ungrouped(
     axis = first if method.group_axis is None else method.group_axis % len(place.weight.shape)
     if axis != first or place.pieces not in (1, method.groups):
         raise ValueError(
-            f"{place.path} has {method.groups} groups along axis {axis}, and its names {place.pieces} modules along its "
-            "first out axis: name one module for each group."
+            f"{place.path} has {method.groups} groups on axis {axis}, and names give {place.pieces} modules along the "
+            "first out axis: name one for each group."
         )
     enabled = [k for k in range(method.groups) if method.enable is None or method.enable[k]]
     plain = dataclasses.replace(method, groups=1, enable=None, group_axis=None)
@@ -189,10 +190,11 @@ def join(parts: Sequence[Piece | None], sizes: Sequence[int], where: str) -> Pie
             for name, array in first.flat.items()
         }
         return dataclasses.replace(first, flat=flat)
-    if any(type(p.method) is not LoRA or "e" in p.terms["a"] for p in there):
+    kinds = {type(p.method) for p in there}
+    if kinds not in ({LoRA}, {DoRA}) or "e" in terms["a"] or (kinds == {DoRA} and len(there) < len(parts)):
         raise ValueError(
-            f"The weights that {where} joins have {', '.join(sorted({type(p.method).__name__ for p in there}))} with "
-            "factors of their own, and only LoRA can be put into one: adapt them by LoRA."
+            f"The weights that {where} joins have {', '.join(sorted(k.__name__ for k in kinds))} with factors of "
+            "their own, and those cannot be put into one: adapt them all, by LoRA."
         )
     rank = sum(p.flat["a"].shape[1] for p in there)
     dtype = first.flat["b"].dtype
@@ -205,14 +207,18 @@ def join(parts: Sequence[Piece | None], sizes: Sequence[int], where: str) -> Pie
             b[row : row + high, column : column + size] = part.flat["b"] * dtype.type(ratio)
             row += high
         column += size
-    a = np.concatenate([p.flat["a"] for p in there], 1)
+    flat = {"a": np.concatenate([p.flat["a"] for p in there], 1), "b": b}
+    if kinds == {DoRA}:
+        flat["m"] = np.concatenate([p.flat["m"] for p in there])
     dropout = max(p.method.dropout for p in there)
-    return Piece(LoRA(rank, unit * rank, dropout=dropout), 1.0, {"a": a, "b": b})
+    make = DoRA if kinds == {DoRA} else LoRA
+    return Piece(make(rank, unit * rank, dropout=dropout), 1.0, flat)
 
 
 def _scale(piece: Piece) -> float:
-    assert isinstance(piece.method, LoRA)
-    return piece.method.scale * piece.scale
+    method = piece.method.direction if isinstance(piece.method, DoRA) else piece.method
+    assert isinstance(method, LoRA)
+    return method.scale * piece.scale
 
 
 def side_by_side(parts: Sequence[Piece | None], place: Place) -> Piece:
@@ -226,10 +232,11 @@ def side_by_side(parts: Sequence[Piece | None], place: Place) -> Piece:
         for p in parts
     ]
     first = there[0]
-    shared = len(there) == len(parts) and all(np.array_equal(p.flat.get("a"), first.flat.get("a")) for p in there)
-    alike = all((p.method, p.scale) == (first.method, first.scale) for p in there) and len(set(sizes)) == 1
     axis = place.axes("out")[0]
-    if type(first.method) is LoRA and alike and not shared and place.weight.shape[axis] % len(parts) == 0:
+    alike = all((p.method, p.scale) == (first.method, first.scale) for p in there) and len(set(sizes)) == 1
+    if type(first.method) is LoRA and alike and place.weight.shape[axis] % len(parts) == 0:
+        if len(there) == len(parts) and all(np.array_equal(p.flat["a"], first.flat["a"]) for p in there):
+            return join(parts, sizes, place.path)
         enable = None if len(there) == len(parts) else tuple(p is not None for p in parts)
         method = dataclasses.replace(first.method, groups=len(parts), enable=enable, group_axis=axis)
         flat = {"a": np.stack([p.flat["a"] for p in there], 1), "b": np.stack([p.flat["b"] for p in there])}

@@ -95,6 +95,12 @@ class Place:
         return 0 if outer < inner else len(inner) - 1
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """The channels and the spatial sizes of a convolution's kernel."""
+        inner = list(self.sizes("in"))
+        return (inner.pop(self.channel), *inner) if self.module.kind == "conv" and inner else ()
+
+    @property
     def is_matrix(self) -> bool:
         return bool(self.sizes("in"))
 
@@ -150,7 +156,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
 def _place(path: str, weight: Weight, modules: tuple[Module, ...], known: Mapping[str, str]) -> Place:
     free = list(dict.fromkeys(i for i in re.findall(r"\{(\w+)\}", modules[0].name) if i not in known))
     first = modules[0]
-    place = Place(path, weight, first, len(free), {})
+    place = Place(path, weight, first, min(len(free), len(weight.shape)), {})
     stack, spare = place.sizes("stack"), 1 if first.kind == "parameter" and weight.roles else 0
     if not len(free) <= len(stack) <= len(free) + spare:
         raise ValueError(

@@ -30,7 +30,7 @@ class Owner(NamedTuple):
     """A weight that a module holds, or holds a part of: the index of its stack, and the piece beside others."""
 
     place: Place
-    index: Index
+    at: Index
     piece: int
 
 
@@ -59,11 +59,11 @@ def adapter(config: _config.Config, tensors: Tensors, sites: Sites, names: Names
     found = places(names, {path: Weight(site.shape, site.roles) for path, site in sites.items()})
     owners = owners_of(found)
     file = _grouped(tensors, owners, config)
-    heads = _tied_heads(file.adapters, found, config)
+    heads = _tied_heads(file.adapters, found, sites, config)
     lost = {n: owners for part in file for n in part if n not in owners and n not in heads}
     if lost:
         raise misfit("These in the file have no weight in the program:", lost, names, sites)
-    _check_complete(config, file.adapters, owners, heads)
+    _check_complete(config, file, owners, heads)
     pieces: dict[str, dict[Index, dict[int, Piece]]] = collections.defaultdict(lambda: collections.defaultdict(dict))
 
     def put(name: str, piece: Piece) -> None:
@@ -77,6 +77,9 @@ def adapter(config: _config.Config, tensors: Tensors, sites: Sites, names: Names
         if name not in heads:
             put(name, _adapted(config, name, parts, owners[name], tensors))
     for name, tensor in file.values.items():
+        site = sites[owners[name][0].place.path]
+        if site.is_lookup and site.is_product:
+            raise ValueError(f"{site.path} is an embedding and the output head at once, and {name} in the file is one.")
         put(name, _whole(name, tensor, owners[name]))
     for name, tensor in file.tokens.items():
         put(name, _with_rows(name, tensor, config, owners[name], base))
@@ -90,7 +93,6 @@ def adapter(config: _config.Config, tensors: Tensors, sites: Sites, names: Names
         out[path] = assemble(rows, place)
         _check_update(path, out[path], sites)
         out[path] = relative(path, out[path], base)
-    _check_tied(out, sites, found, heads)
     for path, update in list(out.items()):
         bias = bias_beside(path, update, sites) if scales_bias(update) else None
         if bias is not None:
@@ -142,46 +144,50 @@ def _unwrapped(module: str, owners: Owners, config: _config.Config) -> str:
     return inside[-1 - depth] if depth < len(inside) else module
 
 
-def _tied_heads(modules: Mapping[str, Tensors], found: Mapping[str, Place], config: _config.Config) -> set[str]:
+def _tied_heads(
+    modules: Mapping[str, Tensors], found: Mapping[str, Place], sites: Sites, config: _config.Config
+) -> set[str]:
     """The output heads that are adapted together with the embedding that they are tied to.
 
     Raises:
-        ValueError: where the two are adapted in different ways.
+        ValueError: where the names or the file say otherwise than the program does: jlora adapts every use of a weight.
     """
     heads = set()
-    for place in found.values():
+    for path, place in found.items():
         head, embedding = place.module.tied, place.modules[next(iter(place.modules))][0]
-        if head is None or head not in modules:
+        is_tied = sites[path].is_lookup and sites[path].is_product
+        if head is not None and not is_tied:
+            raise ValueError(f"The names tie {path} to {head}, and in the program it is no output head.")
+        one, two = modules.get(embedding, {}), modules.get(head or "", {})
+        if not is_tied or not (one or two):
             continue
-        one, two = modules.get(embedding, {}), modules[head]
         pairs = (("lora_embedding_A", "lora_B.weight"), ("lora_embedding_B", "lora_A.weight"))
         same = all(e in one and h in two and np.array_equal(one[e], two[h].T) for e, h in pairs)
-        if not same or len(two) != 2 or _config.method(config, embedding) != _config.method(config, head):
+        if head is None or not same or _config.method(config, embedding) != _config.method(config, head):
             raise ValueError(
-                f"{embedding} and {head} are one weight at {place.path}, and the file adapts them in different ways. "
-                "Untie them in the program, or train with ensure_weight_tying=True."
+                f"{path} is an embedding and the output head at once, and jlora adapts both uses alike; the file does "
+                "not. Train with ensure_weight_tying=True and name the head, Module(..., 'embedding', tied='lm_head'), "
+                "or untie them in the program."
             )
         heads.add(head)
     return heads
 
 
-def _check_complete(config: _config.Config, modules: Mapping[str, Tensors], owners: Owners, heads: set[str]) -> None:
+def _check_complete(config: _config.Config, file: File, owners: Owners, heads: set[str]) -> None:
     """Raises where the configuration names other modules than have tensors."""
+    parameters = {name for name, (own, *_) in owners.items() if own.place.module.kind == "parameter"}
+    wanted = {name for name in owners if name not in parameters and _config.targets(config, name)}
+    wanted |= {name for name in parameters if _config.targets_parameter(config, name)}
+    saved = {name for name in owners if _config.is_saved(config, name)}
     if config["peft_type"] == "TRAINABLE_TOKENS":
-        return
-    wanted = {
-        name
-        for name, (first, *_) in owners.items()
-        if (
-            _config.targets_parameter(config, name)
-            if first.place.module.kind == "parameter"
-            else _config.targets(config, name)
+        wanted = set()
+    missing = sorted((wanted - set(file.adapters)) | (saved - set(file.values)))
+    if missing or bool(_config.token_rows(config)) != bool(file.tokens):
+        raise ValueError(
+            f"The configuration says that these are trained, and the file lacks them: {missing or 'tokens'}."
         )
-    }
-    missing = sorted(wanted - set(modules))
-    if missing:
-        raise ValueError(f"The configuration says that these are adapted, and the file lacks them: {missing}.")
-    surplus = sorted(set(modules) - wanted - heads)
+    biases = {name for name in file.values if name.endswith(".bias") and config.get("bias", "none") != "none"}
+    surplus = sorted((set(file.values) - saved - biases) | (set(file.adapters) - wanted - heads))
     if surplus and config["target_modules"] != "all-linear":
         raise ValueError(f"The file has tensors for {surplus}, which the configuration does not name.")
 
@@ -189,20 +195,18 @@ def _check_complete(config: _config.Config, modules: Mapping[str, Tensors], owne
 def sizes_of(own: list[Owner]) -> Sizes:
     """What is known of the tensors of a module."""
     place = own[0].place
-    inner = list(place.sizes("in"))
-    kernel = (inner.pop(place.channel), *inner) if place.module.kind == "conv" else ()
     letters = {"i": place.count("in")}
     if place.pieces == 1:
         letters["o"] = sum(o.place.count("out") for o in own)
     if place.experts:
         letters["e"] = place.experts[0]
-    return Sizes(letters, kernel)
+    return Sizes(letters, place.kernel)
 
 
 def _adapted(config: _config.Config, name: str, parts: Tensors, own: list[Owner], tensors: Tensors) -> Piece:
     """What the tensors of one module say."""
     place = own[0].place
-    method, scale = _config.method(config, name)
+    method, scale = _config.method(config, name), 1.0
     if not place.is_matrix:
         raise ValueError(f"The file adapts {name}, and {place.path} is no matrix of the program.")
     form = _tensors.form(kind(method), place.module.kind, name)
@@ -217,7 +221,7 @@ def _adapted(config: _config.Config, name: str, parts: Tensors, own: list[Owner]
         )
     sizes = sizes_of(own)
     if not isinstance(method, (LoKr, IA3)):
-        sizes = dataclasses.replace(sizes, letters={**sizes.letters, "r": method.rank})
+        sizes = dataclasses.replace(sizes, letters={**sizes.letters, "r": _config.rank(method) or 0})
     stack = "e" if place.experts else ""
     flat = {}
     for suffix, tensor in parts.items():
@@ -227,7 +231,7 @@ def _adapted(config: _config.Config, name: str, parts: Tensors, own: list[Owner]
     if isinstance(method, VeRA):
         return _vera(method, name, flat, sizes, tensors)
     if isinstance(method, LoKr) and not {"a", "ca"} & set(flat):  # there PEFT scales, and jlora's method does not
-        scale = method.alpha / method.rank
+        scale = (method.alpha or 0) / (method.rank or 1)
     return Piece(method, scale, flat)
 
 
@@ -280,14 +284,14 @@ def _base_piece(own: Owner, base: Base, why: str) -> np.ndarray:
     place = own.place
     value = base.value(place.path, place.weight.shape, why)
     update = Update({"d": value}, Full(), place.weight.roles, place.weight.shape)
-    piece = divide(update, place)[own.index][own.piece]
+    piece = divide(update, place)[own.at][own.piece]
     assert piece is not None
     return piece.flat["d"]
 
 
 def _with_rows(name: str, tensor: np.ndarray, config: _config.Config, own: list[Owner], base: Base) -> Piece:
     """An embedding with its trained rows."""
-    rows = config.get("trainable_token_indices") or config.get("token_indices")
+    rows = _config.token_rows(config)
     if isinstance(rows, dict):
         rows = next((v for k, v in rows.items() if name == k or name.endswith(f".{k}")), None)
     value = _base_piece(own[0], base, "the file holds trained rows, and jlora's adapter differences")
@@ -318,15 +322,3 @@ def _check_update(path: str, update: Update, sites: Sites) -> None:
     have = {name: a.shape for name, a in update.factors.items()}
     if want != have:
         raise ValueError(f"{method} at {path} has factors of shapes {want}, and the file's are {have}.")
-
-
-def _check_tied(out: Adapter, sites: Sites, found: Mapping[str, Place], heads: set[str]) -> None:
-    """Raises where a weight is looked up and multiplied, and the file adapts one of the two alone."""
-    for path, update in out.items():
-        tied = sites[path].is_lookup and sites[path].is_product
-        if tied and not isinstance(update.method, Full) and found[path].module.tied not in heads:
-            raise ValueError(
-                f"{path} is an embedding and the output head at once: jlora adapts both uses, and this file one. Train "
-                "with ensure_weight_tying=True and name the head, Module(..., 'embedding', tied='lm_head'), or untie "
-                "them in the program."
-            )

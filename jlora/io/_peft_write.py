@@ -35,15 +35,21 @@ def files(
         raise ValueError(f"target is one of {_TARGETS}, not {target!r}.")
     base = Base(params)
     adapter, said = _unified(without_scaled_biases(adapter, base), params, target)
-    found = places(names, {path: Weight(update.shape, update.roles) for path, update in adapter.items()})
+    weights = {path: Weight(tuple(leaf.shape), ()) for path, leaf in (base.leaves or {}).items()}
+    found = places(names, weights | {path: Weight(update.shape, update.roles) for path, update in adapter.items()})
     lost = {path: names for path in adapter if path not in found}
     if lost:
         raise misfit("The names have no module for these:", lost, names, adapter)
+    adapter = _completed(adapter, found)
     parts = _parts({path: whole(path, update, base) for path, update in adapter.items()}, found)
     trained = {name: part for name, part in parts.items() if isinstance(part.piece.method, Full)}
     adapted = {name: part for name, part in parts.items() if name not in trained}
     if target == "vllm":
-        adapted = _for_vllm(adapted, trained, said)
+        _check_vllm(adapted, trained)
+        adapted = _uniform(adapted, "vLLM reads one rank and one scale", said)
+    experts = {name: part for name, part in adapted.items() if part.place.module.kind == "parameter"}
+    if experts:
+        adapted |= _uniform(experts, "PEFT warns of patterns for parameters", said)
     tokens = {name: part for name, part in trained.items() if part.place.module.kind == "embedding"}
     if not adapted and len(tokens) != len(trained):
         raise ValueError(f"PEFT has no file of trained weights alone, {sorted(trained)}: adapt a weight by LoRA too.")
@@ -67,7 +73,9 @@ def _unified(adapter: Adapter, params: Any, target: str | None) -> tuple[Adapter
         new, errors = to_lora({path: update}, params)
         out |= new
         how = "by its factors" if errors[path] == 0 else f"by SVD with an error of {errors[path]:.1e}"
-        said.append(f"{path}: {type(update.method).__name__} became a LoRA of rank {new[path].method.rank}, {how}.")
+        said.append(
+            f"{path}: {type(update.method).__name__} became a LoRA of rank {_config.rank(new[path].method)}, {how}."
+        )
     return out, said
 
 
@@ -75,31 +83,43 @@ def _is_native(update: Update) -> bool:
     return type(update.method).__name__ in _config.TYPES and not update.method.offset
 
 
+def _completed(adapter: Adapter, found: Mapping[str, Place]) -> Adapter:
+    """The adapter with the weights that are parts of modules trained whole, as they are in the base."""
+    out = dict(adapter)
+    holders = {name: u for path, u in adapter.items() if isinstance(u.method, Full) for name in _first(found[path])}
+    for path, place in found.items():
+        beside = next((holders[name] for name in _first(place) if name in holders), None)
+        if beside is not None and path not in adapter:
+            zeros = np.zeros(place.weight.shape, np.float32)
+            out[path] = Update({"d": zeros}, Full(), beside.roles, place.weight.shape)
+    return out
+
+
+def _first(place: Place) -> tuple[str, ...]:
+    return next(iter(place.modules.values()))
+
+
 def _parts(adapter: Adapter, found: Mapping[str, Place]) -> dict[str, Part]:
     """Every module with its piece; weights that are parts of one module joined."""
     pieces = {path: divide(update, found[path]) for path, update in adapter.items()}
     out = {}
-    for name, own in owners_of({path: found[path] for path in adapter}).items():
-        ready = [(o, pieces[o.place.path][o.index][o.piece]) for o in own]
-        if all(piece is None for _, piece in ready):
+    for name, own in owners_of(found).items():
+        ready = [pieces[o.place.path][o.at][o.piece] if o.place.path in pieces else None for o in own]
+        first = next((o.place for o, piece in zip(own, ready, strict=True) if piece is not None), None)
+        if first is None:
             continue
-        first = own[0].place
-        if first.module.part is None:
-            (piece,) = (piece for _, piece in ready)
-        else:
-            piece = _joined(name, ready)
+        piece = ready[0] if first.module.part is None else join(ready, _widths(name, own, first), name)
         assert piece is not None
         out[name] = Part(first, piece)
     return out
 
 
-def _joined(name: str, ready: list[tuple[Owner, Piece | None]]) -> Piece:
-    there = [o.place.module.part for o, _ in ready]
-    if there != list(range(len(there))):
-        raise ValueError(
-            f"{name} is made of several weights, and the adapter has those in places {there} alone: adapt all."
-        )
-    return join([piece for _, piece in ready], [o.place.count("out") for o, _ in ready], name)
+def _widths(name: str, own: list[Owner], adapted: Place) -> list[int]:
+    """The out sizes of the weights that are parts of one module, all of which have to be known."""
+    if [o.place.module.part for o in own] != list(range(len(own))):
+        raise ValueError(f"{name} is made of several weights, and not all are in the adapter: pass params=.")
+    stack = math.prod(adapted.sizes("stack"))
+    return [math.prod(o.place.weight.shape) // stack // max(adapted.count("in"), 1) for o in own]
 
 
 def _written(name: str, part: Part) -> Tensors:
@@ -169,7 +189,8 @@ def _ranks(adapted: Mapping[str, Part]) -> _config.Config:
     root = all(getattr(m, "rank_stabilized", False) for m in methods.values())
     ranks = {name: _rank(part) for name, part in adapted.items()}
     alphas = {name: _config.number(_alpha(part, ranks[name], root)) for name, part in adapted.items()}
-    r, alpha = _config.commonest(ranks.values()), _config.commonest(alphas.values())
+    experts = [name for name, part in adapted.items() if part.place.module.kind == "parameter"] or list(adapted)
+    r, alpha = (_config.commonest(values[name] for name in experts) for values in (ranks, alphas))
     first = next(iter(methods.values()))
     config = {
         "r": r,
@@ -203,7 +224,7 @@ def _rank(part: Part) -> int:
     method = part.piece.method
     if isinstance(method, LoKr) and method.rank is None:  # PEFT keeps both factors whole from half their size on
         return max(part.piece.flat["d"].shape)
-    return method.rank  # pyright: ignore[reportAttributeAccessIssue]
+    return _config.rank(method) or 0
 
 
 def _alpha(part: Part, rank: int, root: bool) -> float:
@@ -325,33 +346,31 @@ def _add_trained(
         config["modules_to_save"] = sorted(saved)
 
 
-def _for_vllm(adapted: dict[str, Part], trained: Mapping[str, Part], said: list[str]) -> dict[str, Part]:
-    """Every module with the same rank and scale.
-
-    Raises:
-        ValueError: for what that engine does not take, by name.
-    """
+def _check_vllm(adapted: Mapping[str, Part], trained: Mapping[str, Part]) -> None:
+    """Raises for what that engine does not take, by name."""
     if trained:
-        raise ValueError(
-            f"vLLM takes no trained weights beside LoRA (bias, modules_to_save, tokens): {sorted(trained)}."
-        )
+        raise ValueError(f"vLLM takes LoRA alone, and no bias, modules_to_save or trained tokens: {sorted(trained)}.")
     strange = sorted(name for name, part in adapted.items() if part.place.module.kind in ("conv", "parameter"))
     if strange:
         raise ValueError(f"vLLM takes LoRA of linear layers and embeddings, and not of {strange}.")
-    ranks = {part.piece.method.rank for part in adapted.values()}  # pyright: ignore[reportAttributeAccessIssue]
-    scales = {part.piece.method.scale * part.piece.scale for part in adapted.values()}  # pyright: ignore[reportAttributeAccessIssue]
-    if len(ranks) == 1 and len(scales) == 1:
-        return adapted
-    rank, scale = max(ranks), max(scales)
+
+
+def _uniform(parts: Mapping[str, Part], why: str, said: list[str]) -> dict[str, Part]:
+    """LoRAs of one rank, with zeros where one was lower, and of one scale, the rest of it in B."""
+    loras = {name: part.piece.method for name, part in parts.items() if isinstance(part.piece.method, LoRA)}
+    scales = {name: method.scale * parts[name].piece.scale for name, method in loras.items()}
+    rank, scale = max(method.rank for method in loras.values()), max(scales.values())
+    if len(set(scales.values())) == len({method.rank for method in loras.values()}) == 1:
+        return dict(parts)
     out = {}
-    for name, part in adapted.items():
-        method, flat = part.piece.method, part.piece.flat
-        assert isinstance(method, LoRA)
-        more, ratio = rank - method.rank, method.scale * part.piece.scale / scale
-        a = np.pad(flat["a"], ((0, 0), (0, more)))
-        b = np.pad(flat["b"] * flat["b"].dtype.type(ratio), ((0, more), (0, 0)))
-        out[name] = Part(part.place, Piece(LoRA(rank, scale * rank, dropout=method.dropout), 1.0, {"a": a, "b": b}))
-        changes = [f"rank {method.rank} padded to {rank}"] * bool(more) + [f"B times {ratio:g}"] * (ratio != 1)
+    for name, (place, piece) in parts.items():
+        a, b = piece.flat["a"], piece.flat["b"]
+        more, ratio = rank - loras[name].rank, scales[name] / scale
+        a = np.pad(a, [*[(0, 0)] * (a.ndim - 1), (0, more)])
+        b = np.pad(b * b.dtype.type(ratio), [*[(0, 0)] * (b.ndim - 2), (0, more), (0, 0)])
+        method = LoRA(rank, scale * rank, dropout=loras[name].dropout)
+        out[name] = Part(place, Piece(method, 1.0, {"a": a, "b": b}))
+        changes = [f"rank {loras[name].rank} padded to {rank}"] * bool(more) + [f"B times {ratio:g}"] * (ratio != 1)
         if changes:
-            said.append(f"{name}: {', '.join(changes)}, for one rank and one scale.")
+            said.append(f"{name}: {', '.join(changes)}, since {why}.")
     return out

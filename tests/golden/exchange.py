@@ -4,7 +4,7 @@ For every model the file holds its weights, an input and the output; for every a
 the output; for every adapter that jlora made its two files and the output of the model into which PEFT loaded them.
 
     pip install -e ".[test]" torch==2.13.0 transformers==5.23.0 peft==0.21.2
-    PYTHONPATH=.:examples python tests/golden/exchange.py
+    PYTHONPATH=.:examples python -m tests.golden.exchange
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": T,
     "intermediate_size": F,
 }
-DECODER: dict[str, Any] = SIZES | {"num_key_value_heads": KV, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-6}
+DECODER: dict[str, Any] = SIZES | {
+    "num_key_value_heads": KV,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rms_norm_eps": 1e-6,
+}
 
 
 def llama(tied: bool) -> nn.Module:
@@ -51,7 +56,12 @@ TORCH: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: llama(False),
     "llama_tied": lambda: llama(True),
     "mixtral": lambda: transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(num_local_experts=E, num_experts_per_tok=2, **DECODER)
+        transformers.MixtralConfig(
+            num_local_experts=E,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+            **DECODER,
+        )
     ),
     "cnn": lambda: nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 5)
@@ -102,7 +112,6 @@ ADAPTERS: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
     "conv1d": ("gpt2", lambda: lora("c_attn", "c_proj", fan_in_fan_out=True)),
     "conv1d_dora": ("gpt2", lambda: lora("c_attn", "c_fc", fan_in_fan_out=True, use_dora=True)),
     "conv1d_bias": ("gpt2", lambda: lora("c_attn", fan_in_fan_out=True, bias="lora_only")),
-    "conv1d_loha": ("gpt2", lambda: peft.LoHaConfig(r=2, alpha=3, target_modules=["c_attn"])),
     "conv1d_ia3": (
         "gpt2",
         lambda: peft.IA3Config(
@@ -112,6 +121,7 @@ ADAPTERS: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
     "decoder": ("llama", lambda: lora(*IN_ATTENTION, "gate_proj", "up_proj", "down_proj")),
     "all_linear": ("llama", lambda: peft.LoraConfig(target_modules="all-linear", **LORA)),
     "expression": ("llama", lambda: peft.LoraConfig(target_modules=r".*\.(q|o)_proj", **LORA)),
+    "with_base": ("llama", lambda: lora("embed_tokens", "q_proj")),
     "head": ("llama", lambda: lora("q_proj", modules_to_save=["lm_head"])),
     "decoder_dora": ("llama", lambda: lora("o_proj", "gate_proj", "up_proj", use_dora=True)),
     "tokens": ("llama", lambda: lora("q_proj", trainable_token_indices=[1, 5, 7])),
@@ -183,7 +193,7 @@ def adapted(name: str) -> dict[str, np.ndarray]:
     made = peft.get_peft_model(model(own), config()).eval()
     for key, p in made.named_parameters():
         if p.requires_grad:
-            p.data = p.data + torch.from_numpy(numbers(f"{name} {key}", *p.shape))
+            p.data += torch.from_numpy(numbers(f"{name} {key}", *p.shape))  # in place: some share their numbers
     with tempfile.TemporaryDirectory() as folder:
         made.save_pretrained(folder)
         return files(Path(folder)) | {"y": output(made, own)}
@@ -191,11 +201,13 @@ def adapted(name: str) -> dict[str, np.ndarray]:
 
 def exported(name: str) -> dict[str, np.ndarray]:
     """An adapter of jlora, and what PEFT makes of it without a warning."""
-    own = MODELS[peft_exports.EXPORTS[name].model].torch
+    model_name = peft_exports.EXPORTS[name].model
+    own = MODELS[model_name].torch
     base = model(own)
+    params, sites = peft_exports.program(model_name, state(base))
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "adapter"
-        peft_exports.save(name, folder, state(base))
+        peft_exports.save(name, folder, params, sites)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.simplefilter("ignore", FutureWarning)  # of transformers about PEFT
@@ -204,7 +216,7 @@ def exported(name: str) -> dict[str, np.ndarray]:
 
 
 def records() -> dict[str, np.ndarray]:
-    """Everything, by `model/array`, `adapter/array` and `export/array`."""
+    """Everything, by `section/name/array`; an adapter's name has that of its model in front."""
     out = {}
     for name in TORCH:
         made = model(name)
@@ -213,7 +225,7 @@ def records() -> dict[str, np.ndarray]:
     for name in ADAPTERS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            out |= {f"adapter/{name}/{key}": value for key, value in adapted(name).items()}
+            out |= {f"adapter/{ADAPTERS[name][0]} {name}/{key}": value for key, value in adapted(name).items()}
     for name in peft_exports.EXPORTS:
         out |= {f"export/{name}/{key}": value for key, value in exported(name).items()}
     return out
