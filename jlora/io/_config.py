@@ -44,6 +44,21 @@ _NEEDED = {
     "TRAINABLE_TOKENS": ("token_indices",),
 }
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base as it is
+# What fields hold that are more than a number or a switch: their type, and that of what is in them.
+_HOLDS: dict[str, tuple[tuple[type, ...], type]] = {
+    "target_modules": ((str, list), str),
+    "exclude_modules": ((str, list), str),
+    "feedforward_modules": ((str, list), str),
+    "layers_pattern": ((str, list), str),
+    "layers_to_transform": ((int, list), int),
+    "modules_to_save": ((list,), str),
+    "target_parameters": ((list,), str),
+    "token_indices": ((list,), int),
+    "trainable_token_indices": ((list, dict), int),
+    "rank_pattern": ((dict,), int),
+    "alpha_pattern": ((dict,), object),
+}
+_EXPRESSIONS = ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save")
 TYPES = {"LoRA": "LORA", "DoRA": "LORA", "LoHa": "LOHA", "LoKr": "LOKR", "VeRA": "VERA", "IA3": "IA3"}
 
 
@@ -61,6 +76,7 @@ def read(path: str | os.PathLike[str]) -> Config:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in _READ:
         raise ValueError(f"{path} has the peft_type {kind!r}; jlora reads {', '.join(_READ)}.")
+    _check_types(path, config)
     missing = [field for field in (*_NEEDED[kind], "target_modules") if field not in config]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}, and jlora takes no default for it.")
@@ -81,6 +97,23 @@ def read(path: str | os.PathLike[str]) -> Config:
     if config.get("bias", "none") not in ("none", "all", "lora_only", "vera_only"):
         raise ValueError(f"{path} has bias = {config['bias']!r}; it is none, all, lora_only or vera_only.")
     return config
+
+
+def _check_types(path: Any, config: Config) -> None:
+    """Raises for a field that does not hold what PEFT puts there."""
+    for name, (types, inner) in _HOLDS.items():
+        value = config.get(name)
+        items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        if name == "trainable_token_indices" and isinstance(value, dict):
+            items = [k for one in items for k in (one if isinstance(one, list) else [None])]
+        if value is not None and not (isinstance(value, types) and all(isinstance(item, inner) for item in items)):
+            raise ValueError(f"{path} has {name} = {value!r}, which PEFT does not write.")
+        expressions = list(value or ()) if name in _EXPRESSIONS and not isinstance(value, str) else []
+        for expression in [*expressions, *([value] if isinstance(value, str) else [])]:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"{path} has {name} = {value!r}, which is no regular expression: {error}") from error
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:

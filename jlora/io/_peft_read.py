@@ -183,9 +183,7 @@ def _check_complete(config: _config.Config, file: File, owners: Owners, heads: s
         wanted = set()
     missing = sorted((wanted - set(file.adapters)) | (saved - set(file.values)))
     if missing or bool(_config.token_rows(config)) != bool(file.tokens):
-        raise ValueError(
-            f"The configuration says that these are trained, and the file lacks them: {missing or 'tokens'}."
-        )
+        raise ValueError(f"The configuration names these, and the file lacks them: {missing or 'trained tokens'}.")
     biases = {name for name in file.values if name.endswith(".bias") and config.get("bias", "none") != "none"}
     surplus = sorted((set(file.values) - saved - biases) | (set(file.adapters) - wanted - heads))
     if surplus and config["target_modules"] != "all-linear":
