@@ -53,7 +53,7 @@ EXPORTS: dict[str, Export] = {
     "lokr_whole": Export("bert", {".*/down/kernel": jlora.LoKr(None)}, scale=0.5),
     "vera": Export("bert", {ATTENTION: jlora.VeRA(4, seed=3), ".*/down/kernel": jlora.VeRA(4, seed=3)}),
     "ia3_in": Export("bert", {".*/down/kernel": jlora.IA3("in")}),
-    "ia3": Export("llama", {".*/(key|value)/kernel": jlora.IA3(), ".*/down/kernel": jlora.IA3("in")}),
+    "ia3": Export("llama", {".*/(key|value)/kernel": jlora.IA3(), ".*/down/kernel": jlora.IA3("in")}, scale=0.5),
     "additive": Export("bert", {".*/up/kernel": jlora.Additive(2, 3.0), ATTENTION: LORA}),
     "offset": Export("bert", {ATTENTION: jlora.LoRA(2, 3.0, start="gaussian", offset=True)}),
     "adalora": Export("bert", {ATTENTION: jlora.AdaLoRA(3, 5.0)}),

@@ -175,6 +175,45 @@ def test_a_folder_that_exists_and_files_that_are_damaged(given_files):
         (given_files / name).write_bytes(good)
 
 
+@pytest.mark.parametrize(
+    ("model", "targets", "message"),
+    [
+        ("gpt2", {".*/up/kernel": jlora.LoHa(2)}, "LoHa of transformer.h.0.mlp.c_fc, conv1d, has no form"),
+        ("bert", {".*/up/kernel": jlora.OFT(4)}, "what OFT adds has rank"),
+        ("bert", {".*/up/bias": jlora.Full()}, "no file of trained weights alone"),
+        (
+            "bert",
+            {".*/up/kernel": jlora.LoHa(2), ".*/up/bias": jlora.Full()},
+            "with LoRA alone, and the adapter has LOHA",
+        ),
+        ("llama", {".*/up/kernel": jlora.LoRA(2), ".*/down/kernel": jlora.LoRA(2, dropout=0.5)}, "one dropout"),
+        ("bert", {".*/query/kernel": jlora.IA3()}, "attention/query/kernel alone: .*attention/query/bias would change"),
+    ],
+)
+def test_what_peft_cannot_hold(tmp_path, model, targets, message):
+    params, sites, _ = program(model)
+    adapter = small.nonzero(jlora.init(jax.random.key(0), sites, targets))
+    with pytest.raises(ValueError, match=message):
+        jlora.peft.save(tmp_path / "a", adapter, MODELS[model].names, params=params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bias_without_a_name(tmp_path):
+    """IA3 in PEFT scales a bias that the names do not know: neither way is it passed over."""
+    names = {path: module for path, module in NAMES.items() if not path.endswith("bias")}
+    params, sites, _ = program("bert")
+    folder = unpack(golden()["adapter"]["bert ia3"], tmp_path / "a")
+    adapter = jlora.init(jax.random.key(0), sites, {".*/query/kernel": jlora.IA3()})
+    with pytest.raises(ValueError, match="key/bias may be that of layer_0/attention/key/kernel"):
+        load(folder, names)
+    with pytest.raises(ValueError, match="query/bias may be that of"):
+        jlora.peft.save(tmp_path / "b", adapter, names, params=params)
+    with pytest.raises(ValueError, match="Pass params="):
+        jlora.peft.save(tmp_path / "b", adapter, NAMES)
+    with pytest.raises(ValueError, match="empty"):
+        jlora.peft.save(tmp_path / "b", {}, NAMES)
+
+
 def test_vllm(tmp_path):
     params, sites, _ = program("llama")
     names = MODELS["llama"].names
@@ -288,7 +327,7 @@ def weights(draw):
     return ((layers, *shape) if stacked else shape), {"w": names}, stacked
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     weights(),
     st.sampled_from([jlora.LoRA, jlora.LoHa, jlora.LoKr, jlora.VeRA]),

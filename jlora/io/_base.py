@@ -1,14 +1,14 @@
 """What PEFT keeps whole and jlora as a difference from the base: magnitudes, trained weights, scaled biases."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from jlora._method import Adapter, Update
-from jlora._paths import named_leaves
-from jlora._site import Site
+from jlora._paths import is_array, named_leaves
+from jlora.io._names import Place, bias_of, owners_of
 from jlora.methods.dora import DoRA
 from jlora.methods.full import Full
 from jlora.methods.ia3 import IA3
@@ -18,7 +18,7 @@ class Base:
     """The base parameters by path, wide enough for differences; `why` says what they are needed for."""
 
     def __init__(self, params: Any) -> None:
-        self.leaves = None if params is None else dict(named_leaves(params))
+        self.leaves = None if params is None else {path: a for path, a in named_leaves(params) if is_array(a)}
 
     def __contains__(self, path: str) -> bool:
         return self.leaves is not None and path in self.leaves
@@ -71,6 +71,9 @@ def whole(path: str, update: Update, base: Base) -> Update:
         d = np.asarray(update.factors["d"], np.float32) * np.float32(update.scale)
         value = (base.value(path, update.shape, "") + d).astype(leaf.dtype)
         return dataclasses.replace(update, factors={"d": value}, scale=1.0)
+    if isinstance(update.method, IA3) and update.scale != 1:
+        gains = 1 + np.float32(update.scale) * (np.asarray(update.factors["l"], np.float32) - 1)
+        return dataclasses.replace(update, factors={"l": gains}, scale=1.0)
     return update
 
 
@@ -88,29 +91,18 @@ def relative(path: str, update: Update, base: Base) -> Update:
 _BIAS = "PEFT's IA3 scales a layer's bias with its weight"
 
 
-def bias_beside(path: str, update: Update, sites: Mapping[str, Any]) -> str | None:
-    """The parameter beside a weight that has its stack and out axes and no other: its bias."""
+def unnamed_bias(path: str, update: Update, leaves: Mapping[str, Any], known: Collection[str]) -> str | None:
+    """A parameter beside a weight that has its stack and out axes and no other, and that the names do not know."""
     parent = path.rpartition("/")[0]
     sizes = sorted(n for n, r in zip(update.shape, update.roles, strict=True) if r != "in")
-    for other, leaf in sites.items():
-        same = other != path and other.rpartition("/")[0] == parent and sorted(leaf.shape) == sizes
-        if same and not (isinstance(leaf, Site) and not _is_added(leaf)):
-            return other
-    return None
-
-
-def _is_added(site: Site) -> bool:
-    return {use.primitive for use in site.uses} <= {"add", "sub", "add_any"}
-
-
-def scales_bias(update: Update) -> bool:
-    return isinstance(update.method, IA3) and update.method.axis == "out"
+    beside = (other for other in leaves if other.rpartition("/")[0] == parent and other not in (path, *known))
+    return next((other for other in beside if sorted(leaves[other].shape) == sizes), None)
 
 
 def scaled_bias(path: str, update: Update, bias: str, base: Base) -> Update:
     """What PEFT's IA3 does to a layer's bias, as an update of its own."""
     order = [r for role in ("stack", "out") for r in update.roles if r == role]
-    gains = np.asarray(update.factors["l"], np.float32)
+    gains = np.asarray(whole(path, update, base).factors["l"], np.float32)
     shape = gains.shape
     if len(order) != gains.ndim:
         raise ValueError(f"{path} and its bias {bias} have different axes.")
@@ -118,7 +110,27 @@ def scaled_bias(path: str, update: Update, bias: str, base: Base) -> Update:
     return Update({"d": (gains - 1) * value}, Full(), (), shape)
 
 
-def without_scaled_biases(adapter: Adapter, base: Base) -> Adapter:
+def biases(adapter: Adapter, leaves: Mapping[str, Any], found: Mapping[str, Place]) -> dict[str, str]:
+    """The biases that PEFT's IA3 scales in an adapter: from the path of the weight to that of its bias.
+
+    Raises:
+        ValueError: where a weight seems to have a bias that the names do not know.
+    """
+    owners = owners_of(found)
+    out = {}
+    for path, update in adapter.items():
+        if not (isinstance(update.method, IA3) and update.method.axis == "out"):
+            continue
+        bias = bias_of(found[path], owners)
+        unnamed = unnamed_bias(path, update, leaves, found)
+        if bias is None and unnamed is not None:
+            raise ValueError(f"{_BIAS}, and {unnamed} may be that of {path}: give it a name, as a parameter.")
+        if bias in leaves:
+            out[path] = bias
+    return out
+
+
+def without_scaled_biases(adapter: Adapter, base: Base, found: Mapping[str, Place]) -> Adapter:
     """An adapter without the updates of biases that PEFT's IA3 does by itself.
 
     Raises:
@@ -126,13 +138,10 @@ def without_scaled_biases(adapter: Adapter, base: Base) -> Adapter:
     """
     out = dict(adapter)
     for path, update in adapter.items():
-        if not scales_bias(update):
-            continue
-        base.leaf(path, update.shape, f"{_BIAS}, so whether there is one matters")
-        bias = bias_beside(path, update, base.leaves or {})
-        if bias is None:
-            continue
-        want = scaled_bias(path, update, bias, base).factors["d"]
+        if isinstance(update.method, IA3) and update.method.axis == "out":
+            base.leaf(path, update.shape, f"{_BIAS}, so whether there is one matters")
+    for path, bias in biases(adapter, base.leaves or {}, found).items():
+        want = scaled_bias(path, adapter[path], bias, base).factors["d"]
         have = adapter.get(bias)
         got = np.zeros_like(want) if have is None else np.asarray(have.factors["d"]) * np.float32(have.scale)
         if not np.allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max(initial=0)):

@@ -12,6 +12,8 @@ from jlora.methods import IA3, DoRA, LoHa, LoKr, LoRA, VeRA
 
 Config = dict[str, Any]
 
+PREFIX = "base_model.model."  # of every module in a file
+
 # Fields that say nothing about what a trained adapter computes.
 _IDLE = {
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
@@ -189,7 +191,7 @@ def targets(config: Config, name: str) -> bool:
     if is_saved(config, name):
         return False
     layers = config.get("layers_to_transform")
-    if layers is not None and not isinstance(wanted, str):
+    if layers not in (None, []) and not isinstance(wanted, str):
         patterns = config.get("layers_pattern") or [r"[^.]*"]
         patterns = [patterns] if isinstance(patterns, str) else patterns
         found = [re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in patterns]

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -276,3 +276,18 @@ def assemble(pieces: Mapping[Index, Piece], place: Place) -> Update:
         factors = {name: array.transpose(np.argsort(order)) for name, array in factors.items()}
     arrays: Any = factors
     return Update(arrays, first.method, place.weight.roles, place.weight.shape, scale=first.scale)
+
+
+class Part(NamedTuple):
+    """What is written for one module."""
+
+    place: Place
+    piece: Piece
+
+
+def common(parts: Mapping[str, Part], field: str) -> Any:
+    """What all methods have in common."""
+    values = {name: getattr(part.piece.method, field) for name, part in parts.items()}
+    if len(set(values.values())) > 1:
+        raise ValueError(f"PEFT has one {field} for all modules, and the adapter has {values}.")
+    return next(iter(values.values()))

@@ -1,5 +1,6 @@
 """Names of one weight in two worlds: paths of jlora and modules of torch, by patterns that are read both ways."""
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -191,3 +192,30 @@ def misfit(head: str, missing: Mapping[str, Iterable[str]], names: Names, paths:
     if idle:
         lines.append(f"patterns of names that match no path: {', '.join(idle)}")
     return ValueError(head + "\n  " + "\n  ".join(lines))
+
+
+class Owner(NamedTuple):
+    """A weight that a module holds, or holds a part of: the index of its stack, and the piece beside others."""
+
+    place: Place
+    at: Index
+    piece: int
+
+
+Owners = dict[str, list[Owner]]
+
+
+def owners_of(found: Mapping[str, Place]) -> Owners:
+    """The weights of every module, its parts in order; a parameter goes by its own name."""
+    out: Owners = collections.defaultdict(list)
+    for place in found.values():
+        for index, names in place.modules.items():
+            for piece, name in enumerate(names):
+                out[name].append(Owner(place, index, piece))
+    return {name: sorted(own, key=lambda o: o.place.module.part or 0) for name, own in out.items()}
+
+
+def bias_of(place: Place, owners: Owners) -> str | None:
+    """The path of a layer's bias, where the names know it."""
+    name = f"{next(iter(place.modules.values()))[0]}.bias"
+    return next((o.place.path for o in owners.get(name, ()) if o.place.module.part == place.module.part), None)

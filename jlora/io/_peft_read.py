@@ -12,29 +12,14 @@ import numpy as np
 
 from jlora._method import Adapter, Update
 from jlora._trace import Sites
-from jlora.io import _config, _tensors
-from jlora.io._base import Base, bias_beside, relative, scaled_bias, scales_bias
-from jlora.io._layout import TERMS, Piece, assemble, cut, divide, kind, side_by_side
-from jlora.io._names import Index, Names, Place, Weight, misfit, places
-from jlora.io._tensors import Sizes
-from jlora.methods import IA3, Full, LoKr, LoRA, VeRA
-from jlora.methods.vera import shared
+from jlora.io import _config, _tensors, _vera, _whole
+from jlora.io._base import Base, biases, relative, scaled_bias
+from jlora.io._layout import TERMS, Piece, assemble, cut, kind, side_by_side
+from jlora.io._names import Index, Names, Owner, Owners, Place, Weight, misfit, owners_of, places
+from jlora.io._tensors import Tensors, sizes_of
+from jlora.methods import IA3, Full, LoKr, VeRA
 
-PREFIX, PROJECTIONS = "base_model.model.", ("base_model.vera_A", "base_model.vera_B")
 _TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
-
-Tensors = dict[str, np.ndarray]
-
-
-class Owner(NamedTuple):
-    """A weight that a module holds, or holds a part of: the index of its stack, and the piece beside others."""
-
-    place: Place
-    at: Index
-    piece: int
-
-
-Owners = dict[str, list[Owner]]
 
 
 class File(NamedTuple):
@@ -80,12 +65,12 @@ def adapter(config: _config.Config, tensors: Tensors, sites: Sites, names: Names
         site = sites[owners[name][0].place.path]
         if site.is_lookup and site.is_product:
             raise ValueError(f"{site.path} is an embedding and the output head at once, and {name} in the file is one.")
-        put(name, _whole(name, tensor, owners[name]))
+        put(name, _whole.read(name, tensor, owners[name]))
     for name, tensor in file.tokens.items():
-        put(name, _with_rows(name, tensor, config, owners[name], base))
+        put(name, _whole.read_rows(name, tensor, config, owners[name], base))
     for name, tensor in file.bases.items():
         if name not in heads:
-            _check_base(name, tensor, owners[name], base)
+            _whole.check_base(name, tensor, owners[name], base)
     out: Adapter = {}
     for path, by_index in pieces.items():
         place = found[path]
@@ -93,10 +78,8 @@ def adapter(config: _config.Config, tensors: Tensors, sites: Sites, names: Names
         out[path] = assemble(rows, place)
         _check_update(path, out[path], sites)
         out[path] = relative(path, out[path], base)
-    for path, update in list(out.items()):
-        bias = bias_beside(path, update, sites) if scales_bias(update) else None
-        if bias is not None:
-            out[bias] = scaled_bias(path, update, bias, base)
+    for path, bias in biases(out, sites, found).items():
+        out[bias] = scaled_bias(path, out[path], bias, base)
     return {path: _on_device(out[path]) for path in sites if path in out}
 
 
@@ -104,24 +87,14 @@ def _on_device(update: Update) -> Update:
     return dataclasses.replace(update, factors={name: jnp.asarray(array) for name, array in update.factors.items()})
 
 
-def owners_of(found: Mapping[str, Place]) -> Owners:
-    """The weights of every module, its parts in order; a parameter goes by its own name."""
-    out: Owners = collections.defaultdict(list)
-    for place in found.values():
-        for index, names in place.modules.items():
-            for piece, name in enumerate(names):
-                out[name].append(Owner(place, index, piece))
-    return {name: sorted(own, key=lambda o: o.place.module.part or 0) for name, own in out.items()}
-
-
 def _grouped(tensors: Tensors, owners: Owners, config: _config.Config) -> File:
     file = File(collections.defaultdict(dict), {}, {}, {})
     for key, tensor in tensors.items():
-        if key in PROJECTIONS:
+        if key in _vera.PROJECTIONS:
             continue
-        if not key.startswith(PREFIX):
-            raise ValueError(f"The file has the tensor {key}, and all of PEFT's start with {PREFIX}")
-        name = key.removeprefix(PREFIX)
+        if not key.startswith(_config.PREFIX):
+            raise ValueError(f"The file has the tensor {key}, and all of PEFT's start with {_config.PREFIX}")
+        name = key.removeprefix(_config.PREFIX)
         suffix = next((s for s in (*_tensors.SUFFIXES, *_TOKENS) if name.endswith(f".{s}")), "")
         module = name.removesuffix(f".{suffix}")
         if suffix in _TOKENS:
@@ -190,17 +163,6 @@ def _check_complete(config: _config.Config, file: File, owners: Owners, heads: s
         raise ValueError(f"The file has tensors for {surplus}, which the configuration does not name.")
 
 
-def sizes_of(own: list[Owner]) -> Sizes:
-    """What is known of the tensors of a module."""
-    place = own[0].place
-    letters = {"i": place.count("in")}
-    if place.pieces == 1:
-        letters["o"] = sum(o.place.count("out") for o in own)
-    if place.experts:
-        letters["e"] = place.experts[0]
-    return Sizes(letters, place.kernel)
-
-
 def _adapted(config: _config.Config, name: str, parts: Tensors, own: list[Owner], tensors: Tensors) -> Piece:
     """What the tensors of one module say."""
     place = own[0].place
@@ -227,87 +189,10 @@ def _adapted(config: _config.Config, name: str, parts: Tensors, own: list[Owner]
         term = stack + TERMS[kind(method)][factor]
         flat[factor] = _tensors.read(tensor, term, spelled, sizes, f"{name}.{suffix}")
     if isinstance(method, VeRA):
-        return _vera(method, name, flat, sizes, tensors)
+        return _vera.read(method, name, flat, sizes, tensors)
     if isinstance(method, LoKr) and not {"a", "ca"} & set(flat):  # there PEFT scales, and jlora's method does not
         scale = (method.alpha or 0) / (method.rank or 1)
     return Piece(method, scale, flat)
-
-
-def _vera(method: VeRA, name: str, flat: Tensors, sizes: Sizes, tensors: Tensors) -> Piece:
-    """VeRA where the matrices are those that jlora draws from the seed, else the equal LoRA."""
-    n_in, n_out = sizes.letters["i"], sizes.letters["o"]
-    missing = [key for key in PROJECTIONS if key not in tensors]
-    if missing:
-        raise ValueError(f"The file lacks {missing}, the random matrices that all its weights share.")
-    a, b = (tensors[key] for key in PROJECTIONS)
-    if a.ndim != 2 or b.ndim != 2 or (len(a), b.shape[1]) != (method.rank,) * 2 or a.shape[1] < n_in or len(b) < n_out:
-        raise ValueError(
-            f"The file's vera_A {a.shape} and vera_B {b.shape} are too small for {name}, {n_in} x {n_out}."
-        )
-    own = shared(method.seed, a.shape[1], len(b), method.rank)
-    if all(np.array_equal(x, np.asarray(y).T) for x, y in zip((a, b), own, strict=True)):
-        return Piece(method, 1.0, {**flat, "d": unscaled(flat["d"], a.shape[1], n_in)})
-    lora = LoRA(method.rank, dropout=method.dropout)
-    return Piece(lora, 1.0, {"a": a[:, :n_in].T * flat["d"], "b": b[:n_out].T * flat["b"]})
-
-
-def scaled(d: np.ndarray, widest: int, n_in: int) -> np.ndarray:
-    """VeRA's d for one matrix that all widths share: jlora scales the matrix to each weight's width."""
-    return d * d.dtype.type(np.sqrt(widest / n_in))
-
-
-def unscaled(d: np.ndarray, widest: int, n_in: int) -> np.ndarray:
-    """The inverse of `scaled`, to the last bit where there is such a number."""
-    start = d / d.dtype.type(np.sqrt(widest / n_in))
-    best = start
-    for step in (np.inf, -np.inf):
-        near = np.nextafter(start, d.dtype.type(step))
-        best = np.where(scaled(best, widest, n_in) == d, best, near)
-    return np.where(scaled(best, widest, n_in) == d, best, start)
-
-
-def _whole(name: str, tensor: np.ndarray, own: list[Owner]) -> Piece:
-    """A parameter that is in the file as a whole."""
-    place = own[0].place
-    full = kind(Full(), place.is_matrix)
-    _, spelled = _tensors.form(full, place.module.kind, name)["d"]
-    sizes = sizes_of(own)
-    if place.experts:
-        raise ValueError(f"{name} is a trained weight with an axis of experts; jlora reads adapters of those alone.")
-    value = _tensors.read(tensor, TERMS[full]["d"], spelled, sizes, name)
-    return Piece(Full(), 1.0, {"d": value})
-
-
-def _base_piece(own: Owner, base: Base, why: str) -> np.ndarray:
-    place = own.place
-    value = base.value(place.path, place.weight.shape, why)
-    update = Update({"d": value}, Full(), place.weight.roles, place.weight.shape)
-    piece = divide(update, place)[own.at][own.piece]
-    assert piece is not None
-    return piece.flat["d"]
-
-
-def _with_rows(name: str, tensor: np.ndarray, config: _config.Config, own: list[Owner], base: Base) -> Piece:
-    """An embedding with its trained rows."""
-    rows = _config.token_rows(config)
-    if isinstance(rows, dict):
-        rows = next((v for k, v in rows.items() if name == k or name.endswith(f".{k}")), None)
-    value = _base_piece(own[0], base, "the file holds trained rows, and jlora's adapter differences")
-    if not rows or tensor.shape != (len(rows), value.shape[-1]) or not all(0 <= k < len(value) for k in rows):
-        raise ValueError(f"{name} has rows of shape {tensor.shape} for the tokens {rows} of {value.shape}.")
-    value = value.copy()
-    value[rows] = tensor.astype(value.dtype)
-    return Piece(Full(), 1.0, {"d": value})
-
-
-def _check_base(name: str, tensor: np.ndarray, own: list[Owner], base: Base) -> None:
-    value = _base_piece(own[0], base, f"the file holds the base weight of {name} too")
-    stored = _whole(name, tensor, own).flat["d"]
-    if not np.array_equal(stored.astype(value.dtype), value):
-        raise ValueError(
-            f"The file holds the base weight of {name}, and it is another than {own[0].place.path} in params: PEFT "
-            "would replace it. Load that base, resized or trained as it was."
-        )
 
 
 def _check_update(path: str, update: Update, sites: Sites) -> None:

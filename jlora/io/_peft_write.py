@@ -1,30 +1,21 @@
 """From an adapter to PEFT's tensors and configuration."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jlora._method import Adapter, Update
 from jlora._to_lora import to_lora
-from jlora.io import _config, _tensors
+from jlora.io import _config, _vera, _whole
 from jlora.io._base import Base, whole, without_scaled_biases
-from jlora.io._layout import Piece, divide, join, kind
-from jlora.io._names import Names, Place, Weight, misfit, places
-from jlora.io._peft_read import PREFIX, PROJECTIONS, Owner, Tensors, owners_of, scaled, sizes_of
+from jlora.io._layout import Part, Piece, common, divide, join, kind
+from jlora.io._names import Names, Owner, Place, Weight, misfit, owners_of, places
+from jlora.io._tensors import Tensors, written
 from jlora.methods import IA3, DoRA, Full, LoKr, LoRA, VeRA
-from jlora.methods.vera import shared
 
 _TARGETS = (None, "vllm")
-
-
-class Part(NamedTuple):
-    """What is written for one module."""
-
-    place: Place
-    piece: Piece
 
 
 def files(
@@ -33,13 +24,15 @@ def files(
     """PEFT's configuration and tensors for an adapter, and what of it was changed."""
     if target not in _TARGETS:
         raise ValueError(f"target is one of {_TARGETS}, not {target!r}.")
+    if not adapter:
+        raise ValueError("The adapter is empty: there is nothing to save.")
     base = Base(params)
-    adapter, said = _unified(without_scaled_biases(adapter, base), params, target)
     weights = {path: Weight(tuple(leaf.shape), ()) for path, leaf in (base.leaves or {}).items()}
     found = places(names, weights | {path: Weight(update.shape, update.roles) for path, update in adapter.items()})
     lost = {path: names for path in adapter if path not in found}
     if lost:
         raise misfit("The names have no module for these:", lost, names, adapter)
+    adapter, said = _unified(without_scaled_biases(adapter, base, found), params, target)
     adapter = _completed(adapter, found)
     parts = _parts({path: whole(path, update, base) for path, update in adapter.items()}, found)
     trained = {name: part for name, part in parts.items() if isinstance(part.piece.method, Full)}
@@ -53,10 +46,10 @@ def files(
     tokens = {name: part for name, part in trained.items() if part.place.module.kind == "embedding"}
     if not adapted and len(tokens) != len(trained):
         raise ValueError(f"PEFT has no file of trained weights alone, {sorted(trained)}: adapt a weight by LoRA too.")
-    config, tensors = _adapters(adapted) if adapted else _tokens_alone(tokens, base)
+    config, tensors = _adapters(adapted) if adapted else _whole.tokens_alone(tokens, base)
     if adapted:
-        _add_tokens(config, tensors, tokens, base)
-        _add_trained(config, tensors, {n: p for n, p in trained.items() if n not in tokens}, adapted)
+        _whole.add_tokens(config, tensors, tokens, base)
+        _whole.add_trained(config, tensors, {n: p for n, p in trained.items() if n not in tokens}, adapted)
     return config, tensors, tuple(said)
 
 
@@ -122,29 +115,14 @@ def _widths(name: str, own: list[Owner], adapted: Place) -> list[int]:
     return [math.prod(o.place.weight.shape) // stack // max(adapted.count("in"), 1) for o in own]
 
 
-def _written(name: str, part: Part) -> Tensors:
-    """A module's tensors by what PEFT calls them."""
-    place, piece = part
-    own = [Owner(place, (), 0)]
-    form = _tensors.form(kind(piece.method, place.is_matrix), place.module.kind, name)
-    sizes = dataclasses.replace(sizes_of(own), letters={})
-    if place.experts:
-        sizes = dataclasses.replace(sizes, letters={"e": place.experts[0]})
-    return {
-        form[factor][0]: _tensors.write(array, piece.terms[factor], form[factor][1], sizes, name)
-        for factor, array in piece.flat.items()
-    }
-
-
 def _adapters(adapted: Mapping[str, Part]) -> tuple[_config.Config, Tensors]:
     """Configuration and tensors of the adapted modules."""
     modules = {name: part for name, part in adapted.items() if part.place.module.kind != "parameter"}
     parameters = {name: part for name, part in adapted.items() if name not in modules}
+    homes = {name: _wrapped(name, parameters) if name in parameters else name for name in adapted}
     tensors: Tensors = {}
-    for name, part in modules.items():
-        tensors |= {f"{PREFIX}{name}.{suffix}": a for suffix, a in _written(name, part).items()}
-    for name, part in parameters.items():
-        tensors |= {f"{PREFIX}{_wrapped(name, parameters)}.{suffix}": a for suffix, a in _written(name, part).items()}
+    for name, part in adapted.items():
+        tensors |= {f"{_config.PREFIX}{homes[name]}.{suffix}": a for suffix, a in written(name, part).items()}
     first = next(iter(adapted.values())).piece.method
     config: _config.Config = {
         "auto_mapping": None,
@@ -159,7 +137,7 @@ def _adapters(adapted: Mapping[str, Part]) -> tuple[_config.Config, Tensors]:
         case IA3():
             config |= _ia3(modules)
         case VeRA():
-            config |= _vera(modules, tensors)
+            config |= _vera.write(modules, tensors)
         case _:
             config |= _ranks(adapted)
     if isinstance(first, (LoRA, DoRA)):
@@ -173,14 +151,6 @@ def _wrapped(name: str, parameters: Mapping[str, Part]) -> str:
     module = name.rpartition(".")[0]
     inside = [n for n in parameters if n.rpartition(".")[0] == module]
     return module + ".base_layer" * (len(inside) - 1 - inside.index(name))
-
-
-def _one(adapted: Mapping[str, Part], field: str) -> Any:
-    """What all methods have in common."""
-    values = {name: getattr(part.piece.method, field) for name, part in adapted.items()}
-    if len(set(values.values())) > 1:
-        raise ValueError(f"PEFT has one {field} for all modules, and the adapter has {values}.")
-    return next(iter(values.values()))
 
 
 def _ranks(adapted: Mapping[str, Part]) -> _config.Config:
@@ -205,13 +175,13 @@ def _ranks(adapted: Mapping[str, Part]) -> _config.Config:
             "fan_in_fan_out": any(flipped),
             "init_lora_weights": True,
             "lora_alpha": alpha,
-            "lora_dropout": _one(adapted, "dropout"),
+            "lora_dropout": common(adapted, "dropout"),
             "use_dora": isinstance(first, DoRA),
             "use_rslora": root,
         }
     config |= {"alpha": alpha, "init_weights": True, "module_dropout": 0.0, "rank_dropout": 0.0}
     if isinstance(first, LoKr):
-        both, factor = _one(adapted, "decompose_both"), _one(adapted, "factor")
+        both, factor = common(adapted, "decompose_both"), common(adapted, "factor")
         return config | {"decompose_both": both, "decompose_factor": factor, "use_effective_conv2d": False}
     return config | {"use_effective_conv2d": False}
 
@@ -244,18 +214,14 @@ def _tied(modules: Mapping[str, Part], tensors: Tensors) -> _config.Config:
     for head, name in heads.items():
         if isinstance(modules[name].piece.method, DoRA):
             raise ValueError(f"{name} is tied to {head}, and DoRA's magnitudes differ between the two in PEFT.")
-        a, b = (tensors[f"{PREFIX}{name}.lora_embedding_{x}"] for x in "AB")
-        tensors[f"{PREFIX}{head}.lora_A.weight"] = np.ascontiguousarray(b.T)
-        tensors[f"{PREFIX}{head}.lora_B.weight"] = np.ascontiguousarray(a.T)
+        a, b = (tensors[f"{_config.PREFIX}{name}.lora_embedding_{x}"] for x in "AB")
+        tensors[f"{_config.PREFIX}{head}.lora_A.weight"] = np.ascontiguousarray(b.T)
+        tensors[f"{_config.PREFIX}{head}.lora_B.weight"] = np.ascontiguousarray(a.T)
     return {"ensure_weight_tying": bool(heads)}
 
 
 def _ia3(modules: Mapping[str, Part]) -> _config.Config:
     inside = [name for name, part in modules.items() if kind(part.piece.method) == "IA3 in"]
-    for name, part in modules.items():
-        piece = part.piece
-        if piece.scale != 1:
-            raise ValueError(f"{name} has an IA3 of scale {piece.scale}, and PEFT's has none: jlora.merge it.")
     clash = any(name.endswith(end) for end in inside for name in modules if name not in inside)
     exact = "|".join(name.replace(".", r"\.") for name in sorted(inside))
     return {
@@ -264,86 +230,6 @@ def _ia3(modules: Mapping[str, Part]) -> _config.Config:
         "init_ia3_weights": True,
         "modules_to_save": None,
     }
-
-
-def _vera(modules: Mapping[str, Part], tensors: Tensors) -> _config.Config:
-    rank, seed = _one(modules, "rank"), _one(modules, "seed")
-    widest, highest = (max(part.place.count(role) for part in modules.values()) for role in ("in", "out"))
-    for name, part in modules.items():
-        d, b = (f"{PREFIX}{name}.vera_lambda_{x}" for x in "db")
-        tensors[d] = scaled(tensors[d], widest, part.place.count("in"))
-        tensors[b] = tensors[b] * tensors[b].dtype.type(part.piece.scale)
-    for key, matrix in zip(PROJECTIONS, shared(seed, widest, highest, rank), strict=True):
-        tensors[key] = np.asarray(matrix).T
-    return {
-        "bias": "none",
-        "d_initial": _one(modules, "d_initial"),
-        "fan_in_fan_out": any(part.place.module.kind == "conv1d" for part in modules.values()),
-        "init_weights": True,
-        "modules_to_save": None,
-        "projection_prng_key": seed,
-        "r": rank,
-        "save_projection": True,
-        "vera_dropout": _one(modules, "dropout"),
-    }
-
-
-def _rows(name: str, part: Part, base: Base) -> tuple[list[int], np.ndarray]:
-    """The trained rows of an embedding."""
-    place = part.place
-    value = part.piece.flat["d"]
-    weight = base.value(place.path, place.weight.shape, "").reshape(value.shape)
-    rows = np.flatnonzero((value != weight.astype(value.dtype)).any(1))
-    return rows.tolist(), value[rows]
-
-
-def _tokens_alone(tokens: Mapping[str, Part], base: Base) -> tuple[_config.Config, Tensors]:
-    """A file of trained tokens."""
-    found = {name: _rows(name, part, base) for name, part in tokens.items()}
-    rows = next(iter(found.values()))[0]
-    if any(r != rows for r, _ in found.values()):
-        raise ValueError(f"PEFT trains the same tokens in all of {sorted(tokens)}, and here they differ.")
-    config = {"peft_type": "TRAINABLE_TOKENS", "target_modules": sorted(tokens), "token_indices": rows}
-    config |= {"base_model_name_or_path": None, "inference_mode": True, "init_weights": True, "task_type": None}
-    return config, {f"{PREFIX}{name}.trainable_tokens_delta": value for name, (_, value) in found.items()}
-
-
-def _add_tokens(config: _config.Config, tensors: Tensors, tokens: Mapping[str, Part], base: Base) -> None:
-    if not tokens:
-        return
-    _needs_lora(config, tokens)
-    found = {name: _rows(name, part, base) for name, part in tokens.items()}
-    config["trainable_token_indices"] = {name: rows for name, (rows, _) in sorted(found.items())}
-    tensors |= {f"{PREFIX}{name}.token_adapter.trainable_tokens_delta": value for name, (_, value) in found.items()}
-
-
-def _needs_lora(config: _config.Config, parts: Mapping[str, Part]) -> None:
-    if config["peft_type"] != "LORA":
-        raise ValueError(f"PEFT trains {sorted(parts)} with LoRA alone, and the adapter has {config['peft_type']}.")
-
-
-def _add_trained(
-    config: _config.Config, tensors: Tensors, trained: Mapping[str, Part], adapted: Mapping[str, Part]
-) -> None:
-    """Weights that are trained whole: biases, and modules with all that they hold."""
-    saved = {name for name, part in trained.items() if part.place.is_matrix}
-    saved |= {name.removesuffix(".weight") for name in trained if name.endswith(".weight")}
-    biases = {}
-    for name, part in trained.items():
-        ((suffix, value),) = _written(name, part).items()
-        module = name.removesuffix(".bias")
-        if name == module or module in saved:
-            tensors[f"{PREFIX}{name}.{suffix}".removesuffix(".")] = value
-        else:
-            biases[name] = module in adapted
-            tensors[PREFIX + (f"{module}.base_layer.bias" if module in adapted else name)] = value
-    if biases:
-        if config["peft_type"] not in ("LORA", "VERA"):
-            _needs_lora(config, {name: trained[name] for name in biases})
-        own = "vera_only" if config["peft_type"] == "VERA" else "lora_only"
-        config["bias"] = own if all(biases.values()) else "all"
-    if saved:
-        config["modules_to_save"] = sorted(saved)
 
 
 def _check_vllm(adapted: Mapping[str, Part], trained: Mapping[str, Part]) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jlora.io._layout import TERMS
+from jlora.io._layout import TERMS, Part, kind
+from jlora.io._names import Owner
 
 # For every factor its name in the file and its axes there: a letter is a joint axis as in `TERMS`, two letters one axis
 # of both, C the channels and every axis of the kernel, S as many axes of size 1, c the channels alone.
@@ -50,6 +51,7 @@ FORMS: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
     ("Full vector", "parameter"): {"d": ("", "o")},
 }
 SUFFIXES = sorted({suffix for (m, _), form in FORMS.items() if m[:4] != "Full" for suffix, _ in form.values()})
+Tensors = dict[str, np.ndarray]
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -75,13 +77,25 @@ class Sizes:
         return out
 
 
+def sizes_of(own: list[Owner]) -> Sizes:
+    """What is known of the tensors of a module."""
+    place = own[0].place
+    letters = {"i": place.count("in")}
+    if place.pieces == 1:
+        letters["o"] = sum(o.place.count("out") for o in own)
+    if place.experts:
+        letters["e"] = place.experts[0]
+    return Sizes(letters, place.kernel)
+
+
 def form(method: str, kind: str, where: str) -> dict[str, tuple[str, str]]:
     """A method's tensors for a kind of module.
 
     Raises:
         ValueError: where PEFT has none.
     """
-    found = FORMS.get((method, kind)) or FORMS.get((method, "linear" if kind == "conv1d" else kind))
+    flipped = kind == "conv1d" and method in ("LoRA", "DoRA", "VeRA", "IA3", "IA3 in")  # those that PEFT has for it
+    found = FORMS.get((method, "linear" if flipped else kind))
     if found is None:
         raise ValueError(
             f"{method} of {where}, {kind}, has no form in PEFT's files that jlora knows. An update of low rank becomes "
@@ -144,6 +158,17 @@ def _tokens(spelled: str, sizes: Sizes) -> list[str]:
     return [token for token in spelled.split() for _ in range(many.get(token, 1))]
 
 
+def written(name: str, part: Part) -> Tensors:
+    """A module's tensors by what PEFT calls them."""
+    place, piece = part
+    known = form(kind(piece.method, place.is_matrix), place.module.kind, name)
+    sizes = Sizes({"e": place.experts[0]} if place.experts else {}, place.kernel)
+    return {
+        known[factor][0]: write(array, piece.terms[factor], known[factor][1], sizes, name)
+        for factor, array in piece.flat.items()
+    }
+
+
 def save_file(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
     """Writes tensors by name."""
     plain = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
@@ -151,7 +176,7 @@ def save_file(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -
         file.write(safetensors.numpy.save(plain, metadata={"format": "pt"}))
 
 
-def load_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def load_file(path: str | os.PathLike[str]) -> Tensors:
     """Reads tensors by name, bfloat16 included.
 
     Raises:
@@ -164,7 +189,7 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     except Exception as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
     out = {}
-    for name, entry in found:
+    for name, entry in sorted(found, key=lambda item: item[0]):
         if entry["dtype"] not in _DTYPES:
             raise ValueError(f"{name} in {path} has the dtype {entry['dtype']}; factors have {', '.join(_DTYPES)}.")
         dtype = jnp.dtype(_DTYPES[entry["dtype"]])
