@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jlora
+import names as maps
 from jlora.io.peft import Module
 from tests import methods, small, test_references
 from tests.peft_models import MODELS
@@ -154,6 +155,23 @@ def test_overlapping_patterns_follow_the_file(given_files):
 def test_mistakes_in_names(given_files, names, message):
     with pytest.raises(ValueError, match=message):
         load(given_files, names)
+
+
+def test_names_under_a_prefix(given_files):
+    params, _, _ = program("bert")
+    sites = jlora.trace(
+        lambda variables, ids: MODELS["bert"].apply(variables["params"], ids), {"params": params}, jnp.ones((1, 6), int)
+    )
+    loaded = jlora.peft.load(given_files, sites, maps.under("params/", NAMES))
+    assert list(loaded) == [f"params/{path}" for path in load(given_files)]
+
+
+def test_two_ways_to_train_one_weight(given_files):
+    configured(given_files, trainable_token_indices={"query": [1]})
+    key = f"{QUERY}.token_adapter.trainable_tokens_delta"
+    retensored(given_files, lambda t: t.update({key: np.ones((1, 16), np.float32)}))
+    with pytest.raises(ValueError, match="query in two ways"):
+        load(given_files)
 
 
 def test_a_path_without_a_name(tmp_path):
@@ -378,7 +396,7 @@ def round_trip(folder, case, make, rank, alpha, dtype):
         close(jlora.merge(params, {path: update}), jlora.merge(params, adapter))
 
 
-@pytest.mark.parametrize("region", range(8))
+@pytest.mark.parametrize("region", [*range(4), *(pytest.param(k, marks=pytest.mark.nightly) for k in range(4, 100))])
 def test_damaged_files_raise_or_load(tmp_path, region):
     """Bytes that are changed, cut off or left out raise a ValueError, or give an adapter of the same structure."""
     files = golden()["adapter"]["bert patterns"]

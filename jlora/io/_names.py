@@ -28,7 +28,8 @@ class Module:
             weight in three dimensions. Such weights of one module stand in the module's own order.
         part: for a module that holds several weights side by side along its out axis (query, key and value), which of
             them this is, from 0 on.
-        tied: for an embedding, the module that uses the same weight as the output head.
+        tied: for an embedding, the module that uses the same weight as the output head; None says that there is none,
+            which `load` checks against the program.
     """
 
     name: str

@@ -56,6 +56,8 @@ def adapter(config: _config.Config, tensors: Tensors, sites: Sites, names: Names
         whole = own[0].place.module.part is None
         parts = [piece] if whole else cut(piece, [o.place.count("out") for o in own], name)
         for (place, index, k), one in zip(own, parts, strict=True):
+            if k in pieces[place.path][index]:
+                raise ValueError(f"The file trains {name} in two ways, and jlora one way a weight: train it in one.")
             pieces[place.path][index][k] = one
 
     for name, parts in file.adapters.items():
@@ -79,6 +81,8 @@ def adapter(config: _config.Config, tensors: Tensors, sites: Sites, names: Names
         _check_update(path, out[path], sites)
         out[path] = relative(path, out[path], base)
     for path, bias in biases(out, sites, found).items():
+        if bias in out:
+            raise ValueError(f"The file trains the bias {bias} and scales it by IA3; jlora does one of the two.")
         out[bias] = scaled_bias(path, out[path], bias, base)
     return {path: _on_device(out[path]) for path in sites if path in out}
 

@@ -51,6 +51,7 @@ def save(
 
     A method that PEFT lacks, a compensated start, and methods that do not go together are written as the exact equal
     LoRA (`jlora.to_lora`). `Full` is written as trained tokens (embeddings), `bias`, or `modules_to_save`.
+    Which factors are frozen, and the dropout of LoHa and LoKr, have no place in the files and are left out.
 
     Arguments:
         folder: to write, which must not exist.
