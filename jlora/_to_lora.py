@@ -55,8 +55,9 @@ def to_lora(
                 raise ValueError(f"{path} has shape {leaves[path].shape} in params, the adapter {update.shape}.")
         leaf = jnp.asarray(leaves[path]) if path in leaves else np.broadcast_to(np.float32(0), update.shape)
         f = lowered([{path: dataclasses.replace(update, key=None)}], leaf, path)
-        pairs = None if f.gains else [_by_factors(f, network, update.roles) for network in f.networks]
-        width = sum(a.shape[-1] for a, _ in pairs) if pairs else 0
+        has_factors = not f.gains and not any(map(f.is_filled_by, f.networks))
+        pairs = [_by_factors(f, network, update.roles) for network in f.networks] if has_factors else []
+        width = sum(a.shape[-1] for a, _ in pairs)
         if pairs and _is_thin(width, update):
             a, b, scale = _side_by_side(pairs, [n.scale for n in f.networks])
             errors[path] = 0.0
