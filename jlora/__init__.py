@@ -19,6 +19,7 @@ from jlora._sharding import shardings as shardings
 from jlora._site import Site as Site
 from jlora._targets import restart as restart
 from jlora._targets import with_biases as with_biases
+from jlora._to_lora import to_lora as to_lora
 from jlora._trace import Explanation as Explanation
 from jlora._trace import Sites as Sites
 from jlora._trace import explain as explain
@@ -27,6 +28,8 @@ from jlora._transform import DenseError as DenseError
 from jlora._transform import DenseWarning as DenseWarning
 from jlora._transform import adapt as adapt
 from jlora._transform import init as init
+from jlora.io import loralib as loralib
+from jlora.io import peft as peft
 from jlora.io.orbax import CheckpointError as CheckpointError
 from jlora.io.orbax import checkpoint_args as checkpoint_args
 from jlora.io.orbax import load as load

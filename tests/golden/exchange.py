@@ -1,0 +1,241 @@
+"""Makes `exchange.npz`: models of torch with fixed weights, adapters of PEFT for them, and what they compute.
+
+For every model the file holds its weights, an input and the output; for every adapter that PEFT made its two files and
+the output; for every adapter that jlora made its two files and the output of the model into which PEFT loaded them.
+
+    pip install -e ".[test]" torch==2.13.0 transformers==5.23.0 peft==0.21.2
+    PYTHONPATH=.:examples python -m tests.golden.exchange
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft  # pyright: ignore[reportMissingImports]
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
+from torch import nn  # pyright: ignore[reportMissingImports]
+
+from tests import peft_exports
+from tests.peft_models import KV, MODELS, D, E, F, H, L, T, V
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+SIZES: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "num_hidden_layers": L,
+    "num_attention_heads": H,
+    "max_position_embeddings": T,
+    "intermediate_size": F,
+}
+DECODER: dict[str, Any] = SIZES | {
+    "num_key_value_heads": KV,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def llama(tied: bool) -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(tie_word_embeddings=tied, **DECODER))
+
+
+TORCH: dict[str, Callable[[], nn.Module]] = {
+    "bert": lambda: transformers.BertModel(transformers.BertConfig(**SIZES), add_pooling_layer=False),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=V, n_embd=D, n_layer=L, n_head=H, n_positions=T, bos_token_id=1, eos_token_id=2
+        )
+    ),
+    "llama": lambda: llama(False),
+    "llama_tied": lambda: llama(True),
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            num_local_experts=E,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+            **DECODER,
+        )
+    ),
+    "cnn": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 5)
+    ),
+}
+
+LORA: dict[str, Any] = {"r": 3, "lora_alpha": 5}
+IN_ATTENTION = ["q_proj", "v_proj"]
+
+
+def lora(*targets: str, **options: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(target_modules=list(targets), **(LORA | options))
+
+
+# Adapters that PEFT makes, each for a model.
+ADAPTERS: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
+    "lora": ("bert", lambda: lora("query", "value", "dense")),
+    "stabilized": ("bert", lambda: lora("query", use_rslora=True)),
+    "patterns": (
+        "bert",
+        lambda: lora(
+            "query",
+            "key",
+            rank_pattern={"layer.1.attention.self.query": 2, "key": 4},
+            alpha_pattern={r"^encoder\.layer\.0.*query": 7},
+            exclude_modules=["layer.0.attention.self.key"],
+        ),
+    ),
+    "layers": ("bert", lambda: lora("query", layers_to_transform=[1], layers_pattern="layer")),
+    "embedding": ("bert", lambda: lora("word_embeddings", "query")),
+    "positions": ("bert", lambda: lora("position_embeddings")),
+    "dora": ("bert", lambda: lora("word_embeddings", "query", "output.dense", use_dora=True)),
+    "bias_beside": ("bert", lambda: lora("query", bias="lora_only")),
+    "bias_all": ("bert", lambda: lora("query", bias="all")),
+    "modules_to_save": ("bert", lambda: lora("query", modules_to_save=["intermediate.dense", "embeddings.LayerNorm"])),
+    "loha": ("bert", lambda: peft.LoHaConfig(r=2, alpha=3, target_modules=["query", "output.dense"])),
+    "lokr": ("bert", lambda: peft.LoKrConfig(r=1, alpha=3, target_modules=["intermediate.dense"])),
+    "lokr_both": (
+        "bert",
+        lambda: peft.LoKrConfig(r=1, alpha=3, target_modules=["output.dense"], decompose_both=True, decompose_factor=8),
+    ),
+    "lokr_whole": ("bert", lambda: peft.LoKrConfig(r=8, alpha=3, target_modules=["output.dense"])),
+    "vera": ("bert", lambda: peft.VeraConfig(r=4, target_modules=["query", "output.dense"])),
+    "ia3": (
+        "bert",
+        lambda: peft.IA3Config(target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"]),
+    ),
+    "conv1d": ("gpt2", lambda: lora("c_attn", "c_proj", fan_in_fan_out=True)),
+    "conv1d_dora": ("gpt2", lambda: lora("c_attn", "c_fc", fan_in_fan_out=True, use_dora=True)),
+    "conv1d_bias": ("gpt2", lambda: lora("c_attn", fan_in_fan_out=True, bias="lora_only")),
+    "conv1d_ia3": (
+        "gpt2",
+        lambda: peft.IA3Config(
+            target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True
+        ),
+    ),
+    "decoder": ("llama", lambda: lora(*IN_ATTENTION, "gate_proj", "up_proj", "down_proj")),
+    "all_linear": ("llama", lambda: peft.LoraConfig(target_modules="all-linear", **LORA)),
+    "expression": ("llama", lambda: peft.LoraConfig(target_modules=r".*\.(q|o)_proj", **LORA)),
+    "with_base": ("llama", lambda: lora("embed_tokens", "q_proj")),
+    "head": ("llama", lambda: lora("q_proj", modules_to_save=["lm_head"])),
+    "decoder_dora": ("llama", lambda: lora("o_proj", "gate_proj", "up_proj", use_dora=True)),
+    "tokens": ("llama", lambda: lora("q_proj", trainable_token_indices=[1, 5, 7])),
+    "tokens_alone": (
+        "llama",
+        lambda: peft.TrainableTokensConfig(token_indices=[2, 9], target_modules=["embed_tokens"]),
+    ),
+    "tokens_tied": ("llama_tied", lambda: lora("q_proj", trainable_token_indices={"embed_tokens": [1, 5]})),
+    "tied": ("llama_tied", lambda: lora("embed_tokens", "q_proj", ensure_weight_tying=True)),
+    "experts": (
+        "mixtral",
+        lambda: peft.LoraConfig(
+            target_modules=["q_proj"],
+            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+            rank_pattern={"experts.down_proj": 2},
+            **LORA,
+        ),
+    ),
+    "one_parameter": (
+        "mixtral",
+        lambda: peft.LoraConfig(target_modules=[], target_parameters=["mlp.experts.down_proj"], **LORA),
+    ),
+    "convolution": ("cnn", lambda: lora("0", "2", "5")),
+    "convolution_dora": ("cnn", lambda: lora("0", "2", "5", use_dora=True)),
+    "convolution_loha": ("cnn", lambda: peft.LoHaConfig(r=2, alpha=3, target_modules=["0", "2"])),
+    "convolution_ia3": ("cnn", lambda: peft.IA3Config(target_modules=["0", "2", "5"], feedforward_modules=["2"])),
+}
+
+
+def numbers(name: str, *shape: int) -> np.ndarray:
+    rng = np.random.RandomState(zlib.crc32(name.encode()))
+    return np.asarray(0.3 * rng.normal(size=shape), np.float32)
+
+
+def model(name: str) -> nn.Module:
+    """A model with fixed weights."""
+    made = TORCH[name]().eval()
+    for key, p in made.named_parameters():
+        p.data = torch.from_numpy(numbers(f"{name} {key}", *p.shape) + ("norm" in key.lower() and "weight" in key))
+    return made
+
+
+def example(name: str) -> np.ndarray:
+    if name == "cnn":
+        return numbers("x", 2, 3, 6, 6)
+    return np.random.RandomState(1).randint(0, V, (2, T)).astype(np.int32)
+
+
+def output(made: nn.Module, name: str) -> np.ndarray:
+    x = torch.from_numpy(example(name))
+    with torch.no_grad():
+        out = made(x) if name == "cnn" else made(input_ids=x.long())
+    y = out if name == "cnn" else out.last_hidden_state.mean(1) if name == "bert" else out.logits
+    return y.numpy()
+
+
+def state(made: nn.Module) -> dict[str, np.ndarray]:
+    return {key: p.detach().numpy() for key, p in made.named_parameters()}
+
+
+def files(folder: Path) -> dict[str, np.ndarray]:
+    return {name: np.frombuffer((folder / name).read_bytes(), np.uint8) for name in FILES}
+
+
+def adapted(name: str) -> dict[str, np.ndarray]:
+    """An adapter of PEFT, all its numbers at random."""
+    own, config = ADAPTERS[name]
+    torch.manual_seed(0)
+    made = peft.get_peft_model(model(own), config()).eval()
+    for key, p in made.named_parameters():
+        if p.requires_grad:
+            p.data += torch.from_numpy(numbers(f"{name} {key}", *p.shape))  # in place: some share their numbers
+    with tempfile.TemporaryDirectory() as folder:
+        made.save_pretrained(folder)
+        return files(Path(folder)) | {"y": output(made, own)}
+
+
+def exported(name: str) -> dict[str, np.ndarray]:
+    """An adapter of jlora, and what PEFT makes of it without a warning."""
+    model_name = peft_exports.EXPORTS[name].model
+    own = MODELS[model_name].torch
+    base = model(own)
+    params, sites = peft_exports.program(model_name, state(base))
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "adapter"
+        peft_exports.save(name, folder, params, sites)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers about PEFT
+            made = peft.PeftModel.from_pretrained(base, str(folder)).eval()
+        return files(folder) | {"y": output(made, own)}
+
+
+def records() -> dict[str, np.ndarray]:
+    """Everything, by `section/name/array`; an adapter's name has that of its model in front."""
+    out = {}
+    for name in TORCH:
+        made = model(name)
+        out |= {f"model/{name}/{key}": value for key, value in state(made).items()}
+        out |= {f"input/{name}/x": example(name), f"input/{name}/y": output(made, name)}
+    for name in ADAPTERS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out |= {f"adapter/{ADAPTERS[name][0]} {name}/{key}": value for key, value in adapted(name).items()}
+    for name in peft_exports.EXPORTS:
+        out |= {f"export/{name}/{key}": value for key, value in exported(name).items()}
+    return out
+
+
+def main() -> None:
+    path = Path(__file__).with_suffix(".npz")
+    np.savez_compressed(path, **records())
+    print(path, path.stat().st_size, "bytes")
+
+
+if __name__ == "__main__":
+    main()
