@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._context import side
 from jlora._factored import Factored, Network, delta, fresh, spanned, widened
 from jlora._lower import lowered
 from jlora._method import Adapter, Update
@@ -73,7 +74,7 @@ def _is_plain(update: Update) -> bool:
 
 
 def _sizes(update: Update, role: str) -> tuple[int, ...]:
-    return tuple(n for n, r in zip(update.shape, update.roles, strict=True) if r == role)
+    return tuple(n for n, r in zip(update.shape, update.roles, strict=True) if side(r) == role)
 
 
 def _is_thin(rank: int, update: Update) -> bool:

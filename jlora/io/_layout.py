@@ -15,7 +15,8 @@ from jlora.methods.full import Full
 from jlora.methods.ia3 import IA3
 from jlora.methods.lora import LoRA
 
-# For every factor its axes after the stack: i and o are the joint in and out axes, all others are the method's own.
+# For every factor its axes after the stack: i and o are the joint in and out axes, c the in axes without a window, all
+# others the method's own.
 TERMS: dict[str, dict[str, str]] = {
     "LoRA": {"a": "ir", "b": "ro"},
     "DoRA": {"a": "ir", "b": "ro", "m": "o"},
@@ -23,7 +24,7 @@ TERMS: dict[str, dict[str, str]] = {
     "LoKr": {"c": "wy", "ca": "wr", "cb": "ry", "d": "xz", "a": "xs", "b": "sz"},
     "VeRA": {"d": "r", "b": "o"},
     "IA3": {"l": "o"},
-    "IA3 in": {"l": "i"},
+    "IA3 in": {"l": "c"},
     "Full": {"d": "io"},
     "Full vector": {"d": "o"},
 }
@@ -91,8 +92,9 @@ def _in_order(array: np.ndarray, method: Method, place: Place) -> np.ndarray:
 def _joined(array: np.ndarray, term: str, place: Place) -> np.ndarray:
     """A factor with the in axes as one, channels first, and the out axes as one."""
     shape, at = list(array.shape[: len(place.sizes("stack"))]), len(place.sizes("stack"))
+    widths = {"i": len(place.sizes("in")), "c": len(place.channels), "o": len(place.sizes("out"))}
     for letter in term:
-        width = len(place.sizes("in")) if letter == "i" else len(place.sizes("out")) if letter == "o" else 1
+        width = widths.get(letter, 1)
         if letter == "i" and place.module.kind == "conv":
             array = np.moveaxis(array, at + place.channel, at)
         shape.append(math.prod(array.shape[at : at + width]))
@@ -104,10 +106,9 @@ def _split(array: np.ndarray, term: str, place: Place) -> np.ndarray:
     """The inverse of `_joined`."""
     stack = len(place.sizes("stack"))
     shape, moves = list(array.shape[:stack]), []
+    known = {"i": place.sizes("in"), "c": place.channels, "o": place.sizes("out")}
     for size, letter in zip(array.shape[stack:], term, strict=True):
-        sizes = [size]
-        if letter in "io":
-            sizes = list(place.sizes("in" if letter == "i" else "out"))
+        sizes = list(known.get(letter, (size,)))
         if letter == "i" and place.module.kind == "conv":
             moves = [(len(shape), len(shape) + place.channel)]
             sizes = [sizes.pop(place.channel), *sizes]

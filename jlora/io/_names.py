@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, final
 
-from jlora._context import Role
+from jlora._context import Role, side
 from jlora._paths import near
 
 KINDS = ("linear", "conv1d", "conv", "embedding", "parameter")
@@ -80,7 +80,7 @@ class Place:
         if not roles:
             first = range(self.loops)
             return tuple(first) if role == "stack" else tuple(range(len(shape)))[self.loops :] if role == "out" else ()
-        return tuple(k for k, r in enumerate(roles) if r == role)
+        return tuple(k for k, r in enumerate(roles) if side(r) == role)
 
     def sizes(self, role: Role) -> tuple[int, ...]:
         return tuple(self.weight.shape[k] for k in self.axes(role))
@@ -92,9 +92,13 @@ class Place:
 
     @property
     def channel(self) -> int:
-        """Which of a kernel's in axes holds the channels: the one beside the out axis (HWIO), or OIHW's first."""
-        inner, outer = self.axes("in"), self.axes("out")
-        return 0 if outer < inner else len(inner) - 1
+        """Which of a kernel's in axes holds the channels, and is not of its window."""
+        return [self.weight.roles[axis] for axis in self.axes("in")].index("in")
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The sizes of the in axes without a window."""
+        return tuple(n for n, role in zip(self.weight.shape, self.weight.roles, strict=False) if role == "in")
 
     @property
     def kernel(self) -> tuple[int, ...]:

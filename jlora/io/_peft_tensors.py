@@ -15,7 +15,7 @@ from jlora.io._layout import TERMS, Part, kind
 from jlora.io._names import Owner
 
 # For every factor its name in the file and its axes there: a letter is a joint axis as in `TERMS`, two letters one axis
-# of both, C the channels and every axis of the kernel, S as many axes of size 1, c the channels alone.
+# of both, C the channels and every axis of the kernel, S as many axes of size 1.
 _LORA = {"a": ("lora_A.weight", "r i"), "b": ("lora_B.weight", "o r")}
 _EMBEDDING = {"a": ("lora_embedding_A", "r i"), "b": ("lora_embedding_B", "o r")}
 _CONV = {"a": ("lora_A.weight", "r C"), "b": ("lora_B.weight", "o r S")}
@@ -42,7 +42,7 @@ FORMS: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
     ("VeRA", "linear"): {"d": ("vera_lambda_d", "r"), "b": ("vera_lambda_b", "o")},
     ("IA3", "linear"): {"l": ("ia3_l", "o 1")},
     ("IA3", "conv"): {"l": ("ia3_l", "1 o S")},
-    ("IA3 in", "linear"): {"l": ("ia3_l", "1 i")},
+    ("IA3 in", "linear"): {"l": ("ia3_l", "1 c")},
     ("IA3 in", "conv"): {"l": ("ia3_l", "1 c S")},
     ("Full", "linear"): {"d": ("weight", "o i")},
     ("Full", "conv1d"): {"d": ("weight", "i o")},
@@ -70,8 +70,6 @@ class Sizes:
                 out += [(n,) for n in self.kernel]
             elif token == "S":
                 out += [(1,)] * (len(self.kernel) - 1)
-            elif token == "c":
-                out.append((self.kernel[0],))
             else:
                 out.append(tuple(1 if c == "1" else self.letters.get(c) for c in token))
         return out
@@ -80,7 +78,7 @@ class Sizes:
 def sizes_of(own: list[Owner]) -> Sizes:
     """What is known of the tensors of a module."""
     place = own[0].place
-    letters = {"i": place.count("in")}
+    letters = {"i": place.count("in"), "c": math.prod(place.channels)}
     if place.pieces == 1:
         letters["o"] = sum(o.place.count("out") for o in own)
     if place.experts:
@@ -106,12 +104,6 @@ def form(method: str, kind: str, where: str) -> dict[str, tuple[str, str]]:
 
 def write(array: np.ndarray, term: str, spelled: str, sizes: Sizes, where: str) -> np.ndarray:
     """A factor as the file has it."""
-    if spelled == "1 c S":
-        rows = array.reshape(sizes.kernel[0], -1)
-        if not (rows == rows[:, :1]).all():
-            raise ValueError(f"IA3 of {where} scales the entries of a channel apart, and PEFT's scales channels.")
-        array = rows[:, 0]
-        return array.reshape([math.prod(n or 1 for n in axis) for axis in sizes.axes(spelled)])
     order = [c.replace("C", "i") for c in spelled if c not in "1S "]
     array = array.transpose([term.index(c) for c in order])
     known = dict(zip(order, array.shape, strict=True))
@@ -137,8 +129,6 @@ def read(tensor: np.ndarray, term: str, spelled: str, sizes: Sizes, where: str) 
         if spelled == "r C" and tensor.ndim == len(axes) and tensor.shape[1] % sizes.kernel[0] == 0:
             grouped = " It spans all channels of a grouped convolution, so no update of the kernel equals it."
         raise ValueError(f"{where} has shape {tensor.shape}, and {said} was expected.{grouped}")
-    if spelled == "1 c S":
-        return np.repeat(tensor.ravel(), math.prod(sizes.kernel[1:]))
     parts, letters = [], []
     for token, axis, n in zip(_tokens(spelled, sizes), axes, tensor.shape, strict=True):
         for c, size in zip(token, axis, strict=True):

@@ -67,7 +67,8 @@ def _unified(adapter: Adapter, params: Any, target: str | None) -> tuple[Adapter
         out |= new
         how = "by its factors" if errors[path] == 0 else f"by SVD with an error of {errors[path]:.1e}"
         said.append(
-            f"{path}: {type(update.method).__name__} became a LoRA of rank {_peft_config.rank(new[path].method)}, {how}."
+            f"{path}: {type(update.method).__name__} became a LoRA of rank "
+            f"{_peft_config.rank(new[path].method)}, {how}."
         )
     return out, said
 

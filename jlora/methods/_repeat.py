@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jlora._site import Site
 from jlora.methods import _axes
 
 
-def identities(rank: int, n: int, dtype: object) -> jax.Array:
+def identities(rank: int, n: int, dtype: Any) -> jax.Array:
     """[I; ...; I] of height n, whose transpose is [I ... I]."""
     return jnp.tile(jnp.eye(rank, dtype=dtype), (n // rank, 1))
 
@@ -27,8 +28,8 @@ def product(downs: Sequence[jax.Array], ups: Sequence[jax.Array]) -> tuple[jax.A
     and take twice the time and memory: their last products run over batches of small ones.
     """
     *stack, n_in, rank = downs[0].shape
-    rows = identities(rank, n_in, downs[0].dtype)
-    columns = identities(rank, ups[0].shape[-1], ups[0].dtype).T
+    rows, columns = identities(rank, n_in, downs[0].dtype), identities(rank, ups[0].shape[-1], ups[0].dtype).T
+    rows, columns = (jnp.broadcast_to(one, (*stack, *one.shape)) for one in (rows, columns))
     left, right = [], []
     for choice in itertools.product((True, False), repeat=len(downs)):
         # What is repeated alike multiplies alike, so the chosen As are one matrix, and so are the chosen Bs.
@@ -37,8 +38,8 @@ def product(downs: Sequence[jax.Array], ups: Sequence[jax.Array]) -> tuple[jax.A
         down, up = functools.reduce(jnp.multiply, a or [rows]), functools.reduce(jnp.multiply, b or [columns])
         if a and b:
             down, up = every_column(down, rows), every_row(columns, up)
-        left.append(jnp.broadcast_to(down, (*stack, *down.shape[-2:])))
-        right.append(jnp.broadcast_to(up, (*stack, *up.shape[-2:])))
+        left.append(down)
+        right.append(up)
     return jnp.concatenate(left, axis=-1), jnp.concatenate(right, axis=-2)
 
 
