@@ -85,6 +85,6 @@ class Site:
         if not self.roles:
             used = ", ".join(sorted({use.primitive for use in self.uses}))
             return f"no product, convolution or lookup uses it (only {used})"
-        if "in" not in self.roles or "out" not in self.roles:
+        if not {"in", "out"} <= set(map(side, self.roles)):
             return f"its axes are all {self.roles[0]!r}, so it has no low-rank form"
         return ""

@@ -45,7 +45,7 @@ def to_lora(
     leaves = dict(named_leaves(params))
     out, errors = {}, {}
     for path, update in adapter.items():
-        if _is_plain(update) or not {"in", "out"} <= set(update.roles):
+        if _is_plain(update) or not {"in", "out"} <= set(map(side, update.roles)):
             out[path], errors[path] = update, 0.0
             continue
         if update.method.reads_base or update.method.scales_base:

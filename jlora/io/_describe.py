@@ -1,6 +1,7 @@
 """What the JSON beside the arrays says: methods, roles, shapes, versions, the base; and older formats made new."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -46,7 +47,7 @@ def describe(adapter: Adapter, rest: Mapping[str, Any]) -> Meta:
         } | {group: {name: _name(path, group, name) for name in getattr(update, group)} for group in GROUPS}
     meta: Meta = {
         "format": FORMAT,
-        "versions": {name: importlib.metadata.version(name) for name in ("jlora", "jax", "orbax-checkpoint")},
+        "versions": _versions(),
         "methods": methods,
         "updates": updates,
         **rest,
@@ -58,6 +59,11 @@ def describe(adapter: Adapter, rest: Mapping[str, Any]) -> Meta:
             f"Only numbers, strings, booleans, None and tuples of them can be saved beside arrays: {error}."
         ) from error
     return meta | {"sha256": _digest(meta)}
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jlora", "jax", "orbax-checkpoint")}
 
 
 def read(folder: Path) -> Meta:
