@@ -16,6 +16,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLOURS = {"LoRA": "#1f6f8b", "full": "#d1495b", "head alone": "#6c757d"}
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
 
 
 def size(tree: Any) -> int:
@@ -92,13 +100,7 @@ def smooth(values: list[float], weight: float = 0.95) -> np.ndarray:
 def draw(path: Path, result: dict[str, Any], runs: dict[str, History]) -> None:
     """Three panels: the loss and the validation accuracy while training, and the test accuracy after it."""
     settings, accuracy = result["settings"], result["accuracy"]
-    style: dict[Any, Any] = {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-    }
-    with plt.rc_context({**style, "axes.axisbelow": True, "legend.frameon": False}):
+    with plt.rc_context(STYLE):
         figure, (loss, validation, test) = plt.subplots(
             1, 3, figsize=(12.5, 4), dpi=150, layout="constrained", width_ratios=[2.2, 2, 1.5]
         )

@@ -19,9 +19,7 @@ import smollm
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "smollm.json").read_text())
 CONVERSATIONS = GOLDEN["conversations"]
-SMALL = smollm.Config(
-    vocabulary=17, width=12, hidden=20, layers=3, heads=6, groups=2, epsilon=1e-5, rotary_base=100.0
-)
+SMALL = smollm.Config(vocabulary=17, width=12, hidden=20, layers=3, heads=6, groups=2, epsilon=1e-5, rotary_base=100.0)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +41,9 @@ def test_replies_are_those_of_transformers(loaded: Any) -> None:
     count = len(CONVERSATIONS[0]["reply"])
     for conversation in CONVERSATIONS:
         prompt = jnp.asarray([conversation["ids"]])
-        run = jax.jit(lambda params, prompt: smollm.generate(smollm.forward(graph), params, prompt, model.config, count))
+        run = jax.jit(
+            lambda params, prompt: smollm.generate(smollm.forward(graph), params, prompt, model.config, count)
+        )
         assert np.asarray(run(params, prompt))[0].tolist() == conversation["reply"]
     logits, _ = jax.jit(smollm.forward(graph))(params, prompt)
     np.testing.assert_allclose(logits[0, -1, ::3001], conversation["logits"], rtol=0, atol=1e-3)
@@ -65,6 +65,7 @@ def small() -> tuple[smollm.Forward, Any, jax.Array]:
 
 def test_a_cache_changes_no_logit() -> None:
     forward, params, tokens = small()
+    forward = jax.jit(forward)
     whole, none = forward(params, tokens)
     assert none is None
     cache, at, parts = smollm.empty_cache(SMALL, 2, 12), 0, []

@@ -1,7 +1,7 @@
 """Makes `smollm.json`: what transformers, which reads the GGUF file by itself, tokenises and goes on with greedily.
 
-    pip install torch==2.13.0 transformers gguf
-    python tests/golden/smollm.py "$(python examples/assets.py | sed -n 's/^language model *//p')"
+pip install torch==2.13.0 transformers gguf
+python tests/golden/smollm.py "$(python examples/assets.py | sed -n 's/^language model *//p')"
 """
 
 from __future__ import annotations
