@@ -1,5 +1,6 @@
 """Low-rank adaptation (LoRA) of any JAX program, as a function transformation."""
 
+from jlora import quantized as quantized
 from jlora._budget import rank_budget as rank_budget
 from jlora._dropout import with_dropout as with_dropout
 from jlora._gradients import lora_fa_gradient as lora_fa_gradient
@@ -13,6 +14,9 @@ from jlora._method import Method as Method
 from jlora._method import Update as Update
 from jlora._optim import labels as labels
 from jlora._optim import mask as mask
+from jlora._quantize import quantize as quantize
+from jlora._quantized import Quantized as Quantized
+from jlora._quantized import dequantize as dequantize
 from jlora._rank import truncate as truncate
 from jlora._rank import with_rank as with_rank
 from jlora._sharding import shardings as shardings

@@ -9,13 +9,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jlora import _compat
+from jlora import _compat, _deferred
 from jlora._context import Context, Value, fold
 from jlora._factored import Factored, Letter, Network, barrier, fresh, respell
 
 
 def _is_weight(value: Any) -> bool:
     return isinstance(value, Factored)
+
+
+def _made(f: Factored) -> Factored:
+    """The weight with its base at hand, where a quantised one cannot be handed on in parts."""
+    return dataclasses.replace(f, base=_deferred.made(f.base))
 
 
 def _form(ctx: Context, eqn: Any, values: Sequence[Value]) -> list[Value]:
@@ -40,6 +45,8 @@ def _constrain(value: Value, sharding: Any) -> Value:
     if not isinstance(sharding, jax.sharding.Sharding):
         return value
     if _is_weight(value):
+        if isinstance(value.base, _deferred.Deferred):  # its parts lie where they lie
+            return value
         return dataclasses.replace(value, base=lax.with_sharding_constraint(value.base, sharding))
     return lax.with_sharding_constraint(value, sharding)
 
@@ -120,7 +127,7 @@ def scan(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
     def formed_body(carry: list[Value], step: Any) -> tuple[list[Value], list[Value]]:
         out, ys = body(carry, step)
         out = [v if _is_weight(c) else _form(inner, eqn, [v])[0] for c, v in zip(carry, out, strict=True)]
-        return out, ys
+        return out, [_made(y) if _is_weight(y) else y for y in ys]
 
     first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), sliced)
     carry = _steady(ctx, eqn, [init[k] for k in free], lambda c, step: body(c, step)[0], first)
@@ -138,7 +145,7 @@ def scan(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
 
 
 def _steady(ctx: Context, eqn: Any, carry: list[Value], body: Callable[..., list[Value]], *step: Any) -> list[Value]:
-    """Forms those carried weights that a step does not hand on in the same form."""
+    """Forms those carried weights that a step does not hand on in the same form; of a quantised one first the base."""
     while any(map(_is_weight, carry)):
         out = jax.eval_shape(body, carry, *step)
         changed = [
@@ -146,8 +153,12 @@ def _steady(ctx: Context, eqn: Any, carry: list[Value], body: Callable[..., list
         ]
         if not any(changed):
             break
-        carry = [_form(ctx, eqn, [v])[0] if c else v for v, c in zip(carry, changed, strict=True)]
+        carry = [_settled(ctx, eqn, v) if c else v for v, c in zip(carry, changed, strict=True)]
     return carry
+
+
+def _settled(ctx: Context, eqn: Any, f: Factored) -> Value:
+    return _made(f) if isinstance(f.base, _deferred.Deferred) else _form(ctx, eqn, [f])[0]
 
 
 def _type(a: Any) -> tuple[Any, Any]:
@@ -164,8 +175,12 @@ class _Scanned:
 
     @staticmethod
     def of(f: Factored, length: int) -> "Factored | _Scanned":
-        """Moves the scanned letter of every factor to the front; a first axis of several letters cannot be scanned."""
-        if len(f.axes[0]) > 1:
+        """Moves the scanned letter of every factor to the front.
+
+        A first axis of several letters cannot be scanned, nor a quantised weight that is not cut along it.
+        """
+        base = _deferred.stacked(f.base, length)
+        if len(f.axes[0]) > 1 or base is None:
             return f
         name = f.axes[0]
 
@@ -176,7 +191,7 @@ class _Scanned:
             [*(front(a, t) for a, t in zip(n.factors, n.terms, strict=True)), front(n.key, n.key_term)]
             for n in (*f.networks, *f.gains)
         ]
-        return _Scanned(f, name, (f.base, arrays))
+        return _Scanned(f, name, (base, arrays))
 
     def rebuild(self, slices: tuple[jax.Array, list[list[jax.Array | None]]]) -> Factored:
         base, arrays = slices
@@ -193,7 +208,7 @@ class _Scanned:
                 key_term=n.key_term.replace(self.name, ""),
             )
 
-        return respell(self.weight.map(network), base, self.weight.axes[1:])
+        return respell(self.weight.map(network), _deferred.cut(base), self.weight.axes[1:])
 
 
 def _stacked(f: Factored, length: int) -> Factored:
@@ -240,8 +255,8 @@ def shard_map(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
     specs, operands = [], []
     for v, spec in zip(values, p["in_specs"], strict=True):
         cut = _letter_specs(v, spec, p["mesh"]) if _is_weight(v) else None
-        if _is_weight(v) and cut is None:
-            (v,) = _form(ctx, eqn, [v])
+        if _is_weight(v):
+            v = _form(ctx, eqn, [v])[0] if cut is None else _made(v)
         operands.append(v)
         specs.append(spec if cut is None else _specs(v, spec, cut))
     cuts = [

@@ -17,6 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora import _deferred
+from jlora._deferred import Deferred, made
+from jlora._quantized import is_quantized
+
 Origin = tuple[str, int]  # a path and an axis of the weight at that path
 
 
@@ -76,7 +80,7 @@ class Factored:
     """A weight that carries networks: what a parameter is inside an adapted program.
 
     Arguments:
-        base: the frozen array.
+        base: the frozen array, or what makes it (`Deferred`).
         networks: what is added to it, after the gains.
         axes: for every axis of `base`, its letters; none is empty.
         letters: what every letter in `axes` stands for.
@@ -86,7 +90,7 @@ class Factored:
             alone: a method that scales those too gives each the vector as one more factor, which costs nothing.
     """
 
-    base: jax.Array
+    base: jax.Array | Deferred
     networks: tuple[Network, ...]
     axes: tuple[str, ...]
     letters: tuple[Letter, ...]
@@ -141,8 +145,9 @@ def fresh(used: Iterable[str], count: int = 1) -> str:
     return "".join(free[:count])
 
 
-def weight(base: jax.Array, path: str) -> Factored:
-    """A parameter as the program starts with it: one letter an axis, no network."""
+def weight(base: Any, path: str) -> Factored:
+    """A parameter as the program starts with it: one letter an axis, no network. A quantised one is not made yet."""
+    base = _deferred.leaf(base) if is_quantized(base) else base
     axes = tuple(fresh((), base.ndim))
     letters = tuple(Letter(c, n, ((path, k),)) for k, (c, n) in enumerate(zip(axes, base.shape, strict=True)))
     return Factored(base, (), axes, letters, (path,))
@@ -152,9 +157,9 @@ def dense(f: Factored, dtype: jnp.dtype | None = None) -> jax.Array:
     """The weight itself, `base * gains + sum of networks`: in float32 (or wider), and rounded once."""
     dtype = f.dtype if dtype is None else dtype
     if not f.networks and not f.gains:
-        return f.base.astype(dtype)
+        return made(f.base).astype(dtype)
     wide = widened(f.dtype)
-    base = f.base.astype(wide)
+    base = made(f.base).astype(wide)
     for gain in f.gains:
         base = base * spanned(gain, f, wide)
     return (base + delta(f, wide) if f.networks else base).astype(dtype)

@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 
+from jlora import _quantized
 from jlora._factored import delta, dense, spanned, widened
 from jlora._lower import Adapters, as_list, check, lowered
 from jlora._method import Adapter
-from jlora._paths import is_array, named_leaves
+from jlora._paths import flatten, is_array, named_leaves
 
 
-def merge(params: Any, adapter: Adapters, *, donate: bool = False) -> Any:
+def merge(params: Any, adapter: Adapters, *, donate: bool = False, requantize: bool = False) -> Any:
     """Folds an adapter into its base: plain parameters, with no cost at inference.
 
         W * gains + sum of networks,    in float32 (or wider), rounded once to the dtype of W
@@ -22,6 +23,8 @@ def merge(params: Any, adapter: Adapters, *, donate: bool = False) -> Any:
         params: the base parameters; they stay as they are.
         adapter: the adapter, or several, which apply in order. Dropout keys are ignored.
         donate: lets the result reuse the buffers of the adapted weights, which are gone from `params` afterwards.
+        requantize: keeps quantised weights in their form, the merged ones rounded again. Otherwise all of them become
+            plain arrays, which any program takes.
 
     Returns:
         parameters of the structure, shapes, dtypes and shardings of `params`.
@@ -29,7 +32,12 @@ def merge(params: Any, adapter: Adapters, *, donate: bool = False) -> Any:
     Raises:
         ValueError: where the adapter does not fit the parameters, with every misfit.
     """
-    return _fold(params, as_list(adapter), _merged, donate)
+    merged = _fold(params, as_list(adapter), _merged_again if requantize else _merged, donate)
+    if requantize:
+        return merged
+    return jax.tree.map(
+        lambda w: _quantized.dequantize(w) if _quantized.is_quantized(w) else w, merged, is_leaf=_quantized.is_quantized
+    )
 
 
 def unmerge(params: Any, adapter: Adapters) -> Any:
@@ -52,22 +60,32 @@ def unmerge(params: Any, adapter: Adapters) -> Any:
                 f"{path} has the method {type(update.method).__name__}, whose update depends on the base, "
                 "so it cannot be taken out again. Keep the base parameters: jlora.merge leaves them as they are."
             )
+    for path, leaf in named_leaves(params):
+        if _quantized.is_quantized(leaf) and any(path in one for one in adapters):
+            raise ValueError(
+                f"{path} is quantised, and what was rounded cannot be taken out. Keep the base parameters."
+            )
     return _fold(params, adapters, _unmerged, False)
 
 
 def _fold(params: Any, adapters: list[Adapter], one: Callable[..., jax.Array], donate: bool) -> Any:
-    leaves = named_leaves(params)
+    leaves, structure = named_leaves(params), flatten(params)[1]
     check(adapters, {path: leaf for path, leaf in leaves if is_array(leaf)})
     run = jax.jit(one, donate_argnums=(0,) if donate else ())
     new = []
     for path, leaf in leaves:  # under one name for all, so that weights of one shape share a compiled program
         mine = [{"": dataclasses.replace(a[path], key=None)} for a in adapters if path in a]
         new.append(run(leaf, mine) if mine else leaf)
-    return jax.tree.unflatten(jax.tree.structure(params), new)
+    return jax.tree.unflatten(structure, new)
 
 
 def _merged(w: jax.Array, adapters: list[Adapter]) -> jax.Array:
     return dense(lowered(adapters, w, ""))
+
+
+def _merged_again(w: Any, adapters: list[Adapter]) -> Any:
+    merged = _merged(w, adapters)
+    return _quantized.requantize(w, merged) if _quantized.is_quantized(w) else merged
 
 
 def _unmerged(w: jax.Array, adapters: list[Adapter]) -> jax.Array:

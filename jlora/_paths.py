@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from jlora._quantized import is_quantized
+
 Tree = Any
 
 
@@ -16,15 +18,21 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
-    """Every leaf with its path, in the order of `jax.tree.leaves`.
+def flatten(tree: Tree) -> tuple[list[Any], Any]:
+    """`jax.tree.flatten` with quantised weights as leaves."""
+    return jax.tree.flatten(tree, is_leaf=is_quantized)
 
-    An `nnx.Variable` counts as a leaf, so its path has no trailing `/value`. Two leaves of one path raise.
+
+def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
+    """Every leaf with its path, in the order of `flatten`.
+
+    An `nnx.Variable` counts as a leaf, so its path has no trailing `/value`, and so does a quantised weight. Two
+    leaves of one path raise.
     """
     out = []
-    for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
+    for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf):
         path = _spell(keys)
-        inner = jax.tree_util.tree_leaves_with_path(node)
+        inner = jax.tree_util.tree_leaves_with_path(node, is_leaf=is_quantized)
         if len(inner) == 1:
             out.append((path, inner[0][1]))
         else:
@@ -39,7 +47,9 @@ def _spell(keys: Any) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def _is_variable(node: Any) -> bool:
+def _is_leaf(node: Any) -> bool:
+    if is_quantized(node):
+        return True
     nnx = sys.modules.get("flax.nnx")  # a program without NNX has no Variable
     return nnx is not None and isinstance(node, nnx.Variable)
 

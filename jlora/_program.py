@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from jlora import _compat
-from jlora._paths import is_array, named_leaves
+from jlora._paths import flatten, is_array, named_leaves
+from jlora._quantized import is_quantized, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Program:
         jaxpr: the program, an open jaxpr.
         consts: values of its constants.
         paths: the paths of the parameters' arrays, in the order of the jaxpr's first inputs.
-        params: those arrays.
+        params: those arrays; in the place of some, quantised weights.
         args: the arrays among the other arguments, in the order of the remaining inputs.
         rebuild: the function's result from the values of the jaxpr's outputs.
     """
@@ -37,7 +38,9 @@ def stage(fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: d
     Arrays (and `jax.ShapeDtypeStruct`) are inputs; whatever else the arguments hold, Python numbers and booleans
     included, the function sees as it is. Outputs that are no arrays pass through as well.
     """
-    leaves, treedef = jax.tree.flatten((params, args, kwargs))
+    weights, params_def = flatten(params)
+    others, others_def = jax.tree.flatten((args, kwargs))
+    leaves = [*weights, *others]
     names = [path for path, _ in named_leaves(params)]
     dynamic = [k for k, leaf in enumerate(leaves) if is_array(leaf)]
     result: dict[str, Any] = {}
@@ -46,14 +49,15 @@ def stage(fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: d
         filled = list(leaves)
         for k, value in zip(dynamic, values, strict=True):
             filled[k] = value
-        new_params, new_args, new_kwargs = jax.tree.unflatten(treedef, filled)
+        new_params = jax.tree.unflatten(params_def, filled[: len(weights)])
+        new_args, new_kwargs = jax.tree.unflatten(others_def, filled[len(weights) :])
         out, result["treedef"] = jax.tree.flatten(fun(new_params, *new_args, **new_kwargs))
         result["leaves"] = [None if is_array(leaf) else leaf for leaf in out]
         result["arrays"] = [k for k, leaf in enumerate(out) if is_array(leaf)]
         return [out[k] for k in result["arrays"]]
 
     values = [leaves[k] for k in dynamic]
-    jaxpr, consts = _compat.open_jaxpr(jax.make_jaxpr(flat)(values))
+    jaxpr, consts = _compat.open_jaxpr(jax.make_jaxpr(flat)([_described(value) for value in values]))
     count = sum(k < len(names) for k in dynamic)
 
     def rebuild(outputs: Sequence[Any]) -> Any:
@@ -64,3 +68,10 @@ def stage(fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: d
 
     paths = [names[k] for k in dynamic[:count]]
     return Program(jaxpr, consts, paths, values[:count], values[count:], rebuild)
+
+
+def _described(value: Any) -> Any:
+    """What the program is traced with: a quantised weight is the array that it stands for."""
+    if not is_quantized(value):
+        return value
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding(value))

@@ -11,6 +11,7 @@ from jlora._context import Use
 from jlora._lower import START, check
 from jlora._method import Adapter, Update
 from jlora._paths import is_array, named_leaves
+from jlora._quantized import sharding
 from jlora._site import Site
 
 
@@ -33,7 +34,7 @@ def shardings(adapter: Adapter, params: Any) -> Any:
     """
     leaves = {path: leaf for path, leaf in named_leaves(params) if is_array(leaf)}
     check([adapter], leaves)
-    return {path: _of(update, getattr(leaves[path], "sharding", None)) for path, update in adapter.items()}
+    return {path: _of(update, sharding(leaves[path])) for path, update in adapter.items()}
 
 
 def _of(update: Update, weight: jax.sharding.Sharding | None) -> Update:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._context import side
+from jlora._deferred import made
 from jlora._factored import Factored, Network, delta, fresh, spanned, widened
 from jlora._lower import lowered
 from jlora._method import Adapter, Update
@@ -145,7 +146,7 @@ def _by_svd(
     path: str, f: Factored, update: Update, rank: int | None, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray, float]:
     dtype = widened(f.dtype)
-    base = f.base.astype(dtype)
+    base = made(f.base).astype(dtype)
     added = delta(f, dtype)
     for k in range(len(f.gains)):
         before = math.prod((spanned(g, f, dtype) for g in f.gains[:k]), start=base)

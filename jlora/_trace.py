@@ -15,6 +15,7 @@ from jlora._flops import flops
 from jlora._lower import Adapters, as_list, check, lowered
 from jlora._method import Adapter
 from jlora._program import Program, stage
+from jlora._quantized import is_quantized, sharding
 from jlora._site import Site
 from jlora._table import table
 
@@ -117,7 +118,7 @@ def trace(fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Si
 
 
 def _sharding(leaf: Any) -> Any:
-    return None if _compat.is_tracer(leaf) else getattr(leaf, "sharding", None)
+    return None if _compat.is_tracer(leaf) else sharding(leaf)
 
 
 def explain(fun: Callable[..., Any], params: Any, adapter: Adapters, *args: Any, **kwargs: Any) -> Explanation:
@@ -142,7 +143,7 @@ def _uses(program: Program, adapters: list[Adapter], *, looking: bool = False) -
 
     def abstract(params: list[Any], args: list[Any], adapters: list[Adapter]) -> None:
         weights = [
-            lowered(adapters, leaf, path) if path in paths else leaf
+            lowered(adapters, leaf, path) if path in paths or is_quantized(leaf) else leaf
             for path, leaf in zip(program.paths, params, strict=True)
         ]
         out = _interpret.run(ctx, program.jaxpr, program.consts, [*weights, *args])

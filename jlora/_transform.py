@@ -5,7 +5,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,11 @@ from jlora._lower import START, Adapters, as_list, check, lowered
 from jlora._method import Adapter, Method, Update
 from jlora._paths import named_leaves, near
 from jlora._program import stage
+from jlora._quantized import is_quantized, plain
 from jlora._site import Site
 from jlora._trace import Sites
+
+_T = TypeVar("_T")
 
 
 class DenseWarning(UserWarning):
@@ -69,6 +72,7 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
         touched = {path for one in adapters for path in one}
         formed: dict[str, None] = {}
         ctx = Context(_interpret.run, functools.partial(_on_dense, formed, on_dense))
+        touched |= {path for path, leaf in leaves.items() if is_quantized(leaf)}
         weights = [lowered(adapters, leaf, path) if path in touched else leaf for path, leaf in leaves.items()]
         out = _interpret.run(ctx, program.jaxpr, program.consts, [*weights, *program.args])
         out = [ctx.form(None, v) if isinstance(v, Factored) else v for v in out]
@@ -143,7 +147,7 @@ def _update(key: jax.Array, site: Site, method: Method, dtype: Any, base: jax.Ar
         raise ValueError(f"{method} starts from the weight {site.path}: pass jlora.init(..., params=params).")
     if base is not None and base.shape != site.shape:
         raise ValueError(f"{site.path} has shape {base.shape} in params, and {site.shape} in the traced program.")
-    base = jnp.asarray(base) if method.starts_from_base else None
+    base = plain(base) if method.starts_from_base else None
     arrays = method.init(jax.random.fold_in(key, path_number(site.path)), site, dtype, base)
     settled = method.settled()
     factors = {name: array for name, array in arrays.items() if name not in settled.frozen}
@@ -165,6 +169,11 @@ def choose(sites: Sites, targets: Targets) -> dict[str, Method]:
         if not chosen:
             raise ValueError("No product or convolution of the program uses a parameter. print(sites) shows all.")
         return chosen
+    return choose_paths(sites, targets)
+
+
+def choose_paths(sites: Sites, targets: Mapping[str, _T | None]) -> dict[str, _T]:
+    """What the first pattern that matches says of every path; None excludes."""
     first: dict[str, str] = {}
     for pattern in targets:
         matched = [path for path in sites if re.fullmatch(pattern, path)]
@@ -181,4 +190,4 @@ def choose(sites: Sites, targets: Targets) -> dict[str, Method]:
         for path in matched:
             first.setdefault(path, pattern)
     chosen = {path: targets[first[path]] for path in sites if path in first}
-    return {path: method for path, method in chosen.items() if method is not None}
+    return {path: found for path, found in chosen.items() if found is not None}

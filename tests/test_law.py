@@ -20,6 +20,7 @@ import pytest
 from kinds import KINDS, Kind
 from methods import METHODS, fitting
 from programs import PROGRAMS, Program, floats
+from rounded import rounded
 
 import jlora
 
@@ -99,16 +100,34 @@ def test_law_of_methods(name: str, program: Program, kind: Kind) -> None:
         jax.clear_caches()
 
 
-def hold(program: Program, kind: Kind, method: str) -> None:
-    errors = law(program, kind, method)
+def of_quantized() -> list[Any]:
+    return [
+        pytest.param(program, kind, id=f"{program.name}-{kind.name}", marks=[] if by_day else [pytest.mark.nightly])
+        for program in PROGRAMS
+        for kind in KINDS
+        if (by_day := program.name == "bare" or kind.name == "mlp") or kind.name in FEW
+    ]
+
+
+@pytest.mark.parametrize(("program", "kind"), of_quantized())
+def test_law_of_quantized_weights(program: Program, kind: Kind) -> None:
+    """The law on a quantised base, for every kind of weight, and in every kind of program."""
+    hold(program, kind, "lora", lambda params: {k: rounded(w) if k in kind.weights else w for k, w in params.items()})
+
+
+def hold(program: Program, kind: Kind, method: str, base: Callable[[Tree], Tree] = lambda params: params) -> None:
+    errors = law(program, kind, method, base)
     bounds = BOUNDS | ({"float32": BOUNDS["bfloat16"]} if kind.coarse else {})
     if method == "hra":  # reflections take away twice what is there, and cancel
         bounds["bfloat16"] *= 4
     assert {name: error for name, error in errors.items() if not error <= bounds[name.split()[0]]} == {}
 
 
-def law(program: Program, kind: Kind, method: str) -> dict[str, float]:
-    """How far apart the two sides are, by dtype and part, after checking that no LoRA is formed unasked."""
+def law(program: Program, kind: Kind, method: str, base: Callable[[Tree], Tree]) -> dict[str, float]:
+    """How far apart the two sides are, by dtype and part, after checking that no LoRA is formed unasked.
+
+    The parameters are what `base` makes of arrays.
+    """
     rng = np.random.default_rng(zlib.crc32(f"{program.name} {kind.name}".encode()))
     fun = program.build(kind.use)
     formed = program.formed or kind.formed
@@ -118,14 +137,16 @@ def law(program: Program, kind: Kind, method: str) -> dict[str, float]:
         return fun(jlora.merge(params, adapter), x)
 
     sides = {"adapted": program.around(adapted), "merged": program.around(merged)}
-    params, x = kind.values(rng, program.copies)
+    arrays, x = kind.values(rng, program.copies)
+    params = base(arrays)
     if kind.limited and program.demanding:
         return _refused(program, kind, sides, fun, params, x)
 
     adapter = shapes_of_adapter(kind, fun, params, x, method)
     assert method != "lora" or bool(jlora.explain(fun, params, adapter, x).dense) == formed
     adapter = jax.tree.map(lambda s: np.asarray(0.5 * rng.normal(size=s.shape), s.dtype), program.stacked(adapter))
-    cases = {"float32": (params, adapter, x), "bfloat16": jax.tree.map(np.abs, (_narrow(params), adapter, _narrow(x)))}
+    narrow, positive, near = jax.tree.map(np.abs, (_narrow(arrays), adapter, _narrow(x)))
+    cases = {"float32": (params, adapter, x), "bfloat16": (base(narrow), positive, near)}
     run = jax.jit(lambda cases: {name: _derivatives(program, sides, rng, *case) for name, case in cases.items()})
     results = run.lower(cases).compile(compiler_options=OPTIONS)(cases)
     return {

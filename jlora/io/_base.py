@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._paths import is_array, named_leaves, near
+from jlora._quantized import is_quantized
 
 
 def fingerprint(params: Any, hashes: bool) -> dict[str, dict[str, Any]]:
@@ -51,5 +52,7 @@ def _sha256(path: str, leaf: Any) -> str:
         raise ValueError(f"{path} has no values to hash: pass the parameters themselves, or leave out hashes.")
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         raise ValueError(f"{path} lies on several processes, and hashing would gather it: leave out hashes.")
+    if is_quantized(leaf):
+        return hashlib.sha256("".join(_sha256(path, part) for part in jax.tree.leaves(leaf)).encode()).hexdigest()
     leaf = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
     return hashlib.sha256(np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8).data).hexdigest()

@@ -1,17 +1,25 @@
 """Norms of a weight's columns or rows, without forming the weight."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jlora._deferred import Deferred, made
 from jlora._factored import Factored, Network, einsum, fresh, widened
 
 
 def norm(f: Factored, along: str) -> jax.Array:
     """The norm of a weight over all letters but some, without forming it; never zero."""
+    if isinstance(f.base, Deferred):  # its gradient makes the base again
+        return jax.checkpoint(lambda f: _norm(dataclasses.replace(f, base=made(f.base)), along))(f)
+    return _norm(f, along)
+
+
+def _norm(f: Factored, along: str) -> jax.Array:
     dtype = widened(f.dtype)
-    base = f.base.reshape([f.size(c) for axis in f.axes for c in axis]).astype(dtype)
+    base = made(f.base).reshape([f.size(c) for axis in f.axes for c in axis]).astype(dtype)
     letters = "".join(f.axes)
     for gain in f.gains:
         order = [gain.terms[0].index(c) for c in letters if c in gain.terms[0]]

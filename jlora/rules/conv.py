@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _compat, _contract
+from jlora import _contract, _deferred
 from jlora._context import Context, Role, Value
 from jlora._factored import Factored, Network, einsum, folded, fresh, scalar, split_letter, unify
 
@@ -36,7 +36,7 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Value, f: Value) -> list[Val
     gains = _gains(f, out_axis, in_axis, p["feature_group_count"])
     if gains is None:
         return None
-    (base,) = _compat.bind(eqn, _along(x, gains[0], p["dimension_numbers"].lhs_spec[1]), f.base)
+    (base,) = _deferred.consume(eqn, _along(x, gains[0], p["dimension_numbers"].lhs_spec[1]), f.base)
     base = _along(base, gains[1], p["dimension_numbers"].out_spec[1])
     played: dict[int, Role] = {out_axis: "out", in_axis: "in"}
     roles: dict[str, Role] = {c: played.get(k, "window") for k, axis in enumerate(f.axes) for c in axis}

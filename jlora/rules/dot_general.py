@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import _compat, _contract
+from jlora import _contract, _deferred
 from jlora._context import Context, Role, Value
 from jlora._factored import Factored, Network, folded, fresh, unify, widened
 
@@ -36,7 +36,7 @@ def dot_general(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value
     known = {spelled[k]: x.shape[k] for k in x_free} | {c.name: c.size for c in f.letters}
 
     gained = _contract.gain(x, letters, known, before)
-    (base,) = _compat.bind(eqn, *((gained, f.base) if first else (f.base, gained)))
+    (base,) = _deferred.consume(eqn, *((gained, f.base) if first else (f.base, gained)))
     base = _contract.gain(base, out, known, after)
     roles: dict[str, Role] = {}
     for k, axis in enumerate(f.axes):
@@ -86,7 +86,7 @@ def ragged_dot_general(ctx: Context, eqn: Any, x: Value, f: Value, sizes: Value)
     if len(before) + len(after) < len(gains):
         return None
 
-    (base,) = _compat.bind(eqn, _contract.gain(x, letters, known, before), f.base, sizes)
+    (base,) = _deferred.consume(eqn, _contract.gain(x, letters, known, before), f.base, sizes)
     base = _contract.gain(base, out, known, after)
     roles: dict[str, Role] = {
         axis: "in" if k in f_in else "stack" if k in (*groups, *f_batch) else "out" for k, axis in enumerate(f.axes)

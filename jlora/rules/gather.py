@@ -1,13 +1,14 @@
 """Reading rows of a weight: `gather` (indexing, `take`, embeddings) and `dynamic_slice`."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _compat, _contract
+from jlora import _contract, _deferred
 from jlora._context import Context, Role, Value
 from jlora._factored import Factored, Letter, Network, fresh, map_letter, respell, scalar, unify
 
@@ -35,7 +36,8 @@ def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | No
         return None
     if fills:  # what is filled has no gain: each has to know where
         f = _with_letters(f, [f.axes[k] for k in touched])
-    (base,) = _compat.bind(eqn, f.base, indices)
+    alone = math.prod(indices.shape[:-1]) == 1  # one row is a layer, several are a lookup
+    (base,) = (_deferred.bind if alone else _deferred.consume)(eqn, f.base, indices)
     starts = _starts(f, eqn, indices)
 
     new = fresh([f.used()], indices.ndim - 1)
@@ -54,7 +56,7 @@ def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | No
     inside = (_inside(f, eqn, indices), new) if fills and f.networks else None
     looked = [c for k in indexed for c in f.axes[k]]
     value = read(ctx, eqn, f, out, looked, [f.axes[k] for k in d.operand_batching_dims], inside=inside)
-    if isinstance(value, Factored) and any(x.size > 1 for x in batch):  # one row alone is a layer, several are a lookup
+    if isinstance(value, Factored) and not alone:
         origins = dict.fromkeys(o for c in looked for o in f.letter(c).origins)
         value = dataclasses.replace(value, read=(*value.read, *origins))
     return [value]
@@ -163,7 +165,7 @@ def dynamic_slice(ctx: Context, eqn: Any, f: Value, *starts: Value) -> list[Valu
     cut = [k for k in range(len(sizes)) if sizes[k] != f.shape[k]]
     if any(len(f.axes[k]) > 1 for k in cut):
         return None
-    (base,) = _compat.bind(eqn, f.base, *starts)
+    (base,) = _deferred.bind(eqn, f.base, *starts)
     out = f
     for k in cut:
         out = map_letter(
@@ -198,7 +200,7 @@ def read(
     roles.update({**dict.fromkeys(indexed, "in"), **dict.fromkeys(stacked, "stack")})
     ctx.record(eqn, f, roles, added=2 * sum(out.base.size * a.shape[-1] for n in out.networks for a in n.factors[:1]))
     spelled = "".join(out.axes)
-    value = _contract.gain(out.base, spelled, {x.name: x.size for x in out.letters}, out.gains)
+    value = _contract.gain(_deferred.made(out.base), spelled, {x.name: x.size for x in out.letters}, out.gains)
     for n in out.networks:
         order = sorted(range(len(n.terms)), key=lambda k: not any(c in n.terms[k] for c in _new(out)))
         n = dataclasses.replace(n, factors=tuple(n.factors[k] for k in order), terms=tuple(n.terms[k] for k in order))

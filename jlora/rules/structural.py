@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _compat
+from jlora import _deferred
 from jlora._context import Context, Value
 from jlora._factored import (
     Factored,
@@ -31,7 +31,7 @@ Rule = Callable[..., list[Value] | None]
 
 def unchanged(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
     """What leaves shape and meaning alone: the base alone goes through."""
-    return [dataclasses.replace(f, base=_compat.bind(eqn, f.base)[0])]
+    return [dataclasses.replace(f, base=_deferred.bind(eqn, f.base)[0])]
 
 
 def convert_element_type(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
@@ -48,12 +48,12 @@ def optimization_barrier(ctx: Context, eqn: Any, *values: Value) -> list[Value] 
 
 
 def transpose(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
-    (base,) = _compat.bind(eqn, f.base)
+    (base,) = _deferred.bind(eqn, f.base)
     return [respell(f, base, [f.axes[k] for k in eqn.params["permutation"]])]
 
 
 def squeeze(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
-    (base,) = _compat.bind(eqn, f.base)
+    (base,) = _deferred.bind(eqn, f.base)
     gone = [k % len(f.axes) for k in eqn.params["dimensions"]]
     axes = [a for k, a in enumerate(f.axes) if k not in gone]
     for k in gone:
@@ -66,7 +66,7 @@ def reshape(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
     """Splits and joins axes by splitting and joining letters."""
     if f.base.size == 0:
         return None
-    (base,) = _compat.bind(eqn, f.base)
+    (base,) = _deferred.bind(eqn, f.base)
     order = eqn.params["dimensions"]
     f = f if order is None else dataclasses.replace(f, axes=tuple(f.axes[k] for k in order))
     return _respelled(f, base) or _respelled(unify(f), base)  # letters that were split may have to be joined first
@@ -104,7 +104,7 @@ def broadcast_in_dim(ctx: Context, eqn: Any, f: Factored, *sizes: Value) -> list
     """New axes, and axes of size one that grow, get letters that no factor carries."""
     if sizes:
         return None
-    (base,) = _compat.bind(eqn, f.base)
+    (base,) = _deferred.bind(eqn, f.base)
     came = dict(zip(eqn.params["broadcast_dimensions"], range(len(f.axes)), strict=True))
     axes, new = [], []
     for k, size in enumerate(base.shape):
@@ -121,7 +121,7 @@ def broadcast_in_dim(ctx: Context, eqn: Any, f: Factored, *sizes: Value) -> list
 
 def tile(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
     """Each axis that is repeated gets a major letter that no factor carries."""
-    (base,) = _compat.bind(eqn, f.base)
+    (base,) = _deferred.bind(eqn, f.base)
     axes, new = [], []
     for axis, count in zip(f.axes, eqn.params["reps"], strict=True):
         if count != 1:
@@ -137,7 +137,7 @@ def all_gather(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
     axis = p["all_gather_dimension"]
     if not p["tiled"] or len(f.axes[axis]) > 1 or any(f.axes[axis] not in "".join(n.terms) for n in f.networks):
         return None
-    (base,) = _compat.bind(eqn, f.base)
+    (base,) = _deferred.bind(eqn, f.base)
 
     def gathered(a: jax.Array, k: int) -> jax.Array:
         return lax.all_gather(a, p["axis_name"], axis=k, tiled=True, axis_index_groups=p["axis_index_groups"])
@@ -146,7 +146,7 @@ def all_gather(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
 
 
 def rev(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
-    (base,) = _compat.bind(eqn, f.base)
+    (base,) = _deferred.bind(eqn, f.base)
     for k in eqn.params["dimensions"]:
         for name in f.axes[k]:
             f = map_letter(f, name, lambda a, axis: lax.rev(a, (axis,)), f.letter(name).size)
@@ -157,12 +157,12 @@ def slice_(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
     p = eqn.params
     strides = p["strides"] or [1] * len(f.axes)
     cuts = list(zip(p["start_indices"], p["limit_indices"], strides, strict=True))
-    return _cut(f, _compat.bind(eqn, f.base)[0], cuts)
+    return _cut(f, _deferred.bind(eqn, f.base)[0], cuts)
 
 
 def split(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
     axis, start, out = eqn.params["axis"], 0, []
-    for size, base in zip(eqn.params["sizes"], _compat.bind(eqn, f.base), strict=True):
+    for size, base in zip(eqn.params["sizes"], _deferred.bind(eqn, f.base), strict=True):
         cuts = [(start, start + size, 1) if k == axis else (0, n, 1) for k, n in enumerate(f.shape)]
         piece = _cut(f, base, cuts)
         if piece is None:
@@ -193,7 +193,7 @@ def pad(ctx: Context, eqn: Any, f: Value, value: Value) -> list[Value] | None:
     """Padding belongs to the base; the update is zero there."""
     if not isinstance(f, Factored) or isinstance(value, Factored):
         return None
-    (base,) = _compat.bind(eqn, f.base, value)
+    (base,) = _deferred.bind(eqn, f.base, value)
     f = unify(f)
     for k, config in enumerate(eqn.params["padding_config"]):
         if tuple(config) != (0, 0, 0):
@@ -234,7 +234,7 @@ def concatenate(ctx: Context, eqn: Any, *values: Value) -> list[Value] | None:
     values = tuple(unify(v) if isinstance(v, Factored) else v for v in values)
     if any(not f.is_matrix or any(len(a) > 1 for a in f.axes) for f in values if isinstance(f, Factored)):
         return None
-    (base,) = _compat.bind(eqn, *(v.base if isinstance(v, Factored) else v for v in values))
+    (base,) = _deferred.bind(eqn, *(v.base if isinstance(v, Factored) else v for v in values))
     return [_side_by_side(values, base, eqn.params["dimension"])]
 
 
@@ -242,17 +242,18 @@ def stack(ctx: Context, eqn: Any, *values: Value) -> list[Value] | None:
     values = tuple(unify(v) if isinstance(v, Factored) else v for v in values)
     if any(not f.is_matrix or any(len(a) > 1 for a in f.axes) for f in values if isinstance(f, Factored)):
         return None
-    (base,) = _compat.bind(eqn, *(v.base if isinstance(v, Factored) else v for v in values))
+    (base,) = _deferred.bind(eqn, *(v.base if isinstance(v, Factored) else v for v in values))
     at = eqn.params["axis"]
     return [_side_by_side([_expanded(v, at) for v in values], base, at)]
 
 
 def _expanded(v: Value, at: int) -> Value:
-    """The weight with an axis of size one."""
+    """The weight with an axis of size one; of its base the shape alone."""
     if not isinstance(v, Factored):
         return jnp.expand_dims(v, at)
     name = fresh([v.used()])
-    return respell(v, jnp.expand_dims(v.base, at), [*v.axes[:at], name, *v.axes[at:]], [Letter(name, 1)])
+    shape = jax.ShapeDtypeStruct((*v.shape[:at], 1, *v.shape[at:]), v.dtype)
+    return respell(v, shape, [*v.axes[:at], name, *v.axes[at:]], [Letter(name, 1)])
 
 
 def _side_by_side(values: Sequence[Value], base: jax.Array, axis: int) -> Factored:
@@ -295,7 +296,7 @@ def add(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value] | None
         return None
     if eqn.primitive.name == "sub":
         right = _times(right, -1.0)
-    base = _compat.bind(eqn, left.base, right.base)[0]
+    base = _deferred.bind(eqn, left.base, right.base)[0]
     return [join([left, right], base)]
 
 
@@ -305,7 +306,7 @@ def _add_to_base(eqn: Any, left: Value, right: Value) -> list[Value] | None:
         return None
     if not f.is_matrix or f.read or f.gains or eqn.outvars[0].aval.shape != f.shape:
         return None
-    (base,) = _compat.bind(eqn, *(v.base if v is f else v for v in (left, right)))
+    (base,) = _deferred.bind(eqn, *(v.base if v is f else v for v in (left, right)))
     f = _times(f, -1.0) if eqn.primitive.name == "sub" and f is right else f
     return [dataclasses.replace(f, base=base)]
 
@@ -318,7 +319,7 @@ def mul(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value] | None
         v = _scale(ctx, eqn, f, v)
     if v is None or (eqn.primitive.name == "div" and f is right) or not f.is_matrix:
         return None
-    (base,) = _compat.bind(eqn, *((f.base, v) if f is left else (v, f.base)))
+    (base,) = _deferred.bind(eqn, *((f.base, v) if f is left else (v, f.base)))
     shape = jax.typeof(v).shape
     if base.shape != f.shape or not jnp.issubdtype(jax.typeof(v).dtype, jnp.floating):
         return None
@@ -352,7 +353,7 @@ def _scale(ctx: Context, eqn: Any, f: Factored, v: Factored) -> jax.Array | None
 
 
 def neg(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
-    return [dataclasses.replace(_times(f, -1.0), base=_compat.bind(eqn, f.base)[0])]
+    return [dataclasses.replace(_times(f, -1.0), base=_deferred.bind(eqn, f.base)[0])]
 
 
 def _times(f: Factored, factor: float) -> Factored:

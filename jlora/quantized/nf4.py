@@ -1,0 +1,138 @@
+"""4-bit NormalFloat, the quantised base of QLoRA."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora._quantized import Quantized
+
+# The 16 values of Dettmers et al. 2023, arXiv:2305.14314, appendix E: quantiles of a normal distribution.
+VALUES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["codes", "scale", "unit", "mean"], meta_fields=["axis", "dtype"]
+)
+@dataclasses.dataclass(frozen=True)
+class NF4(Quantized):
+    """A weight in 4-bit NormalFloat with a scale for every block, and the scales in 8 bits.
+
+        W = VALUES[codes] * scale,    scale = mean + unit * scale8
+
+    Arguments:
+        codes: uint8, of the weight's shape but with half the size along `axis`: of a block of 2k entries, byte j holds
+            entry j in its low and entry k + j in its high bits.
+        scale: int8 (or, not quantised again, of a float dtype), the weight's shape with one entry a block.
+        unit, mean: float32, for groups of scales along the last axis; None where the scales are not quantised.
+        axis: along which the blocks lie, counted from the end (negative), so that a slice of a stack has it too.
+        dtype: of the weight.
+
+    Dettmers et al. 2023, arXiv:2305.14314.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    unit: jax.Array | None
+    mean: jax.Array | None
+    axis: int
+    dtype: jnp.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.codes.shape)
+        shape[self.axis] *= 2
+        return tuple(shape)
+
+    def dequantize(self) -> jax.Array:
+        blocks = self.scale.shape[self.axis]
+        axis = self.axis % self.codes.ndim
+        codes = _split(self.codes, axis, blocks)
+        whole = jnp.concatenate([codes & 15, codes >> 4], axis=axis + 1)
+        out = _looked_up(whole) * jnp.expand_dims(self._scales(), axis + 1)
+        return out.reshape(self.shape).astype(self.dtype)
+
+    def _scales(self) -> jax.Array:
+        if self.unit is None or self.mean is None:
+            return self.scale.astype(jnp.float32)
+        groups = self.unit.shape[-1]
+        grouped = _split(self.scale, self.scale.ndim - 1, groups).astype(jnp.float32)
+        return (grouped * self.unit[..., None] + self.mean[..., None]).reshape(self.scale.shape)
+
+    def requantize(self, weight: jax.Array) -> "NF4":
+        block = self.shape[self.axis] // self.scale.shape[self.axis]
+        group = None if self.unit is None else self.scale.shape[-1] // self.unit.shape[-1]
+        return quantize(weight.astype(self.dtype), self.axis, block, group)
+
+
+def quantize(weight: jax.Array, axis: int, block: int = 64, group: int | None = 256) -> NF4:
+    """Rounds a weight to 4-bit NormalFloat.
+
+    Arguments:
+        weight: floating-point.
+        axis: along which blocks lie; for a product the axis that it contracts.
+        block: entries that share a scale; where it does not divide the axis, the largest common divisor is taken.
+        group: scales along the last axis that are rounded to 8 bits together (their largest common divisor with that
+            axis), None to keep them in float32.
+
+    Raises:
+        ValueError: where an axis is odd, so that no two codes fill a byte.
+    """
+    axis = axis % weight.ndim
+    block = math.gcd(block, weight.shape[axis])
+    if block % 2:
+        raise ValueError(f"4-bit codes lie in pairs, and axis {axis} of {weight.shape} has no blocks of even size.")
+    split = _split(weight.astype(jnp.float32), axis, weight.shape[axis] // block)
+    scale = jnp.abs(split).max(axis=axis + 1)
+    unit = mean = None
+    if group is not None:
+        groups = scale.shape[-1] // math.gcd(group, scale.shape[-1])
+        grouped = _split(scale, scale.ndim - 1, groups)
+        mean = grouped.mean(axis=-1)
+        unit = jnp.maximum(jnp.abs(grouped - mean[..., None]).max(axis=-1) / 127, jnp.finfo(jnp.float32).tiny)
+        rounded = jnp.round((grouped - mean[..., None]) / unit[..., None])
+        scale = rounded.reshape(scale.shape).astype(jnp.int8)
+    out = NF4(jnp.zeros((0,), jnp.uint8), scale, unit, mean, axis - weight.ndim, weight.dtype)
+    used = jnp.expand_dims(out._scales(), axis + 1)
+    relative = split / jnp.where(used == 0, 1, used)
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(VALUES)]
+    codes = jnp.searchsorted(jnp.asarray(middles, jnp.float32), relative).astype(jnp.uint8)
+    low, high = jnp.split(codes, 2, axis=axis + 1)
+    shape = list(weight.shape)
+    shape[axis] //= 2
+    return dataclasses.replace(out, codes=(low | (high << 4)).reshape(shape))
+
+
+def _looked_up(codes: jax.Array) -> jax.Array:
+    """VALUES[codes] by choices, bit for bit: what fuses into a product, where a lookup would not."""
+    values: list[Any] = [jnp.float32(value) for value in VALUES]
+    for bit in range(4):
+        is_set = (codes >> bit) & 1 == 1
+        values = [jnp.where(is_set, one, zero) for zero, one in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _split(array: jax.Array, axis: int, count: int) -> jax.Array:
+    """An axis as two: `count` pieces, and what each holds."""
+    return array.reshape(*array.shape[:axis], count, -1, *array.shape[axis + 1 :])
