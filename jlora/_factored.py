@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora._explicit import auto
+
 Origin = tuple[str, int]  # a path and an axis of the weight at that path
 
 
@@ -153,11 +155,14 @@ def dense(f: Factored, dtype: jnp.dtype | None = None) -> jax.Array:
     dtype = f.dtype if dtype is None else dtype
     if not f.networks and not f.gains:
         return f.base.astype(dtype)
-    wide = widened(f.dtype)
+    return auto(lambda f: _formed(f, widened(f.dtype)).astype(dtype), f.base)(f)
+
+
+def _formed(f: Factored, wide: jnp.dtype) -> jax.Array:
     base = f.base.astype(wide)
     for gain in f.gains:
         base = base * spanned(gain, f, wide)
-    return (base + delta(f, wide) if f.networks else base).astype(dtype)
+    return base + delta(f, wide) if f.networks else base
 
 
 def folded(f: Factored) -> tuple[Factored, bool]:

@@ -77,6 +77,8 @@ def followed(update: Update) -> dict[str, tuple[int | None, ...]]:
     for axis, size in enumerate(update.shape):
         longer = tuple(n * (1 + (k == axis)) for k, n in enumerate(update.shape))
         for name, shape in _shapes(update, longer).items():
+            if name not in before or len(before[name]) != len(shape):  # the longer weight has another form
+                continue
             grown = [k for k, (n, m) in enumerate(zip(before[name], shape, strict=True)) if n == size and m == 2 * n]
             if grown and out[name][grown[0]] is None:
                 out[name][grown[0]] = axis

@@ -12,9 +12,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Every module may import those before it. A method's file stands where `methods.*` does.
 LAYERS = [
-    ["_compat", "_paths", "_table"],
+    ["_compat", "_explicit", "_paths", "_table"],
     ["_factored"],
-    ["_product", "_context"],
+    ["_cuts", "_product", "_context"],
     ["_contract", "_site", "_flops", "_program"],
     ["_method", "rules.structural", "rules.dot_general", "rules.gather", "rules.conv"],
     ["rules", "_control", "methods._check", "methods._start", "methods._axes", "methods._random", "_lower", "_optim"],

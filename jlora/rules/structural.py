@@ -11,6 +11,7 @@ from jax import lax
 
 from jlora import _compat
 from jlora._context import Context, Value
+from jlora._cuts import laid
 from jlora._factored import (
     Factored,
     Letter,
@@ -32,6 +33,12 @@ Rule = Callable[..., list[Value] | None]
 def unchanged(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
     """What leaves shape and meaning alone: the base alone goes through."""
     return [dataclasses.replace(f, base=_compat.bind(eqn, f.base)[0])]
+
+
+def reshard(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
+    """Factors are laid anew as the weight is."""
+    (base,) = _compat.bind(eqn, f.base)
+    return [jax.sharding.reshard(dataclasses.replace(f, base=base), laid(f, jax.typeof(base).sharding))]
 
 
 def convert_element_type(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
@@ -366,7 +373,6 @@ RULES: dict[str, Rule] = {
             "copy_p",
             "stop_gradient",
             "sharding_constraint",
-            "reshard",
             "layout_constraint",
             "name",
             "reduce_precision",
@@ -375,6 +381,7 @@ RULES: dict[str, Rule] = {
         ),
         unchanged,
     ),
+    "reshard": reshard,
     "convert_element_type": convert_element_type,
     "stop_gradient": stop_gradient,
     "optimization_barrier": optimization_barrier,
