@@ -46,6 +46,7 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Value, f: Value) -> list[Val
     added = 2 * rows * sum(p["feature_group_count"] ** (not set(t) & set(group)) * a.size for a, t in _factors(f))
     added = f.base.size if formed else added
     ctx.record(eqn, f, roles, factored=not formed, flops=2 * rows * math.prod(f.shape), added=added)
+
     def branch(x: jax.Array, n: Network, part: _Parts) -> jax.Array:
         return _branch(_contract.drop(x, fresh([f.used()], x.ndim), n), f, n, part, eqn, base)
 

@@ -139,17 +139,18 @@ def tile(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
 
 
 def all_gather(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
-    """Collects the pieces of a weight that is cut over devices: those of every factor that is cut with it."""
+    """Collects the pieces of a weight that is cut over devices: of every factor that has the axis, its major letter."""
     p = eqn.params
     axis = p["all_gather_dimension"]
-    if not p["tiled"] or len(f.axes[axis]) > 1 or any(f.axes[axis] not in "".join(n.terms) for n in f.networks):
+    major, minor = f.axes[axis][0], f.size(f.axes[axis][1:])
+    if not p["tiled"] or any(major not in "".join(n.terms) for n in f.networks):
         return None
     (base,) = _compat.bind(eqn, f.base)
 
     def gathered(a: jax.Array, k: int) -> jax.Array:
         return lax.all_gather(a, p["axis_name"], axis=k, tiled=True, axis_index_groups=p["axis_index_groups"])
 
-    return [dataclasses.replace(map_letter(f, f.axes[axis], gathered, base.shape[axis]), base=base)]
+    return [dataclasses.replace(map_letter(f, major, gathered, base.shape[axis] // minor), base=base)]
 
 
 def rev(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
