@@ -8,8 +8,8 @@ python examples/train_multiprocess.py --processes 2 --coordinator 10.0.0.1:1234 
 python examples/train_multiprocess.py --processes 2 --coordinator 10.0.0.1:1234 --process-id 1
 
 The processes find each other through `jax.distributed`, on CPUs their collectives go through gloo. Of every batch each
-reads the rows of its own devices, and of every checkpoint it writes what they hold: one checkpoint, in a folder that all
-of them see. `--devices` is how many a process has, `--mesh` is of all of them.
+reads the rows of its own devices, and of every checkpoint it writes what they hold: one checkpoint, in a folder that
+all of them see. `--devices` is how many a process has, `--mesh` is of all of them.
 """
 
 from __future__ import annotations

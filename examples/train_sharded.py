@@ -3,8 +3,8 @@
 python examples/train_sharded.py --mesh 4x2 --devices 8     # on eight simulated devices
 python examples/train_sharded.py --mesh 1x1 --tiny          # on one, without a download
 
-The step is that of one device, compiled for the mesh: `jlora.shardings` says where factors belong, and the compiler does
-the rest. An axis that the mesh does not divide is told before anything is computed.
+The step is that of one device, compiled for the mesh: `jlora.shardings` says where factors belong, and the compiler
+does the rest. An axis that the mesh does not divide is told before anything is computed.
 """
 
 from __future__ import annotations

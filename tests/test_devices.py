@@ -103,7 +103,7 @@ def command(folder: Path, *more: str) -> list[str]:
 def test_processes_and_one_that_is_lost(losses: list[float], tmp_path: Path) -> None:
     """A run as a cluster starts it, of which one process is killed; and the same run again, started by one command.
 
-    The survivor says what happened and ends. The steps between the checkpoint and the kill, done twice, agree to the bit.
+    The survivor says what happened and ends. What was done twice, from the checkpoint to the kill, agrees to the bit.
     """
     address = f"--coordinator=localhost:{free_port()}"
     pipes: dict[str, Any] = {"env": ENV, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
