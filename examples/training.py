@@ -127,6 +127,8 @@ def stream(split: Split, batch: int, seed: int) -> Iterator[Rows]:
 
     That saves half of all padding. The seed decides all of them: batch n is the same in every run.
     """
+    if not 0 < batch <= len(split.labels):
+        raise ValueError(f"A batch of {batch} sentences cannot be taken from {len(split.labels)}.")
     rng = np.random.default_rng(seed)
     while True:
         chosen = rng.permutation(len(split.labels))[: len(split.labels) // batch * batch]

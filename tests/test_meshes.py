@@ -41,7 +41,10 @@ METHODS = {
 KINDS = [AxisType.Auto, AxisType.Explicit]
 NAMED = {layout.name: layout for layout in (*LAYOUTS, *MANUAL)}
 CASES = [*itertools.product(LAYOUTS, KINDS), *itertools.product(MANUAL, KINDS[:1]), (MANUAL[0], KINDS[1])]
-FSDP_X_TENSOR = [(NAMED["fsdp_x_tensor"], kind) for kind in KINDS] + [(NAMED["manual_fsdp_x_tensor"], AxisType.Auto)]
+FSDP_X_TENSOR = [
+    *((NAMED["fsdp_x_tensor"], kind) for kind in KINDS),
+    pytest.param(NAMED["manual_fsdp_x_tensor"], KINDS[0], marks=pytest.mark.nightly),
+]
 
 
 def named(value: Layout | AxisType) -> str:
