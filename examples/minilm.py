@@ -9,6 +9,7 @@ Nothing here knows of adapters.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,10 @@ class Layer(nn.Module):
 
 
 class MiniLM(nn.Module):
-    """Token ids and mask, each `(batch, length)`, to the mean of the last hidden states, `(batch, width)`."""
+    """Token ids and mask, each `(batch, length)`, to the mean of the last hidden states, `(batch, width)`.
+
+    With `keep`, a policy of `jax.checkpoint`, the backward pass computes each layer again, but for what it keeps.
+    """
 
     vocabulary: int
     positions: int
@@ -70,6 +74,7 @@ class MiniLM(nn.Module):
     heads: int
     hidden: int
     epsilon: float
+    keep: Callable[..., bool] | None = None
 
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -78,8 +83,9 @@ class MiniLM(nn.Module):
         x = x + nn.Embed(self.positions, self.width, name="position_embedding")(jnp.arange(ids.shape[1])[None])
         x = x + nn.Embed(self.types, self.width, name="type_embedding")(jnp.zeros_like(ids))
         x = nn.LayerNorm(self.epsilon, use_fast_variance=False, name="embedding_norm")(x)
+        layer = Layer if self.keep is None else nn.remat(Layer, policy=self.keep)
         for i in range(self.layers):
-            x = Layer(self.heads, self.hidden, self.epsilon, name=f"layer_{i}")(x, mask)
+            x = layer(self.heads, self.hidden, self.epsilon, name=f"layer_{i}")(x, mask)
         weights = mask.astype(x.dtype)[..., None]
         return (x * weights).sum(axis=1) / weights.sum(axis=1)
 

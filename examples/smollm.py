@@ -87,7 +87,7 @@ class Attention(nnx.Module):
 
 
 def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotary positions of x (batch, length, heads, width): pairs half a head apart turn by position / base^(2i/width)."""
+    """Rotary positions of x (batch, length, heads, width): pairs half a head apart turn, each at a rate of its own."""
     half = x.shape[-1] // 2
     frequencies = base ** -(jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]

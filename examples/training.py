@@ -45,13 +45,9 @@ def fit(
     seed: int = 0,
 ) -> tuple[Any, History]:
     """Trains for `steps` steps with AdamW, warm-up and a cosine; returns the trained tree and its history."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 10), max(2, steps))
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.adamw(schedule), trains))
+    optimiser = adamw(learning_rate, steps)
+    loss = mean_loss(logits)
     state = jax.jit(optimiser.init)(trainable)
-
-    def loss(trainable: Any, frozen: Any, ids: jax.Array, mask: jax.Array, labels: jax.Array) -> jax.Array:
-        predicted = logits(trainable, frozen, ids, mask)
-        return optax.softmax_cross_entropy_with_integer_labels(predicted, labels).mean()
 
     # The frozen tree is an argument: closed over, it would be a constant of the program, which XLA folds for
     # minutes and holds twice.
@@ -63,15 +59,12 @@ def fit(
 
     evaluate = jax.jit(logits)
     history = History()
-    rng = np.random.default_rng(seed)
     per_epoch = len(train.labels) // batch
-    epoch: Iterator[Split] = iter(())
+    parts = stream(train, batch, seed)
     interval = 0.2 if sys.stderr.isatty() else 20.0
     with tqdm(total=steps, desc=name, unit="step", mininterval=interval, dynamic_ncols=True) as bar:
         for count in range(1, steps + 1):
-            if (count - 1) % per_epoch == 0:
-                epoch = batches(train, batch, rng)
-            part = next(epoch)
+            part = cut(train, *next(parts))
             started = time.perf_counter()
             trainable, state, value = step(trainable, state, frozen, *part)
             history.losses.append(float(value))
@@ -88,6 +81,22 @@ def fit(
     return trainable, history
 
 
+def adamw(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """AdamW with clipped gradients, warm-up and a cosine, for every leaf but what an adapter holds frozen."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, steps // 10), max(2, steps))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.adamw(schedule), trains))
+
+
+def mean_loss(logits: Logits) -> Callable[..., jax.Array]:
+    """The mean cross entropy of a batch, (trainable, frozen, ids, mask, labels) -> ()."""
+
+    def loss(trainable: Any, frozen: Any, ids: jax.Array, mask: jax.Array, labels: jax.Array) -> jax.Array:
+        predicted = logits(trainable, frozen, ids, mask)
+        return optax.softmax_cross_entropy_with_integer_labels(predicted, labels).mean()
+
+    return loss
+
+
 def trains(tree: Any) -> Any:
     """Every leaf but what an adapter holds frozen."""
     return jax.tree.map(
@@ -100,7 +109,7 @@ def trains(tree: Any) -> Any:
 def predict(logits: Logits, trainable: Any, frozen: Any, split: Split, batch: int = 100) -> np.ndarray:
     """What `logits`, already jitted, says of every sentence, in the order of `split`."""
     order = np.argsort(split.mask.sum(axis=1), kind="stable")
-    parts = [_cut(split, order[at : at + batch]) for at in range(0, len(order), batch)]
+    parts = [cut(split, *_sized(split, order[at : at + batch])) for at in range(0, len(order), batch)]
     found = np.concatenate([np.asarray(logits(trainable, frozen, part.ids, part.mask)) for part in parts])
     return found[np.argsort(order)]
 
@@ -109,20 +118,35 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float((logits.argmax(axis=-1) == labels).mean())
 
 
-def batches(split: Split, batch: int, rng: np.random.Generator) -> Iterator[Split]:
-    """One epoch of batches, in random order, of sentences of about one length: half of all padding is saved."""
-    chosen = rng.permutation(len(split.labels))[: len(split.labels) // batch * batch]
-    # The noise makes other neighbours in every epoch.
-    lengths = split.mask[chosen].sum(axis=1) + rng.uniform(0, 8, len(chosen))
-    groups = chosen[np.argsort(lengths)].reshape(-1, batch)
-    for group in rng.permutation(groups):
-        yield _cut(split, group)
+# The rows of a batch, and how many tokens of each.
+Rows = tuple[np.ndarray, int]
 
 
-def _cut(split: Split, rows: np.ndarray) -> Split:
-    """The given rows, cut to a multiple of 16 tokens: few lengths, for each is a compilation."""
+def stream(split: Split, batch: int, seed: int) -> Iterator[Rows]:
+    """Batches without end, every epoch in an order of its own, of sentences of about one length.
+
+    That saves half of all padding. The seed decides all of them: batch n is the same in every run.
+    """
+    if not 0 < batch <= len(split.labels):
+        raise ValueError(f"A batch of {batch} sentences cannot be taken from {len(split.labels)}.")
+    rng = np.random.default_rng(seed)
+    while True:
+        chosen = rng.permutation(len(split.labels))[: len(split.labels) // batch * batch]
+        # The noise makes other neighbours in every epoch.
+        lengths = split.mask[chosen].sum(axis=1) + rng.uniform(0, 8, len(chosen))
+        groups = chosen[np.argsort(lengths)].reshape(-1, batch)
+        for group in rng.permutation(groups):
+            yield _sized(split, group)
+
+
+def _sized(split: Split, rows: np.ndarray) -> Rows:
+    """The rows with their length, a multiple of 16 tokens: few lengths, for each is a compilation."""
     longest = int(split.mask[rows].sum(axis=1).max())
-    length = min(-(-longest // 16) * 16, LENGTH)
+    return rows, min(-(-longest // 16) * 16, LENGTH)
+
+
+def cut(split: Split, rows: np.ndarray, length: int) -> Split:
+    """Some rows of a split, cut to a length."""
     return Split(split.ids[rows, :length], split.mask[rows, :length], split.labels[rows])
 
 

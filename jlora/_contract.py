@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jlora._factored import Network, scalar
 from jlora._product import product
@@ -40,10 +41,16 @@ def apply(
     x = x.astype(compute)
     terms = _ordered(_absorbed(_scaled(network)), letters, out, compute)
     for k, (factor, term) in enumerate(terms):
+        x = named(x) if k else x
         later = "".join([out, groups[0] if groups else "", *(t for _, t in terms[k + 1 :])])
         last = dtype if k == len(terms) - 1 else compute
         x, letters = pair(x, letters, factor, term, later, dtype=last, first=first, precision=precision, groups=groups)
     return spread(x.astype(dtype), letters, out)
+
+
+def named(x: jax.Array) -> jax.Array:
+    """An activation between two factors, under the name by which policies of `jax.checkpoint` know it."""
+    return checkpoint_name(x, "jlora")
 
 
 def drop(x: jax.Array, letters: str, network: Network) -> jax.Array:

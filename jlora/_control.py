@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from jlora import _compat, _deferred
 from jlora._context import Context, Value, fold
+from jlora._cuts import arrays_of, cuts, share
 from jlora._factored import Factored, Letter, Network, barrier, fresh, respell
 
 
@@ -254,17 +254,15 @@ def shard_map(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
     inner = ctx.inside(eqn)
     specs, operands = [], []
     for v, spec in zip(values, p["in_specs"], strict=True):
-        cut = _letter_specs(v, spec, p["mesh"]) if _is_weight(v) else None
+        cut = cuts(v, spec, p["mesh"]) if _is_weight(v) else None
         if _is_weight(v):
             v = _form(ctx, eqn, [v])[0] if cut is None else _made(v)
         operands.append(v)
-        specs.append(spec if cut is None else _specs(v, spec, cut))
-    cuts = [
-        _letter_specs(v, s, p["mesh"]) if _is_weight(v) else None for v, s in zip(values, p["in_specs"], strict=True)
-    ]
+        specs.append(spec if cut is None else arrays_of(v, spec, cut))
+    known = [cuts(v, s, p["mesh"]) if _is_weight(v) else None for v, s in zip(values, p["in_specs"], strict=True)]
 
     def fun(*values: Value) -> list[Value]:
-        local = [_local(v, cut, p["mesh"]) if _is_weight(v) else v for v, cut in zip(values, cuts, strict=True)]
+        local = [_local(v, cut, p["mesh"]) if _is_weight(v) else v for v, cut in zip(values, known, strict=True)]
         return _form(inner, eqn, ctx.run(inner, *_compat.open_jaxpr(p["jaxpr"]), local))
 
     return jax.shard_map(
@@ -277,43 +275,9 @@ def shard_map(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
     )(*operands)
 
 
-def _names(entry: Any) -> tuple[Any, ...]:
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-
-
-def _share(entry: Any, mesh: Any) -> int:
-    """How many pieces the mesh axes in one entry of a spec make."""
-    count = 1
-    for name in _names(entry):
-        count *= mesh.shape[name]
-    return count
-
-
-def _letter_specs(f: Factored, spec: PartitionSpec, mesh: Any) -> dict[str, Any] | None:
-    """For each letter its mesh axes: the major letter of an axis takes them all, where they divide it."""
-    out: dict[str, Any] = {}
-    for axis, entry in zip(f.axes, (*spec, *[None] * (len(f.axes) - len(spec))), strict=True):
-        if entry is not None and f.letter(axis[0]).size % _share(entry, mesh):
-            return None
-        out |= {axis[0]: entry, **dict.fromkeys(axis[1:])}
-    return out
-
-
-def _specs(f: Factored, spec: PartitionSpec, cut: dict[str, Any]) -> Factored:
-    """The weight with a spec in the place of every array."""
-
-    def of(term: str) -> PartitionSpec:
-        return PartitionSpec(*(cut.get(c) for c in term))
-
-    def network(n: Network) -> Network:
-        return dataclasses.replace(n, factors=tuple(map(of, n.terms)), key=None if n.key is None else of(n.key_term))
-
-    return dataclasses.replace(f.map(network), base=spec)
-
-
 def _local(f: Factored, cut: dict[str, Any] | None, mesh: Any) -> Factored:
     """The weight as one device sees it."""
-    letters = tuple(x._replace(size=x.size // _share((cut or {}).get(x.name), mesh)) for x in f.letters)
+    letters = tuple(x._replace(size=x.size // share((cut or {}).get(x.name), mesh)) for x in f.letters)
     return dataclasses.replace(f, letters=letters)
 
 

@@ -19,6 +19,7 @@ from jax import lax
 
 from jlora import _deferred
 from jlora._deferred import Deferred, made
+from jlora._explicit import auto
 from jlora._quantized import is_quantized
 
 Origin = tuple[str, int]  # a path and an axis of the weight at that path
@@ -158,11 +159,14 @@ def dense(f: Factored, dtype: jnp.dtype | None = None) -> jax.Array:
     dtype = f.dtype if dtype is None else dtype
     if not f.networks and not f.gains:
         return made(f.base).astype(dtype)
-    wide = widened(f.dtype)
+    return auto(lambda f: _formed(f, widened(f.dtype)).astype(dtype), f.base)(f)
+
+
+def _formed(f: Factored, wide: jnp.dtype) -> jax.Array:
     base = made(f.base).astype(wide)
     for gain in f.gains:
         base = base * spanned(gain, f, wide)
-    return (base + delta(f, wide) if f.networks else base).astype(dtype)
+    return base + delta(f, wide) if f.networks else base
 
 
 def folded(f: Factored) -> tuple[Factored, bool]:

@@ -4,8 +4,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jlora._cuts import laid
+from jlora._explicit import auto, explicit
 from jlora._factored import Factored, joined, weight
 from jlora._method import Adapter, Update
 from jlora._paths import near
@@ -22,11 +26,19 @@ def as_list(adapters: Adapters) -> list[Adapter]:
 
 def lowered(adapters: Sequence[Adapter], leaf: Any, path: str) -> Factored:
     """A weight with all its updates, one after the other."""
-    w = weight(leaf, path)
-    for adapter in adapters:
-        if path in adapter:
-            w = _updated(adapter[path], w)
-    return joined(w)
+
+    def fun(leaf: Any, updates: list[Update]) -> Factored:
+        w = weight(leaf, path)
+        for update in updates:
+            w = _updated(update, w)
+        return joined(w)
+
+    updates = [adapter[path] for adapter in adapters if path in adapter]
+    if not explicit(leaf):
+        return fun(leaf, updates)
+    there = jax.typeof(leaf).sharding
+    shapes = jax.eval_shape(auto(fun, leaf, NamedSharding(there.mesh, PartitionSpec())), leaf, updates)
+    return auto(fun, leaf, laid(shapes, there))(leaf, updates)
 
 
 def _updated(update: Update, w: Factored) -> Factored:

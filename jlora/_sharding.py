@@ -1,15 +1,16 @@
 """Where an adapter's arrays lie: along the axes of a weight that its own axes follow."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jlora._context import Use
+from jlora._context import Role, Use
 from jlora._lower import START, check
-from jlora._method import Adapter, Update
+from jlora._method import Adapter, Method, Update
 from jlora._paths import is_array, named_leaves
 from jlora._quantized import sharding
 from jlora._site import Site
@@ -73,11 +74,14 @@ def followed(update: Update) -> dict[str, tuple[int | None, ...]]:
     It follows the one whose size it has, and with which it grows: the method itself is asked for the arrays of a
     weight that is twice as long.
     """
-    before = _shapes(update, update.shape)
+    shapes = functools.partial(_shapes, update.method, tuple(update.roles))
+    before = shapes(update.shape)
     out: dict[str, list[int | None]] = {name: [None] * len(shape) for name, shape in before.items()}
     for axis, size in enumerate(update.shape):
         longer = tuple(n * (1 + (k == axis)) for k, n in enumerate(update.shape))
-        for name, shape in _shapes(update, longer).items():
+        for name, shape in shapes(longer).items():
+            if name not in before or len(before[name]) != len(shape):  # the longer weight has another form
+                continue
             grown = [k for k, (n, m) in enumerate(zip(before[name], shape, strict=True)) if n == size and m == 2 * n]
             if grown and out[name][grown[0]] is None:
                 out[name][grown[0]] = axis
@@ -85,12 +89,11 @@ def followed(update: Update) -> dict[str, tuple[int | None, ...]]:
     return found | {name + START: axes for name, axes in found.items()}
 
 
-def _shapes(update: Update, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a method's arrays for a weight of some shape and an update's roles."""
-    use = Use("", "dot_general", "", tuple(enumerate(update.roles)), True, 0, 0, 0)
+@functools.lru_cache
+def _shapes(method: Method, roles: tuple[Role, ...], shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a method's arrays for a weight of some shape and roles, which the layers of a model share."""
+    use = Use("", "dot_general", "", tuple(enumerate(roles)), True, 0, 0, 0)
     site = Site("", shape, np.dtype(np.float32), None, (use,))
     base = jax.ShapeDtypeStruct(shape, np.float32)
-    made = jax.eval_shape(
-        lambda key, base: update.method.init(key, site, np.dtype(np.float32), base), jax.random.key(0), base
-    )
+    made = jax.eval_shape(lambda key, base: method.init(key, site, np.dtype(np.float32), base), jax.random.key(0), base)
     return {name: tuple(array.shape) for name, array in made.items()}

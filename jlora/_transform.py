@@ -43,6 +43,9 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
     The base parameters are constants to differentiation: gradients reach the adapter and the other arguments. What
     else is trained (a head, a norm) is an argument of its own, or has the method `Full` in the adapter.
 
+    What lies between the factors of an update (`x @ A`) has the name "jlora" for `jax.checkpoint`: the policy
+    `jax.checkpoint_policies.save_only_these_names("jlora")` keeps that, r numbers a row, and computes the rest again.
+
     Arguments:
         fun: `fun(params, *args, **kwargs)`, any function that `jax.jit` could trace. Python numbers, booleans and
             other arguments that are no arrays reach it as they are.

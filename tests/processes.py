@@ -8,6 +8,7 @@ Prints, as JSON, which pieces of which arrays it read.
 from __future__ import annotations
 
 import json
+import socket
 import sys
 
 import jax
@@ -16,6 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jlora
 from jlora.io import _arrays
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def main() -> None:

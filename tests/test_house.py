@@ -12,9 +12,11 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Every module may import those before it. A method's file stands where `methods.*` does.
 LAYERS = [
-    ["_compat", "_paths", "_table"],
+    ["_compat", "_quantized", "_table"],
+    ["_deferred", "_paths", "quantized.gguf", "quantized.nf4"],
+    ["_explicit", "quantized"],
     ["_factored"],
-    ["_product", "_context"],
+    ["_cuts", "_product", "_context"],
     ["_contract", "_site", "_flops", "_program"],
     ["_method", "rules.structural", "rules.dot_general", "rules.gather", "rules.conv"],
     ["rules", "_control", "methods._check", "methods._start", "methods._axes", "methods._random", "_lower", "_optim"],
@@ -23,7 +25,7 @@ LAYERS = [
     ["methods"],
     ["_trace"],
     ["_transform"],
-    ["_dropout", "_rank", "_gradients", "_budget", "_targets", "_to_lora", "io"],
+    ["_dropout", "_rank", "_gradients", "_budget", "_targets", "_to_lora", "_quantize", "io"],
     ["io._error", "io._pieces", "io._base", "io._names", "io._peft_config"],
     ["io._arrays", "io._describe", "io._layout", "io._peft_base"],
     ["io._state", "io._peft_tensors"],

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -189,10 +188,7 @@ def test_many_pieces_and_shards(tmp_path, monkeypatch):
 
 def test_two_processes_read_their_own_shards(tmp_path):
     """Each writes and reads what its devices hold, and no array is whole anywhere."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", processes.__name__, str(tmp_path / "a"), str(port)]
+    command = [sys.executable, "-m", processes.__name__, str(tmp_path / "a"), str(processes.free_port())]
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     options = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen([*command, str(rank)], **options) for rank in range(2)]

@@ -1,6 +1,7 @@
 """Convolutions: `conv_general_dilated` of any rank, stride, dilation, grouping and layout."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax import lax
 
 from jlora import _contract, _deferred
 from jlora._context import Context, Role, Value
+from jlora._explicit import auto
 from jlora._factored import Factored, Network, einsum, folded, fresh, scalar, split_letter, unify
 
 
@@ -44,8 +46,12 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Value, f: Value) -> list[Val
     added = 2 * rows * sum(p["feature_group_count"] ** (not set(t) & set(group)) * a.size for a, t in _factors(f))
     added = f.base.size if formed else added
     ctx.record(eqn, f, roles, factored=not formed, flops=2 * rows * math.prod(f.shape), added=added)
+
+    def branch(x: jax.Array, n: Network, part: _Parts) -> jax.Array:
+        return _branch(_contract.drop(x, fresh([f.used()], x.ndim), n), f, n, part, eqn, base)
+
     for n, part in zip(f.networks, parts, strict=True):
-        base = base + _branch(_contract.drop(x, fresh([f.used()], x.ndim), n), f, n, part, eqn, base)
+        base = base + auto(functools.partial(branch, part=part), base)(x, n)
     return [base]
 
 
@@ -73,7 +79,8 @@ def _vector(g: Network, f: Factored, axis: str) -> jax.Array:
 
 def _along(x: jax.Array, vectors: list[jax.Array], axis: int) -> jax.Array:
     for v in vectors:
-        x = x * jnp.expand_dims(v.astype(x.dtype), [k for k in range(x.ndim) if k != axis])
+        v = jnp.expand_dims(v.astype(x.dtype), [k for k in range(x.ndim) if k != axis])
+        x = auto(jnp.multiply, x)(x, v)
     return x
 
 
@@ -147,7 +154,8 @@ def _branch(x: jax.Array, f: Factored, n: Network, part: _Parts, eqn: Any, base:
     if part.before:
         x = x.transpose([lhs_spec[0], *lhs_spec[2:], lhs_spec[1]])
         matrix = _einsum(n, part.before, f, part.group, part.inner, part.into)
-        x, lhs_spec = _mix(x, matrix.astype(compute), groups, compute, p["precision"]), last
+        x = _contract.named(_mix(x, matrix.astype(compute), groups, compute, p["precision"]))
+        lhs_spec = last
     y = lax.conv_general_dilated(
         x,
         _kernel(f, n, part, spec.rhs_spec, groups).astype(compute),
@@ -161,7 +169,7 @@ def _branch(x: jax.Array, f: Factored, n: Network, part: _Parts, eqn: Any, base:
     )
     if part.after:
         matrix = _einsum(n, part.after, f, part.group, part.out_of, part.outer)
-        y = _mix(y, matrix.astype(compute), groups, base.dtype, p["precision"])
+        y = _mix(_contract.named(y), matrix.astype(compute), groups, base.dtype, p["precision"])
     elif not part.out_of:  # the same for all outputs of a group
         y = jnp.repeat(y, f.size(part.outer), axis=-1)
     y = y.astype(base.dtype)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jlora import _contract, _deferred
 from jlora._context import Context, Role, Value
+from jlora._explicit import auto
 from jlora._factored import Factored, Network, folded, fresh, unify, widened
 
 
@@ -35,9 +36,9 @@ def dot_general(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value
     out = "".join([*batch, *free[not first], *free[first]])
     known = {spelled[k]: x.shape[k] for k in x_free} | {c.name: c.size for c in f.letters}
 
-    gained = _contract.gain(x, letters, known, before)
-    (base,) = _deferred.consume(eqn, *((gained, f.base) if first else (f.base, gained)))
-    base = _contract.gain(base, out, known, after)
+    narrow = _gained(before, x, letters, known)
+    (base,) = _deferred.consume(eqn, *((narrow, f.base) if first else (f.base, narrow)))
+    base = _gained(after, base, out, known)
     roles: dict[str, Role] = {}
     for k, axis in enumerate(f.axes):
         roles |= dict.fromkeys(axis, "in" if k in f_in else "stack" if k in f_batch else "out")
@@ -45,13 +46,20 @@ def dot_general(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value
     added = f.base.size if formed else 2 * x.size / max(depth, 1) * _width(f)
     ctx.record(eqn, f, roles, factored=not formed, flops=2 * base.size * depth, added=added)
 
-    x = x.reshape([known[c] for c in letters])
+    def branch(x: jax.Array, n: Network) -> jax.Array:
+        x = x.reshape([known[c] for c in letters])
+        y = _contract.apply(x, letters, n, out, dtype=base.dtype, first=first, precision=eqn.params["precision"])
+        return jnp.broadcast_to(y, [known[c] for c in out]).reshape(base.shape)
+
     if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != f.dtype:  # a mixed product is as exact as its wider side
         x = x.astype(max(widened(x.dtype), widened(f.dtype), key=lambda dtype: dtype.itemsize))
     for n in f.networks:
-        y = _contract.apply(x, letters, n, out, dtype=base.dtype, first=first, precision=eqn.params["precision"])
-        base = base + jnp.broadcast_to(y, [known[c] for c in out]).reshape(base.shape)
+        base = base + auto(branch, base)(x, n)
     return [base]
+
+
+def _gained(gains: list[Network], x: jax.Array, letters: str, sizes: dict[str, int]) -> jax.Array:
+    return auto(lambda x, gains: _contract.gain(x, letters, sizes, gains), x)(x, gains) if gains else x
 
 
 def _width(f: Factored) -> int:
@@ -86,19 +94,23 @@ def ragged_dot_general(ctx: Context, eqn: Any, x: Value, f: Value, sizes: Value)
     if len(before) + len(after) < len(gains):
         return None
 
-    (base,) = _deferred.consume(eqn, _contract.gain(x, letters, known, before), f.base, sizes)
-    base = _contract.gain(base, out, known, after)
+    (base,) = _deferred.consume(eqn, _gained(before, x, letters, known), f.base, sizes)
+    base = _gained(after, base, out, known)
     roles: dict[str, Role] = {
         axis: "in" if k in f_in else "stack" if k in (*groups, *f_batch) else "out" for k, axis in enumerate(f.axes)
     }
     depth = math.prod(f.shape[k] for k in f_in)
     added = f.base.size if formed else 2 * x.size / max(depth, 1) * (_width(f) // max(f.shape[groups[0]], 1))
     ctx.record(eqn, f, roles, factored=not formed, flops=2 * base.size * depth, added=added)
-    for n in f.networks:
+
+    def branch(x: jax.Array, sizes: jax.Array, n: Network) -> jax.Array:
         y = _contract.apply(
             x, letters, n, out, dtype=base.dtype, precision=eqn.params["precision"], groups=(group, sizes)
         )
-        base = base + jnp.broadcast_to(y, base.shape)
+        return jnp.broadcast_to(y, base.shape)
+
+    for n in f.networks:
+        base = base + auto(branch, base)(x, sizes, n)
     return [base]
 
 

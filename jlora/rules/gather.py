@@ -1,6 +1,7 @@
 """Reading rows of a weight: `gather` (indexing, `take`, embeddings) and `dynamic_slice`."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax import lax
 
 from jlora import _contract, _deferred
 from jlora._context import Context, Role, Value
+from jlora._explicit import auto
 from jlora._factored import Factored, Letter, Network, fresh, map_letter, respell, scalar, unify
 
 
@@ -199,6 +201,11 @@ def read(
     roles: dict[str, Role] = {x.name: "out" for x in f.letters}
     roles.update({**dict.fromkeys(indexed, "in"), **dict.fromkeys(stacked, "stack")})
     ctx.record(eqn, f, roles, added=2 * sum(out.base.size * a.shape[-1] for n in out.networks for a in n.factors[:1]))
+    return auto(functools.partial(_value, letters=inside[1] if inside else ""), out.base)(out, inside and inside[0])
+
+
+def _value(out: Factored, inside: jax.Array | None, *, letters: str) -> jax.Array:
+    """The rows, with what the networks add to those within bounds."""
     spelled = "".join(out.axes)
     value = _contract.gain(_deferred.made(out.base), spelled, {x.name: x.size for x in out.letters}, out.gains)
     for n in out.networks:
@@ -207,10 +214,11 @@ def read(
         head, rest = n.factors[0], Network(n.factors[1:], n.terms[1:], n.scale)
         if not rest.factors:
             head = head * scalar(n.scale, head.dtype)
-        y = _contract.apply(head.astype(value.dtype), n.terms[0], rest, spelled, dtype=value.dtype)
+        head = _contract.named(head.astype(value.dtype))
+        y = _contract.apply(head, n.terms[0], rest, spelled, dtype=value.dtype)
         y = jnp.broadcast_to(y, [out.size(c) for c in spelled])
-        if inside:
-            y = jnp.where(_contract.spread(*inside, spelled), y, jnp.zeros((), y.dtype))
+        if inside is not None:
+            y = jnp.where(_contract.spread(inside, letters, spelled), y, jnp.zeros((), y.dtype))
         value = value + y.reshape(value.shape)
     return value
 

@@ -11,6 +11,7 @@ from jax import lax
 
 from jlora import _deferred
 from jlora._context import Context, Value
+from jlora._cuts import laid
 from jlora._factored import (
     Factored,
     Letter,
@@ -32,6 +33,12 @@ Rule = Callable[..., list[Value] | None]
 def unchanged(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
     """What leaves shape and meaning alone: the base alone goes through."""
     return [dataclasses.replace(f, base=_deferred.bind(eqn, f.base)[0])]
+
+
+def reshard(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
+    """Factors are laid anew as the weight is."""
+    (base,) = _deferred.consume(eqn, _deferred.made(f.base))
+    return [jax.sharding.reshard(dataclasses.replace(f, base=base), laid(f, jax.typeof(base).sharding))]
 
 
 def convert_element_type(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
@@ -132,17 +139,18 @@ def tile(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
 
 
 def all_gather(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
-    """Collects the pieces of a weight that is cut over devices: those of every factor that is cut with it."""
+    """Collects the pieces of a weight that is cut over devices: of every factor that has the axis, its major letter."""
     p = eqn.params
     axis = p["all_gather_dimension"]
-    if not p["tiled"] or len(f.axes[axis]) > 1 or any(f.axes[axis] not in "".join(n.terms) for n in f.networks):
+    major, minor = f.axes[axis][0], f.size(f.axes[axis][1:])
+    if not p["tiled"] or any(major not in "".join(n.terms) for n in f.networks):
         return None
     (base,) = _deferred.bind(eqn, f.base)
 
     def gathered(a: jax.Array, k: int) -> jax.Array:
         return lax.all_gather(a, p["axis_name"], axis=k, tiled=True, axis_index_groups=p["axis_index_groups"])
 
-    return [dataclasses.replace(map_letter(f, f.axes[axis], gathered, base.shape[axis]), base=base)]
+    return [dataclasses.replace(map_letter(f, major, gathered, base.shape[axis] // minor), base=base)]
 
 
 def rev(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
@@ -367,7 +375,6 @@ RULES: dict[str, Rule] = {
             "copy_p",
             "stop_gradient",
             "sharding_constraint",
-            "reshard",
             "layout_constraint",
             "name",
             "reduce_precision",
@@ -376,6 +383,7 @@ RULES: dict[str, Rule] = {
         ),
         unchanged,
     ),
+    "reshard": reshard,
     "convert_element_type": convert_element_type,
     "stop_gradient": stop_gradient,
     "optimization_barrier": optimization_barrier,
