@@ -12,8 +12,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Every module may import those before it. A method's file stands where `methods.*` does.
 LAYERS = [
-    ["_compat", "_paths", "_table"],
-    ["_factored"],
+    ["_compat", "_paths", "_table", "_hlo", "_topology"],
+    ["_factored", "_plan"],
     ["_product", "_context"],
     ["_contract", "_site", "_flops", "_program"],
     ["_method", "rules.structural", "rules.dot_general", "rules.gather", "rules.conv"],
