@@ -133,8 +133,7 @@ def _mlp(x: jax.Array, layer: Params, product: Product) -> jax.Array:
 def _attention(x: jax.Array, layer: Params, sizes: Sizes, product: Product) -> jax.Array:
     batch, length, _ = x.shape
     q, k, v = (
-        _to(HEADS, product(x, layer[name]).reshape(batch, length, -1, sizes.head))
-        for name in ("wq", "wk", "wv")
+        _to(HEADS, product(x, layer[name]).reshape(batch, length, -1, sizes.head)) for name in ("wq", "wk", "wv")
     )
     if sizes.gated:
         q, k = _rotate(q), _rotate(k)

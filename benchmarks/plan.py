@@ -209,7 +209,11 @@ def collectives(plans: dict[str, Any], least: float = 1e6) -> str:
     times = {form: {(c["kind"], c["shape"]): c for c in plan["collectives"]} for form, plan in plans.items()}
     keys = {key: c["bytes"] for found in times.values() for key, c in found.items() if c["bytes"] * c["count"] >= least}
     body = [
-        [f"{kind} {shape}", f"{size:,}", *(found[kind, shape]["count"] if (kind, shape) in found else "" for found in times.values())]
+        [
+            f"{kind} {shape}",
+            f"{size:,}",
+            *(found[kind, shape]["count"] if (kind, shape) in found else "" for found in times.values()),
+        ]
         for (kind, shape), size in sorted(keys.items(), key=lambda item: -item[1])
     ]
     return _measure.table(["collective", "bytes", *times], body)

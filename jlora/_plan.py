@@ -63,23 +63,23 @@ class Plan:
 
     def __str__(self) -> str:
         verdict = {True: "it fits", False: "it does not fit", None: "compiled"}[self.fits]
-        room = f" of {_gib(self.hbm)}" if self.hbm else ""
-        head = f"{self.topology}, {self.devices} x {self.device}: {verdict}, {_gib(self.needed)}{room} GiB a device"
+        room = f" of {_size(self.hbm)}" if self.hbm else ""
+        head = f"{self.topology}, {self.devices} x {self.device}: {verdict}, {_size(self.needed)}{room} a device"
         if self.refusal:
             return f"{head}\n{self.refusal}"
-        counts = [(name, getattr(self, f"{name}_bytes")) for name in ("argument", "temporary", "output", "aliased", "code")]
-        rows = [(f"{name} bytes", f"{count:,}", f"{_gib(count)} GiB") for name, count in counts]
+        names = ("argument", "temporary", "output", "aliased", "code")
+        counts = [(f"{name} bytes", getattr(self, f"{name}_bytes")) for name in names]
+        rows = [(name, f"{count:,}", _size(count)) for name, count in counts]
         rows.append(("FLOPs of products", f"{self.flops:.4g}", "" if self.exact else "loops of unknown length once"))
         rows.append(("bytes accessed", f"{self.bytes_accessed:.4g}", "bodies of loops once"))
         parts = [head, table(("a device", "", ""), rows, right=(1,))]
-        if self.collectives:
-            rows = [
-                (c.kind, c.shape, f"{c.bytes:,}", f"{c.count:,}" + ("" if c.exact else "+"), f"{c.bytes * c.count:,}")
-                for c in self.collectives
-            ]
-            parts.append(table(("collective", "shape", "bytes", "times", "in all"), rows, right=(2, 3, 4)))
-        else:
-            parts.append("no collectives")
+        if not self.collectives:
+            return "\n\n".join([*parts, "no collectives"])
+        rows = [
+            (c.kind, c.shape, f"{c.bytes:,}", f"{c.count:,}{'' if c.exact else '+'}", f"{c.bytes * c.count:,}")
+            for c in self.collectives
+        ]
+        parts.append(table(("collective", "shape", "bytes", "times", "in all"), rows, right=(2, 3, 4)))
         if not all(c.exact for c in self.collectives):
             parts.append("+: inside a branch or a loop of unknown length, counted once")
         return "\n\n".join(parts)
@@ -120,8 +120,10 @@ def plan(step: Callable[..., Any], *args: Any, topology: str, **kwargs: Any) -> 
             needed, room = _bytes(found[1], found[2]), _bytes(found[3], found[4])
             said = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
             return Plan(topology, devices[0].device_kind, len(devices), False, room, needed, refusal=said)
-    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
-    read = _hlo.cost(compiled.as_text())
+    memory, costs, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    if memory is None or costs is None or text is None:
+        raise NotImplementedError(f"The compiler for {topology} says nothing of memory or costs.")
+    read = _hlo.cost(text)
     room = _topology.hbm(devices[0])
     sizes = {
         "argument_bytes": memory.argument_size_in_bytes,
@@ -146,7 +148,7 @@ def plan(step: Callable[..., Any], *args: Any, topology: str, **kwargs: Any) -> 
     )
 
 
-def _place(devices: Sequence[jax.Device], name: str, tree: Any) -> tuple[Any, Mesh]:
+def _place(devices: Sequence[Any], name: str, tree: Any) -> tuple[Any, Mesh]:
     """The arguments as abstract arrays on the topology, and the mesh there."""
     meshes = {}
     for path, leaf in named_leaves(tree):
@@ -179,7 +181,9 @@ def _place(devices: Sequence[jax.Device], name: str, tree: Any) -> tuple[Any, Me
         given = getattr(leaf, "sharding", None)
         spec, kind = (given.spec, given.memory_kind) if isinstance(given, NamedSharding) else (PartitionSpec(), None)
         sharding = NamedSharding(mesh, spec, memory_kind=kind)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=getattr(leaf, "weak_type", False))
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding, weak_type=getattr(leaf, "weak_type", False)
+        )
 
     return jax.tree.map(on, tree), mesh
 
@@ -188,5 +192,6 @@ def _bytes(number: str, unit: str) -> int:
     return int(float(number) * 2 ** (10 * " KMGTP".index(unit or " ")))
 
 
-def _gib(count: int | None) -> str:
-    return f"{(count or 0) / 2**30:.2f}"
+def _size(count: int) -> str:
+    unit = min(max(count.bit_length() - 1, 0) // 10, 4)
+    return f"{count / 2 ** (10 * unit):.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"

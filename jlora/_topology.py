@@ -36,12 +36,15 @@ _HBM = {
 }
 
 
-def topology(name: str) -> tuple[jax.Device, ...]:
+def topology(name: str) -> tuple[Any, ...]:
     """The devices of a topology, for a mesh: `jax.make_mesh(shape, names, devices=jlora.topology("v5e:16x16"))`.
 
     Arguments:
         name: a TPU generation and its chips along every axis of the torus, such as `"v5e:16x16"` or `"v5p:4x4x4"`:
             devices to compile for, which need not exist; or `"cpu:8"`, the first eight simulated devices of the CPU.
+
+    Where no TPU is attached, libtpu is loaded with environment variables that keep it from looking for one; those that
+    are set already stay. With libtpu installed, set JAX_PLATFORMS=cpu, so that JAX itself does not look either.
 
     Raises:
         ImportError: for a TPU without libtpu, which `pip install 'jlora[plan]'` installs.
@@ -53,13 +56,13 @@ def topology(name: str) -> tuple[jax.Device, ...]:
     return _tpu(name)
 
 
-def hbm(device: jax.Device) -> int | None:
+def hbm(device: Any) -> int | None:
     """Bytes of a device's memory that a program can have; None where that is not known."""
     known = _HBM.get(device.device_kind)
     return None if known is None else int(known * 2**30)
 
 
-def _cpu(count: int) -> tuple[jax.Device, ...]:
+def _cpu(count: int) -> tuple[Any, ...]:
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise ValueError(
@@ -71,7 +74,7 @@ def _cpu(count: int) -> tuple[jax.Device, ...]:
 
 
 @functools.cache
-def _tpu(name: str) -> tuple[jax.Device, ...]:
+def _tpu(name: str) -> tuple[Any, ...]:
     if not (importlib.util.find_spec("libtpu") or os.environ.get("TPU_LIBRARY_PATH")):
         raise ImportError(f"To compile for {name} takes the TPU compiler: pip install 'jlora[plan]'")
     # A v4 chip's two cores are one device to JAX.

@@ -121,7 +121,8 @@ def test_a_training_step_of_an_adapter():
         return optax.apply_updates(adapter, tx.update(grads, tx.init(adapter))[0])
 
     plan = jlora.plan(jax.jit(step, donate_argnums=0), adapter, params, tokens, topology="cpu:8")
-    assert plan.flops and plan.exact
+    assert plan.exact
+    assert plan.flops
     assert 0 < plan.aliased_bytes <= plan.output_bytes
     assert not moved(plan, "all-gather")
     assert moved(plan, "all-reduce")
@@ -263,14 +264,14 @@ if importlib.util.find_spec("libtpu"):
 
     @pytest.mark.parametrize("name", ["v5e:2x4", "v4:2x2x2", "v6e:2x4"])
     def test_on_a_tpu(name):
-        """The same figures as on the CPU but for the type that is sent."""
+        """The figures of the CPU, but that each device keeps a part of each sum, in the type of the TPU's choice."""
         plan = jlora.plan(chain, abstract((64, 512), "x"), abstract((5, 512, 512), None, "y"), topology=name)
         assert (plan.devices, plan.fits, plan.exact) == (8, True, True)
         assert plan.hbm is not None
         assert 0 < plan.needed < plan.hbm
         assert plan.flops == 5 * 2 * 16 * 512 * 256
-        assert [(c.kind, c.count, c.exact) for c in plan.collectives] == [("all-reduce", 5, True)]
-        assert plan.collectives[0].shape.endswith("[16,512]")
+        assert [(c.kind, c.count, c.exact) for c in plan.collectives] == [("reduce-scatter", 5, True)]
+        assert plan.collectives[0].bytes in (16 * 512 * 2, 16 * 512 * 4)
 
     def test_what_does_not_fit():
         """The refusal comes back with the compiler's figures."""
