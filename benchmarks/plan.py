@@ -155,7 +155,8 @@ def bars(result: dict[str, Any]) -> list[Bar]:
             ratio = found["jlora"]["temporary_bytes"] / found["by hand"]["temporary_bytes"]
             out.append(Bar(f"{name}: temporary bytes / by hand", ratio, 1.02))
         if fitting(found, "jlora", "base"):
-            out.append(Bar(f"{name}: shapes gathered that the base does not gather", len(gathered(found)), 0))
+            ours, base = (gathered(ROWS[name], found[form]) for form in ("jlora", "base"))
+            out.append(Bar(f"{name}: gathers of weights / base's", ours / base, 1.0))
     largest = result.get("70B v5e:16x16", {})
     if fitting(largest, "jlora"):
         out.append(Bar("70B v5e:16x16: bytes a chip / 9 GB", largest["jlora"]["needed"] / 9e9, 1.0))
@@ -173,12 +174,10 @@ def fitting(found: dict[str, Any], *forms: str) -> bool:
     return all(form in found and found[form]["fits"] for form in forms)
 
 
-def gathered(found: dict[str, Any]) -> set[str]:
-    """Shapes of all-gathers in the adapted step that are in none of the base's."""
-    ours, base = (
-        {c["shape"] for c in found[form]["collectives"] if c["kind"] == "all-gather"} for form in ("jlora", "base")
-    )
-    return ours - base
+def gathered(row: Row, plan: dict[str, Any]) -> int:
+    """How often a kernel of a layer is gathered: what all devices along `data` have of one's part."""
+    sizes = {2 * math.prod(shape[1:]) // row.mesh[1] for shape, _ in _llama.kernels(row.sizes).values()}
+    return sum(c["count"] for c in plan["collectives"] if c["kind"] == "all-gather" and c["bytes"] in sizes)
 
 
 def show(result: dict[str, Any]) -> None:
