@@ -12,11 +12,15 @@ Params = dict[str, Any]
 # x (..., in), weight -> (..., out). The weight is an array, or whatever a model with factors in it holds instead.
 Product = Callable[[jax.Array, Any], jax.Array]
 
-# Parameters are divided by FSDP over `data` and by heads, hidden units and vocabulary over `model`; the residual
-# stream by sequences over `data`, and by tokens over `model` between blocks, where it is whole for a moment.
+# Parameters are divided by FSDP over `data` and by heads, hidden units and vocabulary over `model`, and every replica
+# has all of them; the residual stream by sequences over replicas and `data`, and by tokens over `model` between blocks.
+# A table of embeddings is divided by features: every device looks up its own part for all tokens of a replica.
+AXES = ("replica", "data", "model")
+BATCH = ("replica", "data")
 COLUMN, ROW = PartitionSpec(None, "data", "model"), PartitionSpec(None, "model", "data")
-STREAM, WHOLE, HEADS = PartitionSpec("data", "model"), PartitionSpec("data"), PartitionSpec("data", None, "model")
-PARTS = PartitionSpec(None, "data", None, "model")
+STREAM, WHOLE, HEADS = PartitionSpec(BATCH, "model"), PartitionSpec(BATCH), PartitionSpec(BATCH, None, "model")
+HEAD, FEATURES = PartitionSpec("data", "model"), PartitionSpec("replica", None, ("data", "model"))
+PARTS = PartitionSpec(None, BATCH, None, "model")
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,13 @@ def params(sizes: Sizes, mesh: AbstractMesh, kernel: Callable[..., Any] = array)
     norms = {name: array(mesh, (n, d), whole) for name in ("norm1", "norm2")}
     layers = {name: kernel(mesh, shape, spec) for name, (shape, spec) in kernels(sizes).items()}
     out = {
-        "embed": array(mesh, (v, d), PartitionSpec("model", "data")),
+        "embed": array(mesh, (v, d), PartitionSpec(None, ("data", "model"))),
         "layers": norms | layers,
         "norm": array(mesh, (d,), whole),
     }
     if sizes.gated:
-        return out | {"head": array(mesh, (d, v), PartitionSpec("data", "model"))}
-    return out | {"positions": array(mesh, (sizes.length, d), PartitionSpec(None, "data"))}
+        return out | {"head": array(mesh, (d, v), HEAD)}
+    return out | {"positions": array(mesh, (sizes.length, d), PartitionSpec(None, ("data", "model")))}
 
 
 def loss(sizes: Sizes, product: Product = jnp.matmul) -> Callable[..., jax.Array]:
@@ -92,7 +96,7 @@ def loss(sizes: Sizes, product: Product = jnp.matmul) -> Callable[..., jax.Array
     """
 
     def run(params: Params, tokens: jax.Array, start: jax.Array | None = None) -> jax.Array:
-        x = params["embed"][tokens]
+        x = _to(FEATURES, params["embed"][_to(PartitionSpec("replica"), tokens)])
         x = x if sizes.gated else x + params["positions"]
         x = x if start is None else x + start
 
@@ -105,7 +109,7 @@ def loss(sizes: Sizes, product: Product = jnp.matmul) -> Callable[..., jax.Array
 
         x, _ = jax.lax.scan(block, x, params["layers"])
         x = _norm(x, params["norm"])
-        logits = x @ (params["head"] if sizes.gated else params["embed"].T)
+        logits = x @ (params["head"] if sizes.gated else _to(HEAD, params["embed"].T))
         logits = _to(HEADS, logits).astype(jnp.float32)
         # The target's logit by comparison: an index into a divided vocabulary would gather it.
         vocabulary = jnp.arange(sizes.vocabulary)

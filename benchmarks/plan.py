@@ -37,7 +37,7 @@ class Row:
     Arguments:
         sizes: of the model.
         topology: its name.
-        mesh: devices along `data` and along `model`.
+        mesh: replicas, and devices of each along `data` and along `model`.
         batch: sequences in a step.
         forms: the steps to compile: `jlora`; the same LoRA `by hand`; `merged` inside the step; the `base`, all
             frozen, with a gradient to the embedded tokens; and `full` fine-tuning.
@@ -47,7 +47,7 @@ class Row:
 
     sizes: Sizes
     topology: str
-    mesh: tuple[int, int]
+    mesh: tuple[int, int, int]
     batch: int
     forms: tuple[str, ...] = FORMS[:3]
     rank: int = 16
@@ -56,15 +56,23 @@ class Row:
 
 def _row(model: str, topology: str, forms: tuple[str, ...] = FORMS[:3], **changes: Any) -> Row:
     """One sequence of full length for every eight chips, which share each layer."""
-    chips = math.prod(int(n) for n in topology.split(":")[1].split("x"))
-    data = max(1, chips // 8)
-    sizes = SIZES[model]
-    known = {"mesh": (data, chips // data), "batch": data}
-    return dataclasses.replace(Row(sizes, topology, forms=forms, **known), **changes)
+    data = max(1, _chips(topology) // 8)
+    row = Row(SIZES[model], topology, (1, data, _chips(topology) // data), data, forms)
+    return dataclasses.replace(row, **changes)
+
+
+def _chips(topology: str) -> int:
+    return math.prod(int(n) for n in topology.split(":")[1].split("x"))
+
+
+def _weak(topology: str) -> Row:
+    """Eight layers of the 70B model on more and more replicas of 16 chips, each with two sequences."""
+    replicas = _chips(topology) // 16
+    sizes = dataclasses.replace(SIZES["Llama 3 70B"], layers=8)
+    return Row(sizes, topology, (replicas, 2, 8), 2 * replicas, FORMS[:1])
 
 
 BLOCK = Sizes(8, 4096, 14336, 32, 8, length=2048)
-EIGHT = dataclasses.replace(SIZES["Llama 3 70B"], layers=8)
 WEAK = ("4x4", "4x8", "8x8", "8x16", "16x16")
 PAPER = {"rank": 4, "kernels": r"layers/(wq|wv)"}
 
@@ -76,9 +84,9 @@ SLICES = {
 }
 
 ROWS = {
-    "block": Row(BLOCK, "v5e:1x1", (1, 1), 4),
+    "block": Row(BLOCK, "v5e:1x1", (1, 1, 1), 4),
     "70B v5e:16x16": _row("Llama 3 70B", "v5e:16x16", FORMS[:4]),
-    **{f"weak {n}": _row("Llama 3 70B", f"v5e:{n}", FORMS[:1], sizes=EIGHT) for n in WEAK},
+    **{f"weak {n}": _weak(f"v5e:{n}") for n in WEAK},
     **{
         f"{model.split()[-1]} {kind}:{n}": _row(model, f"{kind}:{n}")
         for model, kinds in SLICES.items()
@@ -92,7 +100,7 @@ ROWS = {
 def step(row: Row, form: str, mesh: AbstractMesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A jitted training step `(trained, state, params, tokens) -> (trained, state, loss)`, and abstract arguments."""
     params = _llama.params(row.sizes, mesh)
-    tokens = _llama.array(mesh, (row.batch, row.sizes.length), PartitionSpec("data"), jnp.int32)
+    tokens = _llama.array(mesh, (row.batch, row.sizes.length), _llama.WHOLE, jnp.int32)
     model = _llama.loss(row.sizes)
     with jax.sharding.use_abstract_mesh(mesh):
         sites = jlora.trace(model, params, tokens)
@@ -138,7 +146,7 @@ def _on(leaf: Any, sharding: Any) -> Any:
 
 def measure(row: Row, form: str) -> dict[str, Any]:
     """The plan of one step."""
-    mesh = AbstractMesh(row.mesh, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    mesh = AbstractMesh(row.mesh, _llama.AXES, axis_types=(AxisType.Auto,) * 3)
     start = time.perf_counter()
     jitted, args = step(row, form, mesh)
     plan = jlora.plan(jitted, *args, topology=row.topology)
@@ -176,7 +184,7 @@ def fitting(found: dict[str, Any], *forms: str) -> bool:
 
 def gathered(row: Row, plan: dict[str, Any]) -> int:
     """How often a kernel of a layer is gathered: what all devices along `data` have of one's part."""
-    sizes = {2 * math.prod(shape[1:]) // row.mesh[1] for shape, _ in _llama.kernels(row.sizes).values()}
+    sizes = {2 * math.prod(shape[1:]) // row.mesh[2] for shape, _ in _llama.kernels(row.sizes).values()}
     return sum(c["count"] for c in plan["collectives"] if c["kind"] == "all-gather" and c["bytes"] in sizes)
 
 

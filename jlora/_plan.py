@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jlora import _hlo, _topology
@@ -173,7 +174,8 @@ def _place(devices: Sequence[Any], name: str, tree: Any) -> tuple[Any, Mesh]:
             f"The arguments' mesh {dict(mesh.shape)} has {mesh.size} devices, and {name} has {len(devices)}."
         )
     if not (isinstance(mesh, Mesh) and set(mesh.devices.flat) == set(devices)):
-        mesh = jax.make_mesh(tuple(mesh.shape.values()), mesh.axis_names, mesh.axis_types, devices=devices)
+        laid = create_device_mesh(tuple(mesh.shape.values()), devices, allow_split_physical_axes=True)
+        mesh = Mesh(laid, mesh.axis_names, mesh.axis_types)
 
     def on(leaf: Any) -> Any:
         if not is_array(leaf):

@@ -22,9 +22,9 @@ _ALONE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-# Memory of a device in GiB, as the compiler of libtpu 0.0.52 counts what is there for a program. A chip has 16 GiB (v2),
-# 32 (v3), 32 (v4), 16 (v5e), 95 (v5p), 32 (v6e) and 192 (TPU7x) by https://cloud.google.com/tpu/docs; of v2, v3 and
-# TPU7x a chip is two devices.
+# Memory of a device in GiB, as the compiler of libtpu 0.0.52 counts what is there for a program. A chip has 16 GiB
+# (v2), 32 (v3), 32 (v4), 16 (v5e), 95 (v5p), 32 (v6e) and 192 (TPU7x) by https://cloud.google.com/tpu/docs; of v2, v3
+# and TPU7x a chip is two devices.
 _HBM = {
     "TPU v2": 7.48,
     "TPU v3": 15.48,

@@ -273,6 +273,12 @@ if importlib.util.find_spec("libtpu"):
         assert [(c.kind, c.count, c.exact) for c in plan.collectives] == [("reduce-scatter", 5, True)]
         assert plan.collectives[0].bytes in (16 * 512 * 2, 16 * 512 * 4)
 
+    def test_a_mesh_that_is_no_product_of_the_torus():
+        mesh = AbstractMesh((8, 8), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+        plan = jlora.plan(lambda x: x @ x, abstract((64, 64), "x", "y", mesh=mesh), topology="v5p:4x4x4")
+        assert plan.devices == 64
+        assert plan.collectives
+
     def test_what_does_not_fit():
         """The refusal comes back with the compiler's figures."""
         x = abstract((8, 2**32), "x", "y")
