@@ -108,7 +108,7 @@ def loss(sizes: Sizes, product: Product = jnp.matmul) -> Callable[..., jax.Array
             return _to(STREAM, x), None
 
         x, _ = jax.lax.scan(block, x, params["layers"])
-        x = _norm(x, params["norm"])
+        x = _to(WHOLE, _norm(x, params["norm"]))
         logits = x @ (params["head"] if sizes.gated else _to(HEAD, params["embed"].T))
         logits = _to(HEADS, logits).astype(jnp.float32)
         # The target's logit by comparison: an index into a divided vocabulary would gather it.
