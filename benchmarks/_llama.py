@@ -14,12 +14,11 @@ Product = Callable[[jax.Array, Any], jax.Array]
 
 # Parameters are divided by FSDP over `data` and by heads, hidden units and vocabulary over `model`, and every replica
 # has all of them; the residual stream by sequences over replicas and `data`, and by tokens over `model` between blocks.
-# A table of embeddings is divided by features: every device looks up its own part for all tokens of a replica.
 AXES = ("replica", "data", "model")
 BATCH = ("replica", "data")
 COLUMN, ROW = PartitionSpec(None, "data", "model"), PartitionSpec(None, "model", "data")
 STREAM, WHOLE, HEADS = PartitionSpec(BATCH, "model"), PartitionSpec(BATCH), PartitionSpec(BATCH, None, "model")
-HEAD, FEATURES = PartitionSpec("data", "model"), PartitionSpec("replica", None, ("data", "model"))
+HEAD = PartitionSpec("data", "model")
 PARTS = PartitionSpec(None, BATCH, None, "model")
 
 
@@ -80,13 +79,13 @@ def params(sizes: Sizes, mesh: AbstractMesh, kernel: Callable[..., Any] = array)
     norms = {name: array(mesh, (n, d), whole) for name in ("norm1", "norm2")}
     layers = {name: kernel(mesh, shape, spec) for name, (shape, spec) in kernels(sizes).items()}
     out = {
-        "embed": array(mesh, (v, d), PartitionSpec(None, ("data", "model"))),
+        "embed": array(mesh, (v, d), PartitionSpec("model", "data")),
         "layers": norms | layers,
         "norm": array(mesh, (d,), whole),
     }
     if sizes.gated:
         return out | {"head": array(mesh, (d, v), HEAD)}
-    return out | {"positions": array(mesh, (sizes.length, d), PartitionSpec(None, ("data", "model")))}
+    return out | {"positions": array(mesh, (sizes.length, d), PartitionSpec(None, "data"))}
 
 
 def loss(sizes: Sizes, product: Product = jnp.matmul) -> Callable[..., jax.Array]:
@@ -96,7 +95,7 @@ def loss(sizes: Sizes, product: Product = jnp.matmul) -> Callable[..., jax.Array
     """
 
     def run(params: Params, tokens: jax.Array, start: jax.Array | None = None) -> jax.Array:
-        x = _to(FEATURES, params["embed"][_to(PartitionSpec("replica"), tokens)])
+        x = params["embed"][tokens]
         x = x if sizes.gated else x + params["positions"]
         x = x if start is None else x + start
 
