@@ -32,7 +32,7 @@ def usual(scale: float) -> Callable[[jax.Array, Weight], jax.Array]:
     """The product as nearly every model has it, on activations `(batch, length, in)`."""
 
     def product(x: jax.Array, weight: Weight) -> jax.Array:
-        return x @ weight.w + scale * ((x @ weight.a) @ weight.b)
+        return x @ weight.w + scale * ((x @ weight.a.astype(x.dtype)) @ weight.b.astype(x.dtype))
 
     return product
 

@@ -14,6 +14,8 @@ from jlora._method import Method as Method
 from jlora._method import Update as Update
 from jlora._optim import labels as labels
 from jlora._optim import mask as mask
+from jlora._plan import Plan as Plan
+from jlora._plan import plan as plan
 from jlora._quantize import quantize as quantize
 from jlora._quantized import Quantized as Quantized
 from jlora._quantized import dequantize as dequantize
@@ -24,6 +26,7 @@ from jlora._site import Site as Site
 from jlora._targets import restart as restart
 from jlora._targets import with_biases as with_biases
 from jlora._to_lora import to_lora as to_lora
+from jlora._topology import topology as topology
 from jlora._trace import Explanation as Explanation
 from jlora._trace import Sites as Sites
 from jlora._trace import explain as explain

@@ -1,0 +1,164 @@
+"""A decoder at the sizes of Llama 3 and GPT-3: abstract parameters on a mesh, and the loss, its layers in one scan."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+Params = dict[str, Any]
+# x (..., in), weight -> (..., out). The weight is an array, or whatever a model with factors in it holds instead.
+Product = Callable[[jax.Array, Any], jax.Array]
+
+# Parameters are divided by FSDP over `data` and by heads, hidden units and vocabulary over `model`, and every replica
+# has all of them; the residual stream by sequences over replicas and `data`, and by tokens over `model` between blocks.
+AXES = ("replica", "data", "model")
+BATCH = ("replica", "data")
+COLUMN, ROW = PartitionSpec(None, "data", "model"), PartitionSpec(None, "model", "data")
+STREAM, WHOLE, HEADS = PartitionSpec(BATCH, "model"), PartitionSpec(BATCH), PartitionSpec(BATCH, None, "model")
+HEAD = PartitionSpec("data", "model")
+PARTS = PartitionSpec(None, BATCH, None, "model")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a decoder; `queries` are attended to at a time.
+
+    Llama 3 by arXiv:2407.21783, table 3; GPT-3 by arXiv:2005.14165, table 2.1.
+    """
+
+    layers: int
+    width: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    vocabulary: int = 128256
+    gated: bool = True  # SwiGLU and rotary positions; otherwise GELU and learned ones
+    length: int = 4096
+    queries: int = 1024
+
+    @property
+    def head(self) -> int:
+        return self.width // self.heads
+
+
+SIZES = {
+    "Llama 3 8B": Sizes(32, 4096, 14336, 32, 8),
+    "Llama 3 70B": Sizes(80, 8192, 28672, 64, 8),
+    "Llama 3 405B": Sizes(126, 16384, 53248, 128, 8),
+    # 50257 entries padded to a multiple of 128; head and embedding are one.
+    "GPT-3 175B": Sizes(96, 12288, 49152, 96, 96, vocabulary=50304, gated=False, length=2048),
+}
+
+
+def kernels(sizes: Sizes) -> dict[str, tuple[tuple[int, int, int], PartitionSpec]]:
+    """Shape `(layers, in, out)` and division of every kernel of the layers."""
+    n, d, h, kv = sizes.layers, sizes.width, sizes.hidden, sizes.kv_heads * sizes.head
+    out = {
+        "wq": ((n, d, d), COLUMN),
+        "wk": ((n, d, kv), COLUMN),
+        "wv": ((n, d, kv), COLUMN),
+        "wo": ((n, d, d), ROW),
+        "up": ((n, d, h), COLUMN),
+        "down": ((n, h, d), ROW),
+    }
+    return out | ({"gate": ((n, d, h), COLUMN)} if sizes.gated else {})
+
+
+def array(mesh: AbstractMesh, shape: tuple[int, ...], spec: PartitionSpec, dtype: Any = jnp.bfloat16) -> Any:
+    """An abstract array on a mesh."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def params(sizes: Sizes, mesh: AbstractMesh, kernel: Callable[..., Any] = array) -> Params:
+    """Abstract parameters in bfloat16; `kernel` makes those of the layers' kernels."""
+    n, d, v = sizes.layers, sizes.width, sizes.vocabulary
+    whole = PartitionSpec()
+    norms = {name: array(mesh, (n, d), whole) for name in ("norm1", "norm2")}
+    layers = {name: kernel(mesh, shape, spec) for name, (shape, spec) in kernels(sizes).items()}
+    out = {
+        "embed": array(mesh, (v, d), PartitionSpec("model", "data")),
+        "layers": norms | layers,
+        "norm": array(mesh, (d,), whole),
+    }
+    if sizes.gated:
+        return out | {"head": array(mesh, (d, v), HEAD)}
+    return out | {"positions": array(mesh, (sizes.length, d), PartitionSpec(None, "data"))}
+
+
+def loss(sizes: Sizes, product: Product = jnp.matmul) -> Callable[..., jax.Array]:
+    """The mean negative log-likelihood `(params, tokens (batch, length), start (width,) = 0) -> scalar`.
+
+    `start` is added to the embedded tokens: a gradient that reaches it has passed through every layer.
+    """
+
+    def run(params: Params, tokens: jax.Array, start: jax.Array | None = None) -> jax.Array:
+        x = params["embed"][tokens]
+        x = x if sizes.gated else x + params["positions"]
+        x = x if start is None else x + start
+
+        @jax.checkpoint
+        def block(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
+            x = _to(STREAM, x)
+            x = x + _to(STREAM, _attention(_to(WHOLE, _norm(x, layer["norm1"])), layer, sizes, product))
+            x = x + _mlp(_to(WHOLE, _norm(x, layer["norm2"])), layer, product)
+            return _to(STREAM, x), None
+
+        x, _ = jax.lax.scan(block, x, params["layers"])
+        x = _to(WHOLE, _norm(x, params["norm"]))
+        logits = x @ (params["head"] if sizes.gated else _to(HEAD, params["embed"].T))
+        logits = _to(HEADS, logits).astype(jnp.float32)
+        # The target's logit by comparison: an index into a divided vocabulary would gather it.
+        vocabulary = jnp.arange(sizes.vocabulary)
+        picked = jnp.where(vocabulary == jnp.roll(tokens, -1, axis=1)[..., None], logits, 0.0).sum(axis=-1)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
+
+    return run
+
+
+def _to(spec: PartitionSpec, x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _norm(x: jax.Array, gain: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)).astype(x.dtype) * gain
+
+
+def _mlp(x: jax.Array, layer: Params, product: Product) -> jax.Array:
+    up = _to(HEADS, product(x, layer["up"]))
+    hidden = jax.nn.silu(_to(HEADS, product(x, layer["gate"]))) * up if "gate" in layer else jax.nn.gelu(up)
+    return product(hidden, layer["down"])
+
+
+def _attention(x: jax.Array, layer: Params, sizes: Sizes, product: Product) -> jax.Array:
+    batch, length, _ = x.shape
+    q, k, v = (
+        _to(HEADS, product(x, layer[name]).reshape(batch, length, -1, sizes.head)) for name in ("wq", "wk", "wv")
+    )
+    if sizes.gated:
+        q, k = _rotate(q), _rotate(k)
+    parts = length // sizes.queries
+    q = q.reshape(batch, parts, sizes.queries, sizes.kv_heads, -1, sizes.head)
+    q = _to(PARTS, q.swapaxes(0, 1))
+
+    @jax.checkpoint
+    def part(q: jax.Array, first: jax.Array) -> jax.Array:
+        scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) / sizes.head**0.5
+        seen = jnp.arange(length) <= first + jnp.arange(sizes.queries)[:, None]
+        weights = jax.nn.softmax(jnp.where(seen, scores, -1e30)).astype(v.dtype)
+        return jnp.einsum("bkgts,bskh->btkgh", weights, v)
+
+    mixed = _to(PARTS, jax.lax.map(lambda at: part(*at), (q, sizes.queries * jnp.arange(parts))))
+    return product(_to(HEADS, mixed.swapaxes(0, 1).reshape(batch, length, -1)), layer["wo"])
+
+
+def _rotate(x: jax.Array) -> jax.Array:
+    """Rotary positions (arXiv:2104.09864) on `(batch, length, heads, head)`."""
+    half = x.shape[-1] // 2
+    angles = jnp.arange(x.shape[1])[:, None, None] * 500000.0 ** (-jnp.arange(half) / half)
+    one, two = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([one * cos - two * sin, one * sin + two * cos], axis=-1).astype(x.dtype)
