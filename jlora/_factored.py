@@ -255,7 +255,7 @@ def _beside(one: Network, other: Network, rank: str) -> Network:
 # What structural rules do to the networks. Each returns a weight whose `base` is still the old one.
 
 
-def respell(f: Factored, base: jax.Array, axes: Sequence[str], letters: Iterable[Letter] = ()) -> Factored:
+def respell(f: Factored, base: Any, axes: Sequence[str], letters: Iterable[Letter] = ()) -> Factored:
     """The same networks under another base and other axes; `letters` adds to those that are known."""
     known = {letter.name: letter for letter in (*f.letters, *letters)}
     order = "".join(axes)

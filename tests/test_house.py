@@ -13,8 +13,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Every module may import those before it. A method's file stands where `methods.*` does.
 LAYERS = [
     ["_compat", "_hlo", "_quantized", "_table", "_topology"],
-    ["_deferred", "_paths", "_plan", "quantized.gguf", "quantized.nf4"],
-    ["_explicit", "quantized"],
+    ["_deferred", "_paths", "quantized.gguf", "quantized.nf4"],
+    ["_explicit", "_plan", "quantized"],
     ["_factored"],
     ["_cuts", "_product", "_context"],
     ["_contract", "_site", "_flops", "_program"],

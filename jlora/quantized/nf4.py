@@ -124,13 +124,21 @@ def quantize(weight: jax.Array, axis: int, block: int = 64, group: int | None = 
     return dataclasses.replace(out, codes=(low | (high << 4)).reshape(shape))
 
 
-def _looked_up(codes: jax.Array) -> jax.Array:
-    """VALUES[codes] by choices, bit for bit: what fuses into a product, where a lookup would not."""
-    values: list[Any] = [jnp.float32(value) for value in VALUES]
+def _coefficients() -> list[float]:
+    """Of the polynomial in the four bits of a code, linear in each, that has the values."""
+    out = list(VALUES)
     for bit in range(4):
-        is_set = (codes >> bit) & 1 == 1
-        values = [jnp.where(is_set, one, zero) for zero, one in zip(values[::2], values[1::2], strict=True)]
-    return values[0]
+        out = [c - out[k ^ 1 << bit] if k >> bit & 1 else c for k, c in enumerate(out)]
+    return out
+
+
+def _looked_up(codes: jax.Array) -> jax.Array:
+    """VALUES[codes], to the last bits, in sums and products: what fuses into a product where a lookup would not."""
+    sums: list[Any] = [jnp.float32(c) for c in _coefficients()]
+    for bit in range(4):
+        is_set = (codes >> bit & 1).astype(jnp.float32)
+        sums = [low + is_set * high for low, high in zip(sums[::2], sums[1::2], strict=True)]
+    return sums[0]
 
 
 def _split(array: jax.Array, axis: int, count: int) -> jax.Array:
