@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from jlora.quantized import NF4
+
 Params = dict[str, Any]
 # x (..., in), weight -> (..., out). The weight is an array, or whatever a model with factors in it holds instead.
 Product = Callable[[jax.Array, Any], jax.Array]
@@ -72,6 +74,21 @@ def array(mesh: AbstractMesh, shape: tuple[int, ...], spec: PartitionSpec, dtype
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
+def nf4(mesh: AbstractMesh, shape: tuple[int, ...], spec: PartitionSpec) -> NF4:
+    """An abstract kernel in 4-bit NormalFloat: codes, scales in 8 bits, and their scales, divided as the kernel is."""
+    *stack, rows, columns = shape
+    groups = columns // 256
+    last = spec[-1] if groups % mesh.shape[spec[-1]] == 0 else None
+    above = PartitionSpec(*spec[:-1], last)
+    unit = array(mesh, (*stack, rows // 64, groups), above, jnp.float32)
+    codes = array(mesh, (*stack, rows // 2, columns), spec, jnp.uint8)
+    scale = array(mesh, (*stack, rows // 64, columns), spec, jnp.int8)
+    return NF4(codes, scale, unit, unit, axis=-2, dtype=jnp.dtype(jnp.bfloat16))
+
+
+BASES: dict[str, Callable[..., Any]] = {"bf16": array, "nf4": nf4}
+
+
 def params(sizes: Sizes, mesh: AbstractMesh, kernel: Callable[..., Any] = array) -> Params:
     """Abstract parameters in bfloat16; `kernel` makes those of the layers' kernels."""
     n, d, v = sizes.layers, sizes.width, sizes.vocabulary
@@ -108,7 +125,8 @@ def loss(sizes: Sizes, product: Product = jnp.matmul) -> Callable[..., jax.Array
 
         x, _ = jax.lax.scan(block, x, params["layers"])
         x = _to(WHOLE, _norm(x, params["norm"]))
-        logits = x @ (params["head"] if sizes.gated else _to(HEAD, params["embed"].T))
+        # The head is whole along the width: else the logits' cotangent would be gathered, of all sequences.
+        logits = x @ _to(PartitionSpec(None, "model"), params["head"] if sizes.gated else params["embed"].T)
         logits = _to(HEADS, logits).astype(jnp.float32)
         # The target's logit by comparison: an index into a divided vocabulary would gather it.
         vocabulary = jnp.arange(sizes.vocabulary)

@@ -43,6 +43,7 @@ class Row:
             frozen, with a gradient to the embedded tokens; and `full` fine-tuning.
         rank: of the LoRA.
         kernels: a pattern of the kernels that are adapted.
+        base: how the layers' kernels are held: `bf16` or `nf4`.
     """
 
     sizes: Sizes
@@ -52,6 +53,7 @@ class Row:
     forms: tuple[str, ...] = FORMS[:3]
     rank: int = 16
     kernels: str = r"layers/(wq|wk|wv|wo|gate|up|down)"
+    base: str = "bf16"
 
 
 def _row(model: str, topology: str, forms: tuple[str, ...] = FORMS[:3], **changes: Any) -> Row:
@@ -72,6 +74,12 @@ def _weak(topology: str) -> Row:
     return Row(sizes, topology, (replicas, 2, 8), 2 * replicas, FORMS[:1])
 
 
+def _nf4(model: str, topology: str, batch: int, length: int) -> Row:
+    """A base in 4 bits, on few chips."""
+    sizes = dataclasses.replace(SIZES[model], length=length)
+    return _row(model, topology, FORMS[:1], sizes=sizes, batch=batch, base="nf4")
+
+
 BLOCK = Sizes(8, 4096, 14336, 32, 8, length=2048)
 WEAK = ("4x4", "4x8", "8x8", "8x16", "16x16")
 PAPER = {"rank": 4, "kernels": r"layers/(wq|wv)"}
@@ -86,6 +94,7 @@ SLICES = {
 ROWS = {
     "block": Row(BLOCK, "v5e:1x1", (1, 1, 1), 4),
     "70B v5e:16x16": _row("Llama 3 70B", "v5e:16x16", FORMS[:4]),
+    "70B nf4 v5e:4x4": _nf4("Llama 3 70B", "v5e:4x4", batch=16, length=2048),
     **{f"weak {n}": _weak(f"v5e:{n}") for n in WEAK},
     **{
         f"{model.split()[-1]} {kind}:{n}": _row(model, f"{kind}:{n}")
@@ -99,7 +108,7 @@ ROWS = {
 
 def step(row: Row, form: str, mesh: AbstractMesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A jitted training step `(trained, state, params, tokens) -> (trained, state, loss)`, and abstract arguments."""
-    params = _llama.params(row.sizes, mesh)
+    params = _llama.params(row.sizes, mesh, _llama.BASES[row.base])
     tokens = _llama.array(mesh, (row.batch, row.sizes.length), _llama.WHOLE, jnp.int32)
     model = _llama.loss(row.sizes)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -168,6 +177,10 @@ def bars(result: dict[str, Any]) -> list[Bar]:
     largest = result.get("70B v5e:16x16", {})
     if fitting(largest, "jlora"):
         out.append(Bar("70B v5e:16x16: bytes a chip / 9 GB", largest["jlora"]["needed"] / 9e9, 1.0))
+    small = result.get("70B nf4 v5e:4x4", {})
+    if "jlora" in small:
+        ratio = small["jlora"]["needed"] / small["jlora"]["hbm"]
+        out.append(Bar("70B nf4 v5e:4x4: bytes a chip / its memory", ratio, 1.0))
     weak = [result[f"weak {n}"]["jlora"] for n in WEAK if fitting(result.get(f"weak {n}", {}), "jlora")]
     if len(weak) > 1:
         for key in ("flops", "temporary_bytes"):

@@ -42,6 +42,12 @@ def arguments() -> argparse.Namespace:
         "(default: every kernel of attention and feed-forward)",
     )
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate for LoRA (default: 2e-3)")
+    parser.add_argument(
+        "--base",
+        choices=("float32", "int8", "nf4"),
+        default="float32",
+        help="how the kernels of the encoder are held (default: float32; int8 takes the package qwix)",
+    )
     parser.add_argument("--steps", type=int, help=f"training steps of {BATCH} sentences (default: {EPOCHS} epochs)")
     parser.add_argument("--full", action="store_true", help="also run full fine-tuning, to compare with")
     parser.add_argument(
@@ -53,6 +59,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.rank < 1 or (options.steps is not None and options.steps < 1):
         parser.error("--rank and --steps must be 1 or more")
+    if options.full and options.base != "float32":
+        parser.error("--full trains every weight, and a quantised one does not train: leave out --base")
     options.out = options.out or free("runs/reviews")
     if (options.out / "adapter").exists():  # nothing that was trained is written over
         parser.error(f"{options.out / 'adapter'} exists: remove it, or give another --out")
@@ -90,15 +98,17 @@ def main() -> int:
         print(f"error: --targets: {error}", file=sys.stderr)
         return 2
 
+    if options.base != "float32":
+        variables = jlora.quantize(variables, sites, {TARGETS: options.base})
+    adapted = jlora.adapt(model.apply)
+
     # 1. The frozen encoder with a head alone: what the features are worth as they come.
-    embed = jax.jit(lambda _, variables, ids, mask: model.apply(variables, ids, mask))
+    embed = jax.jit(lambda _, variables, ids, mask: adapted(variables, {}, ids, mask))
     frozen_head = fit_head(predict(embed, None, variables, train), train.labels, head)
     head_logits = np.asarray(apply_head(frozen_head, predict(embed, None, variables, test)))
     print(f"head alone: {accuracy(head_logits, test.labels):.1%} of {len(test.labels)} test sentences")
 
     # 2. LoRA, and the head with it.
-    adapted = jlora.adapt(model.apply)
-
     def lora_logits(trainable: Any, variables: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
         return apply_head(trainable["head"], adapted(variables, trainable["adapter"], ids, mask))
 
@@ -123,12 +133,18 @@ def main() -> int:
 
     runs = {"LoRA": history}
     result: dict[str, Any] = {
-        "settings": {"rank": options.rank, "alpha": 2 * options.rank, "lr": options.lr, "targets": options.targets}
+        "settings": {
+            "base": options.base,
+            "rank": options.rank,
+            "alpha": 2 * options.rank,
+            "lr": options.lr,
+            "targets": options.targets,
+        }
         | shared,
         "sentences": {"train": len(train.labels), "validation": len(validation.labels), "test": len(test.labels)},
         "accuracy": {"head alone": accuracy(head_logits, test.labels), "LoRA": accuracy(logits, test.labels)},
-        "parameters": {"base": report.size(variables), "head": report.size(head), "LoRA": report.size(trainable)},
-        "bytes": {"adapter": report.bytes_on_disk(options.out / "adapter"), "base": 4 * report.size(variables)},
+        "parameters": {"base": report.size(merged), "head": report.size(head), "LoRA": report.size(trainable)},
+        "bytes": {"adapter": report.bytes_on_disk(options.out / "adapter"), "base": report.bytes_in_memory(variables)},
         "merged": {
             "max_abs_difference": float(np.abs(logits - merged_logits).max()),
             "largest_logit": float(np.abs(logits).max()),

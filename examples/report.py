@@ -31,6 +31,10 @@ def size(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+def bytes_in_memory(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
 def bytes_on_disk(path: Path) -> int:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
@@ -75,7 +79,7 @@ def markdown(result: dict[str, Any], runs: dict[str, History]) -> str:
         *table,
         "",
         f"- LoRA of rank {settings['rank']}, alpha {settings['alpha']}, peak learning rate {settings['lr']:g}, "
-        f"{settings['steps']} steps of {settings['batch']} sentences, seed {settings['seed']}",
+        f"{settings['steps']} steps of {settings['batch']} sentences, seed {settings['seed']}, base {settings['base']}",
         f"- targets `{settings['targets']}`",
         f"- {sentences['train']:,} sentences to train on, {sentences['validation']} for validation, "
         f"{sentences['test']:,} to test",

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a plain Flax NNX model: Llama's architecture, 30 layers, width 576, 134.5M parameters.
 
-Nothing here knows of adapters.
+Nothing here knows of adapters; with `quantized` the weights stay the blocks of the file.
 
     model, tokenizer = smollm.load(assets.smollm())
     logits, _ = model(tokens)                               # (batch, length, vocabulary)
@@ -23,6 +23,8 @@ from flax import nnx
 from gguf import GGUFReader, TokenType, dequantize
 from jax import lax
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from jlora.quantized import GGUF
 
 # The keys and the values of every layer, (layers, batch, places, key-value heads, width of a head).
 Cache = tuple[jax.Array, jax.Array]
@@ -193,28 +195,40 @@ def chat(user: str, system: str = SYSTEM) -> str:
     return f"<|im_start|>system\n{system}{END}\n<|im_start|>user\n{user}{END}\n<|im_start|>assistant\n"
 
 
-def load(path: Path) -> tuple[SmolLM, Tokenizer]:
-    """The model and the tokenizer that a GGUF file of Llama's architecture with a tied embedding holds, in float32."""
+def load(path: Path, *, quantized: bool = False, dtype: Any = jnp.float32) -> tuple[SmolLM, Tokenizer]:
+    """The model and the tokenizer that a GGUF file of Llama's architecture with a tied embedding holds.
+
+    With `quantized` the matrices stay the bytes that they are in the file, and `jlora.adapt` runs the model. `dtype` is
+    that of the weights, or what the bytes stand for.
+    """
     reader = GGUFReader(path)
     config = _config(reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
-    def tensor(name: str) -> np.ndarray:
-        return dequantize(tensors[name].data, tensors[name].tensor_type)
+    def tensor(name: str) -> jax.Array:
+        return jnp.asarray(dequantize(tensors[name].data, tensors[name].tensor_type), dtype)
 
-    def kernels(name: str, heads: int = 0) -> jax.Array:
-        """Of every layer the kernel (in, out), from (out, in)."""
-        weights = np.stack([tensor(f"blk.{i}.{name}.weight") for i in range(config.layers)])
+    def table(name: str) -> Any:
+        kind = tensors[name].tensor_type.name
+        return GGUF(jnp.asarray(tensors[name].data), kind, dtype=jnp.dtype(dtype)) if quantized else tensor(name)
+
+    def kernels(name: str, heads: int = 0) -> Any:
+        """Of every layer the kernel (in, out), from rows (out, in), or from the bytes of such rows."""
+        found = [tensors[f"blk.{i}.{name}.weight"] for i in range(config.layers)]
+        kind = found[0].tensor_type
+        rows = np.stack([one.data if quantized else dequantize(one.data, kind) for one in found])
         if heads:  # the file holds the pairs that turn together side by side
-            layers, _, width = weights.shape
-            weights = weights.reshape(layers, heads, -1, 2, width).swapaxes(2, 3).reshape(layers, -1, width)
-        return jnp.asarray(weights.swapaxes(1, 2))
+            layers, _, width = rows.shape
+            rows = rows.reshape(layers, heads, -1, 2, width).swapaxes(2, 3).reshape(layers, -1, width)
+        if quantized:
+            return GGUF(jnp.asarray(rows), kind.name, transposed=True, dtype=jnp.dtype(dtype))
+        return jnp.asarray(rows.swapaxes(1, 2), dtype)
 
     def norms(name: str) -> dict[str, jax.Array]:
-        return {"scale": jnp.asarray(np.stack([tensor(f"blk.{i}.{name}.weight") for i in range(config.layers)]))}
+        return {"scale": jnp.stack([tensor(f"blk.{i}.{name}.weight") for i in range(config.layers)])}
 
     values = {
-        "embed": {"embedding": jnp.asarray(tensor("token_embd.weight"))},
+        "embed": {"embedding": table("token_embd.weight")},
         "layers": {
             "norm_1": norms("attn_norm"),
             "attention": {
@@ -226,7 +240,7 @@ def load(path: Path) -> tuple[SmolLM, Tokenizer]:
             "norm_2": norms("ffn_norm"),
             "mlp": {name: {"kernel": kernels(f"ffn_{name}")} for name in ("gate", "up", "down")},
         },
-        "norm": {"scale": jnp.asarray(tensor("output_norm.weight"))},
+        "norm": {"scale": tensor("output_norm.weight")},
     }
     model = nnx.eval_shape(lambda: SmolLM(config, nnx.Rngs(0)))
     nnx.update(model, values)
