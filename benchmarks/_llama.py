@@ -112,7 +112,7 @@ def loss(sizes: Sizes, product: Product = jnp.matmul) -> Callable[..., jax.Array
     """
 
     def run(params: Params, tokens: jax.Array, start: jax.Array | None = None) -> jax.Array:
-        x = params["embed"][tokens]
+        x = _lookup(params["embed"], tokens)
         x = x if sizes.gated else x + params["positions"]
         x = x if start is None else x + start
 
@@ -125,8 +125,7 @@ def loss(sizes: Sizes, product: Product = jnp.matmul) -> Callable[..., jax.Array
 
         x, _ = jax.lax.scan(block, x, params["layers"])
         x = _to(WHOLE, _norm(x, params["norm"]))
-        # The head is whole along the width: else the logits' cotangent would be gathered, of all sequences.
-        logits = x @ _to(PartitionSpec(None, "model"), params["head"] if sizes.gated else params["embed"].T)
+        logits = x @ (params["head"] if sizes.gated else _to(HEAD, params["embed"].T))
         logits = _to(HEADS, logits).astype(jnp.float32)
         # The target's logit by comparison: an index into a divided vocabulary would gather it.
         vocabulary = jnp.arange(sizes.vocabulary)
@@ -134,6 +133,21 @@ def loss(sizes: Sizes, product: Product = jnp.matmul) -> Callable[..., jax.Array
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
 
     return run
+
+
+def _lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of a table whose vocabulary is divided: each device has some, and they are summed into the stream.
+
+    Left to itself, XLA gathers the whole table where there are many replicas.
+    """
+
+    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        rows = tokens - jax.lax.axis_index("model") * len(table)
+        known = (rows >= 0) & (rows < len(table))
+        found = jnp.where(known[..., None], table[jnp.clip(rows, 0, len(table) - 1)], jnp.zeros((), table.dtype))
+        return jax.lax.psum_scatter(found, "model", scatter_dimension=1, tiled=True)
+
+    return jax.shard_map(local, in_specs=(PartitionSpec("model"), WHOLE), out_specs=STREAM)(table, tokens)
 
 
 def _to(spec: PartitionSpec, x: jax.Array) -> jax.Array:

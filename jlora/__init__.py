@@ -7,6 +7,7 @@ from jlora._gradients import lora_fa_gradient as lora_fa_gradient
 from jlora._gradients import lora_plus as lora_plus
 from jlora._gradients import orthogonality as orthogonality
 from jlora._gradients import riemannian as riemannian
+from jlora._loftq import loftq as loftq
 from jlora._merge import merge as merge
 from jlora._merge import scale as scale
 from jlora._merge import unmerge as unmerge

@@ -25,7 +25,7 @@ LAYERS = [
     ["methods"],
     ["_trace"],
     ["_transform"],
-    ["_dropout", "_rank", "_gradients", "_budget", "_targets", "_to_lora", "_quantize", "io"],
+    ["_dropout", "_rank", "_gradients", "_budget", "_targets", "_to_lora", "_loftq", "_quantize", "io"],
     ["io._error", "io._pieces", "io._base", "io._names", "io._peft_config"],
     ["io._arrays", "io._describe", "io._layout", "io._peft_base"],
     ["io._state", "io._peft_tensors"],

@@ -224,6 +224,50 @@ def test_what_cannot_be_quantized_is_refused() -> None:
         GGUF(jnp.zeros((2, 18), jnp.uint8), "Q4_1")
 
 
+def test_loftq_starts_near_the_weight() -> None:
+    params, low = small.params(), quantized("nf4")
+    adapter = jlora.init(jax.random.key(0), small.sites(), {"layers/up|mix/kernel": jlora.LoRA(2, alpha=5.0)})
+    whole = params["mix"]["kernel"]
+
+    def gaps(steps: int) -> float:
+        base, started = jlora.loftq(adapter, params, low, steps=steps)
+        assert base["embed"] is low["embed"]
+        assert jax.tree.structure(started) == jax.tree.structure(adapter)
+        merged = jlora.merge(base, started)
+        stacked = jnp.linalg.norm(merged["layers"]["up"] - params["layers"]["up"], axis=(1, 2))
+        rounding = jnp.linalg.norm(jlora.dequantize(low["layers"]["up"]) - params["layers"]["up"], axis=(1, 2))
+        assert (stacked < rounding).all()
+        return float(jnp.linalg.norm(merged["mix"]["kernel"] - whole))
+
+    left = np.linalg.svd(np.asarray(whole - jlora.dequantize(low["mix"]["kernel"])), compute_uv=False)[2:]
+    assert gaps(1) == pytest.approx(np.linalg.norm(left), rel=1e-4)
+
+
+def test_loftq_comes_nearer_with_every_turn() -> None:
+    params = {"w": jnp.asarray(weight(128, 128))}
+
+    def model(p: dict, x: jax.Array) -> jax.Array:
+        return x @ p["w"]
+
+    sites = jlora.trace(model, params, jnp.ones((2, 128)))
+    low = jlora.quantize(params, sites, {"w": "nf4"})
+    adapter = jlora.init(jax.random.key(0), sites, jlora.LoRA(16))
+    found = [jlora.merge(*jlora.loftq(adapter, params, low, steps=steps))["w"] for steps in (1, 5)]
+    once, often = (float(jnp.linalg.norm(w - params["w"])) for w in found)
+    assert often < 0.9 * once < 0.9 * float(jnp.linalg.norm(jlora.dequantize(low["w"]) - params["w"]))
+
+
+def test_loftq_refuses_what_it_cannot_start() -> None:
+    params, low = small.params(), quantized("nf4")
+    adapter = small.adapter()
+    with pytest.raises(ValueError, match="takes at least one step"):
+        jlora.loftq(adapter, params, low, steps=0)
+    with pytest.raises(ValueError, match="is not quantised"):
+        jlora.loftq(adapter, params, params)
+    with pytest.raises(ValueError, match="LoftQ starts plain LoRA"):
+        jlora.loftq(small.adapter(jlora.DoRA(2)), params, low)
+
+
 def test_a_form_of_ones_own() -> None:
     params = jlora.quantize(small.params(), small.sites(), {"mix/kernel": lambda w, site: nf4.quantize(w, 0, 4, None)})
     assert isinstance(params["mix"]["kernel"], NF4)
