@@ -71,10 +71,11 @@ def unmerge(params: Any, adapter: Adapters) -> Any:
 def _fold(params: Any, adapters: list[Adapter], one: Callable[..., jax.Array], donate: bool) -> Any:
     leaves, structure = named_leaves(params), flatten(params)[1]
     check(adapters, {path: leaf for path, leaf in leaves if is_array(leaf)})
-    run = jax.jit(one, donate_argnums=(0,) if donate else ())
+    plain, donating = jax.jit(one), jax.jit(one, donate_argnums=(0,))
     new = []
     for path, leaf in leaves:  # under one name for all, so that weights of one shape share a compiled program
         mine = [{"": dataclasses.replace(a[path], key=None)} for a in adapters if path in a]
+        run = donating if donate and not _quantized.is_quantized(leaf) else plain
         new.append(run(leaf, mine) if mine else leaf)
     return jax.tree.unflatten(structure, new)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import AxisType, NamedSharding
 
 from jlora import _compat
 from jlora._paths import flatten, is_array, named_leaves
@@ -74,4 +75,10 @@ def _described(value: Any) -> Any:
     """What the program is traced with: a quantised weight is the array that it stands for."""
     if not is_quantized(value):
         return value
-    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding(value))
+    there = sharding(value)
+    if isinstance(there, NamedSharding) and AxisType.Explicit in there.mesh.axis_types:
+        raise NotImplementedError(
+            f"A quantised weight {value.shape} lies on {there.mesh}, whose Explicit axes ask for a type of every part "
+            "that is made of it: use a mesh of AxisType.Auto."
+        )
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=there)

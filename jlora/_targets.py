@@ -63,10 +63,10 @@ def restart(key: jax.Array, sites: Sites, params: Any, adapter: Adapter) -> tupl
         adapter: the adapter. Initialisers are not kept in it, so the new factors start as their method's default.
 
     Returns:
-        the new base and the new adapter.
+        the new base and the new adapter. Quantised weights stay quantised, and those that changed are rounded again.
 
     Lialin et al. 2023, ReLoRA: High-Rank Training Through Low-Rank Updates, arXiv:2307.05695.
     """
-    merged = merge(params, adapter)
+    merged = merge(params, adapter, requantize=True)
     targets = {re.escape(path): update.method for path, update in adapter.items()}
     return merged, init(key, sites, targets, params=merged)

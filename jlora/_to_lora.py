@@ -15,6 +15,7 @@ from jlora._factored import Factored, Network, delta, fresh, spanned, widened
 from jlora._lower import lowered
 from jlora._method import Adapter, Update
 from jlora._paths import named_leaves
+from jlora._quantized import plain
 from jlora.methods import _axes
 from jlora.methods.lora import LoRA
 
@@ -55,7 +56,7 @@ def to_lora(
                 raise ValueError(f"{path}: what {name} adds depends on the base. Pass params, the base parameters.")
             if tuple(leaves[path].shape) != update.shape:
                 raise ValueError(f"{path} has shape {leaves[path].shape} in params, the adapter {update.shape}.")
-        leaf = jnp.asarray(leaves[path]) if path in leaves else np.broadcast_to(np.float32(0), update.shape)
+        leaf = plain(leaves[path]) if path in leaves else np.broadcast_to(np.float32(0), update.shape)
         f = lowered([{path: dataclasses.replace(update, key=None)}], leaf, path)
         has_factors = not f.gains and not any(map(f.is_filled_by, f.networks))
         pairs = [_by_factors(f, network, update.roles) for network in f.networks] if has_factors else []

@@ -268,6 +268,47 @@ def test_loftq_refuses_what_it_cannot_start() -> None:
         jlora.loftq(small.adapter(jlora.DoRA(2)), params, low)
 
 
+def test_explicit_meshes_are_refused() -> None:
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    params = {"w": jax.device_put(nf4.quantize(jnp.asarray(weight(16, 4)), 0, 4, None), there)}
+    with pytest.raises(NotImplementedError, match=r"use a mesh of AxisType\.Auto"):
+        jlora.trace(lambda p, x: x @ p["w"], params, jnp.ones((2, 16)))
+
+
+def test_eight_devices_hold_parts_of_a_quantized_weight() -> None:
+    """The factors lie along the codes, and the result is that of one device."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
+    one = {"w": nf4.quantize(jnp.asarray(weight(128, 8)), 0, 64, None)}
+    eight = {"w": jax.device_put(one["w"], there)}
+
+    def model(p: dict, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ p["w"])
+
+    x = jnp.asarray(weight(4, 128))
+    adapter = small.nonzero(jlora.init(jax.random.key(0), jlora.trace(model, one, x), jlora.DoRA(2)))
+    laid = jax.device_put(adapter, jlora.shardings(adapter, eight))
+    assert laid["w"].factors["a"].sharding.spec == jax.sharding.PartitionSpec("x", None)
+    assert laid["w"].factors["b"].sharding.spec == jax.sharding.PartitionSpec(None, "y")
+    adapted = jax.jit(jlora.adapt(model, on_dense="error"))
+    np.testing.assert_allclose(adapted(eight, laid, x), adapted(one, adapter, x), atol=1e-5)
+
+
+def test_restart_and_exchange_take_quantized_bases(tmp_path) -> None:
+    params = quantized("int8")
+    adapter = jlora.init(jax.random.key(0), small.sites(), {"mix/kernel": jlora.DoRA(2)}, params=params)
+    names = {"mix/kernel": "mix"}
+    jlora.peft.save(tmp_path / "peft", adapter, names, params=params)
+    again = jlora.peft.load(tmp_path / "peft", small.sites(), names, params=params)
+    np.testing.assert_allclose(again["mix/kernel"]["m"], adapter["mix/kernel"]["m"], atol=1e-6)
+    base, started = jlora.restart(jax.random.key(1), small.sites(), params, small.adapter())
+    assert jax.tree.structure(base) == jax.tree.structure(params)
+    assert set(started) == set(small.adapter())
+    donated = jlora.merge(params, small.adapter(), donate=True)
+    np.testing.assert_array_equal(donated["embed"], jlora.merge(params, small.adapter())["embed"])
+
+
 def test_a_form_of_ones_own() -> None:
     params = jlora.quantize(small.params(), small.sites(), {"mix/kernel": lambda w, site: nf4.quantize(w, 0, 4, None)})
     assert isinstance(params["mix"]["kernel"], NF4)

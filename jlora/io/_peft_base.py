@@ -9,6 +9,7 @@ import numpy as np
 from jlora._context import Role, side
 from jlora._method import Adapter, Update
 from jlora._paths import is_array, named_leaves
+from jlora._quantized import plain
 from jlora.io._names import Place, bias_of, owners_of
 from jlora.methods.dora import DoRA
 from jlora.methods.full import Full
@@ -38,7 +39,7 @@ class Base:
         return self.leaves[path]
 
     def value(self, path: str, shape: tuple[int, ...], why: str) -> np.ndarray:
-        array = np.asarray(self.leaf(path, shape, why))
+        array = np.asarray(plain(self.leaf(path, shape, why)))
         return array.astype(np.promote_types(np.float32, array.dtype) if array.dtype == np.float64 else np.float32)
 
 
