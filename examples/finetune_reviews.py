@@ -102,8 +102,8 @@ def main() -> int:
         whole, variables = variables, jlora.quantize(variables, sites, {TARGETS: options.base})
         if options.base == "nf4":  # LoRA starts with what the rounding took away
             rounded = {path: update for path, update in adapter.items() if re.fullmatch(TARGETS, path)}
-            variables, started = jlora.loftq(rounded, whole, variables)
-            adapter |= started
+            variables, fitted = jlora.loftq(rounded, whole, variables)
+            adapter |= fitted
     adapted = jlora.adapt(model.apply)
 
     # 1. The frozen encoder with a head alone: what the features are worth as they come.

@@ -71,9 +71,12 @@ def _fitted(update: Update, difference: jax.Array) -> Update:
     matrix = _axes.as_matrix(difference, update.roles)
     a, b = _start.pair("pissa", jax.random.key(0), matrix, matrix.shape, method.rank)
     root = jnp.sqrt(jnp.asarray(method.scale, a.dtype))
-    arrays = {name: (x / root).reshape(update[name].shape) for name, x in (("a", a), ("b", b))}
-    groups = {
-        field: {name: arrays.get(name, x).astype(x.dtype) for name, x in getattr(update, field).items()}
-        for field in ("factors", "frozen")
-    }
-    return dataclasses.replace(update, key=None, **groups)
+    found = {"a": a / root, "b": b / root}
+
+    def group(arrays: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: found[name].reshape(array.shape).astype(array.dtype) if name in found else array
+            for name, array in arrays.items()
+        }
+
+    return dataclasses.replace(update, key=None, factors=group(update.factors), frozen=group(update.frozen))
