@@ -10,6 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jlora._factored import Network, scalar
+from jlora._middle import through
 from jlora._product import product
 
 
@@ -40,12 +41,32 @@ def apply(
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else dtype
     x = x.astype(compute)
     terms = _ordered(_absorbed(_scaled(network)), letters, out, compute)
-    for k, (factor, term) in enumerate(terms):
-        x = named(x) if k else x
-        later = "".join([out, groups[0] if groups else "", *(t for _, t in terms[k + 1 :])])
-        last = dtype if k == len(terms) - 1 else compute
-        x, letters = pair(x, letters, factor, term, later, dtype=last, first=first, precision=precision, groups=groups)
+    done = 0
+    while done < len(terms):
+        x = named(x) if done else x
+        (factor, term), *rest = terms[done:]
+        later = "".join([out, groups[0] if groups else "", *(t for _, t in rest)])
+        two = done > 0 and not groups and _apart(letters, [term, *(t for _, t in rest)], out)
+        done += 2 if two else 1
+        options: Any = {"dtype": compute if done < len(terms) else dtype, "first": first, "precision": precision}
+        if two:
+            (other, end), *rest = rest
+            later = "".join([out, *(t for _, t in rest)])
+            reached = "".join(c for c in letters + term + end if c in later)
+            x, letters = through(x, factor, other, (letters, term, end, reached), **options), reached
+        else:
+            x, letters = pair(x, letters, factor, term, later, groups=groups, **options)
     return spread(x.astype(dtype), letters, out)
+
+
+def _apart(letters: str, terms: Sequence[str], out: str) -> bool:
+    """Whether the next two terms, of which the first is a matrix, share no letter and contract all they meet of `x`."""
+    if len(terms) < 2 or len(terms[0]) != 2 or set(terms[0]) & set(terms[1]):
+        return False
+    known, later = set(letters), set(out).union(*terms[2:])
+    met = [known & set(term) for term in terms[:2]]
+    new = set(terms[0] + terms[1]) - known
+    return all(met) and len(met[0]) == 1 and not (met[0] | met[1]) & later and new <= later
 
 
 def named(x: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ LAYERS = [
     ["_explicit", "_plan", "quantized"],
     ["_factored"],
     ["_cuts", "_product", "_context"],
+    ["_middle"],
     ["_contract", "_site", "_flops", "_program"],
     ["_method", "rules.structural", "rules.dot_general", "rules.gather", "rules.conv"],
     ["rules", "_control", "methods._check", "methods._start", "methods._axes", "methods._random", "_lower", "_optim"],
