@@ -43,6 +43,7 @@ from jlora.io.orbax import checkpoint_args as checkpoint_args
 from jlora.io.orbax import load as load
 from jlora.io.orbax import load_state as load_state
 from jlora.io.orbax import save as save
+from jlora.methods import BOFT as BOFT
 from jlora.methods import HRA as HRA
 from jlora.methods import IA3 as IA3
 from jlora.methods import OFT as OFT

@@ -47,7 +47,7 @@ METHODS: dict[str, list[jlora.Method]] = {
     "lora_xs": [jlora.LoRAXS(2, ALPHA)],
     "miss": _blocks(jlora.MiSS, 2, 3, 5, 1),
     "oft": _blocks(jlora.OFT, 2, 3, 5, 7, 11),
-    "boft": [*_blocks(jlora.OFT, 2, 3, levels=2), *_blocks(jlora.OFT, 5, 7, 3, 2, 11)],
+    "boft": [*_blocks(jlora.BOFT, 2, 6, levels=2), *_blocks(jlora.BOFT, 2, 3, 5, 7, 11, levels=1)],
     "randlora": [jlora.RandLoRA(2, ALPHA)],
     "shira": [jlora.SHiRA(1), jlora.FourierFT(2)],
     "vera": [jlora.VeRA(3)],

@@ -65,6 +65,7 @@ def test_a_rank_that_is_none(rank):
         (lambda: jlora.HRA(5), "4 or 6 would do, not 5"),
         (lambda: jlora.IA3("both"), "axis is one of 'out', 'in', not 'both'"),
         (lambda: jlora.OFT(1), "block is at least 2"),
+        (lambda: jlora.BOFT(3, 2), "2 or 4 would do, not 3"),
         (lambda: jlora.LoKr(factor=0), "factor is a whole number from 1 on, not 0"),
         (lambda: jlora.FourierFT(n=0), "n is a whole number"),
     ],
@@ -80,7 +81,8 @@ def test_hyper_parameters_that_make_no_sense(make, message):
     [
         (jlora.Additive(3), r"mix/kernel .*rank 3 does not divide its in size 8; 1, 2, 4, 8 would do"),
         (jlora.MiSS(5), r"mix/kernel .*rank 5 does not divide its in size 8; 1, 2, 4, 8 would do"),
-        (jlora.OFT(3), r"mix/kernel .*3\^1 does not divide its in size 8; blocks that do: 2, 4, 8"),
+        (jlora.OFT(3), r"mix/kernel .*3 does not divide its in size 8; blocks that do: 2, 4, 8"),
+        (jlora.BOFT(4, 3), r"mix/kernel .*4 \* 4 does not divide its in size 8; blocks that do: 2"),
         (jlora.LoRA(2, groups=3), "mix/kernel .*3 groups do not divide axis 1, 'out' of size 8"),
         (jlora.LoRA(5, groups=2), "mix/kernel .*rank 5 .*out size 4 of each of 2 groups; lower the rank"),
         (jlora.SHiRA(5), "mix/kernel .*80 entries are more than its 8 x 8"),

@@ -21,7 +21,7 @@ LAYERS = [
     ["_contract", "_site", "_flops", "_program"],
     ["_method", "rules.structural", "rules.dot_general", "rules.gather", "rules.conv"],
     ["rules", "_control", "methods._check", "methods._start", "methods._axes", "methods._random", "_lower", "_optim"],
-    ["methods._norm", "methods._repeat", "methods.lora"],
+    ["methods._norm", "methods._repeat", "methods._rotation", "methods.lora"],
     ["_interpret", "methods.*", "_merge", "_sharding"],
     ["methods"],
     ["_trace"],

@@ -40,6 +40,7 @@ class Program:
 
 
 LINEAR = Program("linear", lambda params, x: x @ params["w"], (1, 0))
+LINEAR_OF_16 = dataclasses.replace(LINEAR, kind="linear_of_16")
 EMBEDDING = Program("embedding", lambda params, ids: params["w"][ids], (0, 1))
 CONV = Program(
     "conv",
@@ -112,6 +113,13 @@ def merged_linear(ref: Factors, w: Array) -> Factors:
     }
 
 
+def boft(ref: Factors, w: Array) -> Factors:
+    """PEFT trains whole matrices, of which the antisymmetric part counts."""
+    rows, columns = jnp.triu_indices(ref["boft_R"].shape[-1], 1)
+    q = 0.5 * (ref["boft_R"] - ref["boft_R"].mT)
+    return {"q": q[..., rows, columns], "s": ref["boft_s"][:, 0]}
+
+
 def locon(ref: Factors, w: Array) -> Factors:
     return {
         "a": ref["lora_down"].reshape(2, -1).T,
@@ -166,7 +174,10 @@ CASES = {
     "peft_ia3_feedforward": Case(jlora.IA3("in"), lambda ref, w: {"l": ref["ia3_l"][0]}),
     "peft_ia3_conv2d": Case(jlora.IA3(), lambda ref, w: {"l": ref["ia3_l"].reshape(-1)}, CONV),
     "peft_ia3_conv2d_feedforward": Case(jlora.IA3("in"), lambda ref, w: {"l": ref["ia3_l"].reshape(-1)}, CONV),
-    "peft_oft": Case(jlora.OFT(4), lambda ref, w: {"q": ref["oft_R"][None]}),
+    "peft_oft": Case(jlora.OFT(4), renamed(q="oft_R")),
+    "peft_boft": Case(jlora.BOFT(2, 2), boft),
+    "peft_boft_of_one_level": Case(jlora.BOFT(3, 1), boft),
+    "peft_boft_of_three_levels": Case(jlora.BOFT(2, 3), boft, LINEAR_OF_16),
     "peft_hra": Case(jlora.HRA(4), renamed(u="hra_u")),
     "peft_hra_conv2d": Case(jlora.HRA(4), lambda ref, w: {"u": conv_rows(ref["hra_u"], w)}, CONV),
     "peft_hira": Case(jlora.HiRA(4), renamed(a="hira_A.T", b="hira_B.T")),

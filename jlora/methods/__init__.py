@@ -3,6 +3,7 @@
 from jlora._method import Method
 from jlora.methods.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.additive import Additive as Additive
+from jlora.methods.boft import BOFT as BOFT
 from jlora.methods.conv_lora import ConvLoRA as ConvLoRA
 from jlora.methods.delora import DeLoRA as DeLoRA
 from jlora.methods.dora import DoRA as DoRA

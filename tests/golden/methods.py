@@ -25,6 +25,7 @@ import torch  # pyright: ignore[reportMissingImports]
 from lycoris.modules.locon import LoConModule  # pyright: ignore[reportMissingImports]
 from lycoris.modules.loha import LohaModule  # pyright: ignore[reportMissingImports]
 from lycoris.modules.lokr import LokrModule  # pyright: ignore[reportMissingImports]
+from peft.tuners.boft import layer as boft  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 
 from jlora.methods import _random, vera
@@ -46,6 +47,7 @@ Wrap = Callable[[nn.Module], Adapted]
 
 BASES: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(N_IN, N_OUT, bias=False),
+    "linear_of_16": lambda: nn.Linear(16, N_OUT, bias=False),
     "embedding": lambda: nn.Embedding(N_WORDS, N_OUT),
     "conv": lambda: nn.Conv2d(N_CHANNELS, N_OUT, KERNEL, bias=False),
 }
@@ -58,7 +60,9 @@ def draw(rng: np.random.RandomState, *shape: int) -> torch.Tensor:
 def example(kind: str, rng: np.random.RandomState) -> torch.Tensor:
     if kind == "embedding":
         return torch.from_numpy(rng.randint(0, N_WORDS, (2, 5)).astype(np.int32))
-    return draw(rng, 4, N_IN) if kind == "linear" else draw(rng, 2, N_CHANNELS, 4, 5)
+    if kind == "conv":
+        return draw(rng, 2, N_CHANNELS, 4, 5)
+    return draw(rng, 4, BASES[kind]().weight.shape[1])
 
 
 def tensor(array: jax.Array) -> torch.Tensor:
@@ -96,6 +100,25 @@ def of_peft(config: type[peft.PeftConfig], fix: Callable[[nn.Module], None] | No
         return Adapted(layer, merged)
 
     return wrap
+
+
+class BlockDiagonal:
+    """What PEFT's kernel for GPUs computes: each level's blocks along the diagonal of a matrix."""
+
+    @staticmethod
+    def apply(blocks: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.block_diag(*level) for level in blocks])
+
+
+def of_boft(block: int, levels: int) -> Wrap:
+    """Where PEFT cannot compile that kernel, it leaves a single level without a word but a warning."""
+    wrap = of_peft(peft.BOFTConfig, boft_block_size=block, boft_n_butterfly_factor=levels)
+
+    def with_levels(base: nn.Module) -> Adapted:
+        boft.get_fbd_cuda, boft.FastBlockDiag = lambda: True, BlockDiagonal
+        return wrap(base)
+
+    return with_levels
 
 
 def of_lycoris(module: type[nn.Module], **options: Any) -> Wrap:
@@ -248,6 +271,9 @@ REFERENCES: dict[str, tuple[str, Wrap]] = {
     "peft_ia3_conv2d": ("conv", of_peft(peft.IA3Config, feedforward_modules=[])),
     "peft_ia3_conv2d_feedforward": ("conv", of_peft(peft.IA3Config, feedforward_modules=["layer"])),
     "peft_oft": ("linear", of_peft(peft.OFTConfig, r=0, oft_block_size=4, use_cayley_neumann=False)),
+    "peft_boft": ("linear", of_boft(2, 2)),
+    "peft_boft_of_one_level": ("linear", of_boft(3, 1)),
+    "peft_boft_of_three_levels": ("linear_of_16", of_boft(2, 3)),
     "peft_hra": ("linear", of_peft(peft.HRAConfig, r=4, apply_GS=False)),
     "peft_hra_conv2d": ("conv", of_peft(peft.HRAConfig, r=4, apply_GS=False)),
     "peft_hira": ("linear", of_peft(peft.HiraConfig, r=4)),
