@@ -118,8 +118,10 @@ def test_law_of_quantized_weights(program: Program, kind: Kind) -> None:
 def hold(program: Program, kind: Kind, method: str, base: Callable[[Tree], Tree] = lambda params: params) -> None:
     errors = law(program, kind, method, base)
     bounds = BOUNDS | ({"float32": BOUNDS["bfloat16"]} if kind.coarse else {})
-    if method == "hra":  # reflections take away twice what is there, and cancel
-        bounds["bfloat16"] *= 4
+    if method == "hra":
+        # The program's own product x W is rounded to bfloat16 before x (W - H W) is taken from it. |x W| may exceed
+        # |x H W| by the condition number of W, and half an epsilon of the former counts in units of the latter.
+        bounds["bfloat16"] *= 2
     assert {name: error for name, error in errors.items() if not error <= bounds[name.split()[0]]} == {}
 
 

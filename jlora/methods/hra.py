@@ -21,7 +21,7 @@ class HRA(Method):
         H W,    H = H_r ... H_1,    H_k = I - 2 u_k u_k^T / |u_k|^2,    U: (*stack, *in, rank)
 
     H is I - U T U^T with a small triangular T (Joffrain et al. 2006, doi:10.1145/1141885.1141886), so H W is W minus a
-    low-rank product of U, T and U^T W, and costs what LoRA does. Reflections start in equal pairs, which cancel up to
+    low-rank product of U T and U^T W, and costs what LoRA does. Reflections start in equal pairs, which cancel up to
     rounding.
 
     Arguments:
@@ -64,6 +64,7 @@ class HRA(Method):
             one = jnp.broadcast_to(jnp.eye(self.rank, dtype=u.dtype), gram.shape)
             t = lax.linalg.triangular_solve(jnp.tril(gram, -1) + 0.5 * one, one, left_side=True, lower=True)
             image = u.mT @ _axes.matrix(w, update.roles).astype(u.dtype)
-        one, two = _axes.ranks(w, 2)
-        pairs = [(u, stack + inner + one), (t, stack + one + two), (image, stack + two + outer)]
-        return _axes.add(w, pairs, {one: self.rank, two: self.rank}, -update.scale)
+            u = u @ t
+        rank = _axes.ranks(w)
+        pairs = [(u, stack + inner + rank), (image, stack + rank + outer)]
+        return _axes.add(w, pairs, {rank: self.rank}, -update.scale)
