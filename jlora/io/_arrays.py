@@ -97,7 +97,7 @@ def read(folder: Path, records: Mapping[str, Any], places: Mapping[str, Place]) 
 
 
 def _announce(folder: Path) -> None:
-    """Tells the system that all files will be read; what is mapped it fetches in small steps otherwise."""
+    """Tells the system that all files will be read, so that the disk works while arrays are planned and placed."""
     if not hasattr(os, "posix_fadvise"):
         return
     for file in sorted(found for found in folder.rglob("*") if found.is_file()):
