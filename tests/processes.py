@@ -46,9 +46,9 @@ def main() -> None:
     seen = []
     fill = _arrays._fill
 
-    def watched(folder, plan, box, known):
+    def watched(folder, files, plan, box, known):
         seen.append([plan.name, [[part.start, part.stop] for part in box]])
-        return fill(folder, plan, box, known)
+        return fill(folder, files, plan, box, known)
 
     _arrays._fill = watched
     loaded = jlora.load(folder, params=params)

@@ -232,6 +232,48 @@ def test_a_bias_without_a_name(tmp_path):
         jlora.peft.save(tmp_path / "b", {}, NAMES)
 
 
+@pytest.mark.parametrize(
+    ("alphas", "dtype", "stored"),
+    [
+        ((3.0, 9.0), jnp.bfloat16, jnp.bfloat16),
+        ((3.0, 5.0), jnp.bfloat16, jnp.float32),
+        ((3.0, 5.0), jnp.float32, jnp.float32),
+    ],
+)
+def test_a_stack_whose_layers_differ_in_rank(tmp_path, alphas, dtype, stored):
+    """Layers of rank 2 and 3 become one LoRA of rank 3: the numbers are the same, and zeros stay zeros."""
+    model, ranks = MODELS["llama"], (2, 3)
+    _, sites, _ = program("llama")
+    methods = [jlora.LoRA(rank, alpha) for rank, alpha in zip(ranks, alphas, strict=True)]
+    targets = {f"layers/{k}/attention/query/kernel": method for k, method in enumerate(methods)}
+    given = small.nonzero(jlora.init(jax.random.key(0), sites, targets, dtype=dtype))
+    jlora.peft.save(tmp_path / "a", given, model.names)
+
+    scanned = MODELS["llama_scanned"]
+    params, sites, run = program("llama_scanned")
+    adapter = jlora.peft.load(tmp_path / "a", sites, scanned.names)
+    (update,) = adapter.values()
+    assert update.method.rank == max(ranks)
+    unit = update.method.scale * update.scale
+    assert (update["a"].dtype, update["b"].dtype) == (dtype, stored)
+    for k, (path, one) in enumerate(given.items()):
+        rank, ratio = ranks[k], np.float32(methods[k].scale / unit)
+        assert path == f"layers/{k}/attention/query/kernel"
+        assert np.array_equal(update["a"][k, :, :rank], one["a"])
+        assert np.array_equal(update["b"][k, :rank].astype(np.float32), one["b"].astype(np.float32) * ratio)
+        assert not update["a"][k, :, rank:].any()
+        assert not update["b"][k, rank:].any()
+
+    x = jnp.asarray(golden()["input"]["llama"]["x"])
+    apply = jlora.adapt(scanned.apply)
+    gradients = jax.jit(jax.grad(lambda adapter: jnp.sin(apply(params, adapter, x)).sum()))(adapter)
+    (gradient,) = gradients.values()
+    assert gradient["a"][0, :, :2].any()
+    assert not gradient["a"][0, :, 2:].any()
+    assert not gradient["b"][0, 2:].any()
+    close(run(jlora.merge(params, adapter)), program("llama")[2](jlora.merge(program("llama")[0], given)))
+
+
 def test_vllm(tmp_path):
     params, sites, _ = program("llama")
     names = MODELS["llama"].names

@@ -8,11 +8,12 @@ import pickle
 import jax
 import jax.numpy as jnp
 import pytest
+import tensorstore as ts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jlora
-from jlora.io import _describe
+from jlora.io import _describe, _index
 from tests import small
 from tests.checkpoints import GOLDEN, same, varied
 from tests.methods import METHODS, fitting
@@ -146,6 +147,21 @@ def test_every_format_that_was_ever_released(folder):
     same(jlora.load(folder), varied())
     same(jlora.load(folder, params=small.params()), varied())
     assert {found.name for found in GOLDEN.iterdir()} == {"1", "2"}
+
+
+def test_an_index_of_several_levels(tmp_path):
+    """Every key is found with its value, in the index or in a file whose name needs escapes."""
+    config = {"max_decoded_node_bytes": 300, "max_inline_value_bytes": 4}
+    spec = {"driver": "ocdbt", "base": f"file://{tmp_path}/", "config": config, "value_data_prefix": "a%b:c d/"}
+    store = ts.KvStore.open(spec).result()
+    values = {f"prefix/key{k}": bytes([k]) * (k % 8) for k in range(40)}
+    for key, value in values.items():
+        store[key] = value
+    found = _index.read(tmp_path)
+    spans = {key: value for key, value in found.items() if isinstance(value, _index.Span)}
+    parts = {key: span.file.read_bytes()[span.start : span.start + span.size] for key, span in spans.items()}
+    assert found | parts == values
+    assert {key for key, value in values.items() if len(value) > 4} == set(spans)
 
 
 def test_nothing_is_unpickled(saved, monkeypatch):

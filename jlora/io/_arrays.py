@@ -1,11 +1,14 @@
-"""Arrays of a checkpoint, read with TensorStore: every process its own shards, each byte copied once and checked."""
+"""Arrays of a checkpoint: every process reads its own shards, each byte copied once and checked.
+
+What is compressed is read with TensorStore.
+"""
 
 import contextlib
 import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
+from jlora.io import _index, _raw
 from jlora.io._error import CheckpointError
 from jlora.io._pieces import Box, checksum, grid, inside, overlap, plain, within
 
@@ -24,12 +28,10 @@ Place = jax.sharding.Sharding | str | None  # None is the default device, with n
 _THREADS = 4
 _AT_A_TIME = 256 << 20  # bytes that are read before any of them go to their devices
 _AHEAD = 2 << 20  # bytes that the system is asked for at once
-# Files are mapped, so that no copy is made but the one into the array itself, and of the store only its index is kept.
-_CONTEXT = {
-    "cache_pool": {"total_bytes_limit": 0},
-    "cache_pool#index": {"total_bytes_limit": 128 << 20},
-    "file_io_mode": {"mode": "memmap"},
-}
+_PAGE = 2 << 20  # bytes of a large page; memory comes several times faster in those
+_SLAB = 16 * _PAGE  # bytes that small arrays share
+_SMALL = 2 * _PAGE  # bytes of an array that shares none
+_CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, "cache_pool#index": {"total_bytes_limit": 128 << 20}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class _Plan:
     name: str
     record: Any
     place: Place
-    store: Any
+    source: Any  # `_raw.Raw`, a TensorStore, or None where the array is empty
     targets: list[_Target]
 
 
@@ -67,18 +69,23 @@ def read(folder: Path, records: Mapping[str, Any], places: Mapping[str, Place]) 
         CheckpointError: where an array is missing, of another shape or dtype, or altered; with all that were altered.
     """
     context = ts.Context(_CONTEXT)
+    wanted = [name for name in places if all(records[name]["shape"])]
+    with _reading(folder, "The index of the arrays"):
+        index = _index.read(folder) if wanted else {}
+        raw = {name: _raw.find(index, name, records[name]) for name in wanted}
+    names = sorted(places, key=lambda name: source.start if (source := raw.get(name)) else ("", 0))
     found: dict[str, Any] = {}
     altered: set[str] = set()
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(_THREADS + 1) as pool:
         if len(places) == len(records) and jax.process_count() == 1:
             pool.submit(_announce, folder)
-        for names in _batches(places, records):
-            opened = {name: _open(folder, name, context) for name in names if all(records[name]["shape"])}
-            plans = [_plan(folder, name, records[name], places[name], opened.get(name)) for name in names]
-            jobs = [job for plan in plans for job in _jobs(plan)]
-            shares = [jobs[k::_THREADS] for k in range(_THREADS)]
-            altered = altered.union(*pool.map(lambda share: _fill_all(folder, share), shares))
-            found |= {plan.name: _placed(plan) for plan in plans}
+        for batch in _batches(names, records):
+            opened = {name: raw[name] or _open(folder, name, context) for name in batch if name in raw}
+            room = _Room()
+            plans = [_plan(folder, name, records[name], places[name], opened.get(name), room) for name in batch]
+            jobs = iter([job for plan in plans for job in _jobs(plan)])
+            altered = altered.union(*pool.map(lambda k, jobs=jobs: _fill_all(folder, jobs), range(_THREADS)))
+            found |= _placed(plans)
     if altered:
         raise CheckpointError(
             f"Arrays in {folder} were altered after they were written. Use an earlier checkpoint.\n  "
@@ -90,7 +97,7 @@ def read(folder: Path, records: Mapping[str, Any], places: Mapping[str, Place]) 
 
 
 def _announce(folder: Path) -> None:
-    """Tells the system that all files will be read; what is mapped it fetches in small steps otherwise."""
+    """Tells the system that all files will be read, so that the disk works while arrays are planned and placed."""
     if not hasattr(os, "posix_fadvise"):
         return
     for file in sorted(found for found in folder.rglob("*") if found.is_file()):
@@ -112,14 +119,14 @@ def _batches(names: Iterable[str], records: Mapping[str, Any]) -> Iterator[list[
 
 
 @contextlib.contextmanager
-def _reading(folder: Path, name: str) -> Iterator[None]:
-    """Errors inside are errors of one array; TensorStore's own have no class of their own."""
+def _reading(folder: Path, what: str) -> Iterator[None]:
+    """Errors inside are errors of one array, say; TensorStore's own have no class of their own."""
     try:
         yield
     except Exception as error:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"The array {name!r} in {folder} is missing or damaged: {reason}. Use an earlier checkpoint."
+            f"{what} in {folder} is missing or damaged: {reason}. Use an earlier checkpoint."
         ) from error
 
 
@@ -128,18 +135,17 @@ def _open(folder: Path, name: str, context: ts.Context) -> Any:
     files = {"driver": "file", "path": f"{folder}/"}
     kvstore = {"driver": "ocdbt", "base": files, "path": f"{name}/", "cache_pool": "cache_pool#index"}
     spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
-    with _reading(folder, name):
+    with _reading(folder, f"The array {name!r}"):
         return ts.open(spec, context=context, open=True, read=True)
 
 
-def _plan(folder: Path, name: str, record: Any, place: Place, opened: Any) -> _Plan:
+def _plan(folder: Path, name: str, record: Any, place: Place, source: Any, room: "_Room") -> _Plan:
     shape, dtype = tuple(record["shape"]), jnp.dtype(record["dtype"])
-    store = None
-    if opened is not None:
-        with _reading(folder, name):
-            store = opened.result()
-            if (store.shape, store.dtype.numpy_dtype) != (shape, dtype):
-                raise ValueError(f"recorded as {dtype.name}{shape}, found {store.dtype.name}{tuple(store.shape)}")
+    if isinstance(source, ts.Future):
+        with _reading(folder, f"The array {name!r}"):
+            source = source.result()
+            if (source.shape, source.dtype.numpy_dtype) != (shape, dtype):
+                raise ValueError(f"recorded as {dtype.name}{shape}, found {source.dtype.name}{tuple(source.shape)}")
     parts: dict[Any, list[Any]] = {}
     if isinstance(place, jax.sharding.Sharding):
         for device, index in place.addressable_devices_indices_map(shape).items():
@@ -148,66 +154,93 @@ def _plan(folder: Path, name: str, record: Any, place: Place, opened: Any) -> _P
     else:
         parts[tuple((0, n) for n in shape)] = []
     boxes = [(tuple(slice(*pair) for pair in part), devices) for part, devices in parts.items()]
-    return _Plan(name, record, place, store, [_Target(box, _empty(box, dtype), devices) for box, devices in boxes])
+    targets = [_Target(box, room.take(box, dtype), devices) for box, devices in boxes]
+    return _Plan(name, record, place, source, targets)
 
 
 def _jobs(plan: _Plan) -> list[Job]:
-    """What is read here of an array: pieces, where its bytes are stored as they are.
-
-    What is compressed is taken a shard at a time, for that is how it was written.
-    """
-    if plan.store is None:
+    """What is read here of an array: pieces or, of what is compressed, shards, for that is how it was written."""
+    if plan.source is None:
         return []
     record = plan.record
     known = list(zip(grid(record["shape"], record["shard"], record["piece"]), record["sums"], strict=True))
     units = [(box, [(box, recorded)]) for box, recorded in known]
-    if plan.store.codec.to_json().get("compressor") is not None:
+    if not isinstance(plan.source, _raw.Raw):
         shards = grid(record["shape"], record["shard"])
         units = [(shard, [(box, recorded) for box, recorded in known if inside(box, shard)]) for shard in shards]
     return [(plan, *unit) for unit in units if any(overlap(unit[0], target.box) is not None for target in plan.targets)]
 
 
-def _fill_all(folder: Path, jobs: list[Job]) -> set[str]:
-    """The names of the arrays whose sums are wrong."""
-    return {plan.name for plan, box, known in jobs if not _fill(folder, plan, box, known)}
+def _fill_all(folder: Path, jobs: Iterator[Job]) -> set[str]:
+    """The names of the arrays whose sums are wrong, of the jobs that are left for this thread."""
+    with contextlib.closing(_raw.Files()) as files:
+        return {plan.name for plan, box, known in jobs if not _fill(folder, files, plan, box, known)}
 
 
-def _fill(folder: Path, plan: _Plan, box: Box, known: list[tuple[Box, Any]]) -> bool:
+def _fill(folder: Path, files: _raw.Files, plan: _Plan, box: Box, known: list[tuple[Box, Any]]) -> bool:
     """Reads a box into every target that shares some of it; says whether its sums are right."""
     owner = next((target for target in plan.targets if inside(box, target.box)), None)
     buffer = None if owner is None else owner.out[within(box, owner.box)]
     if buffer is None or not buffer.flags.c_contiguous:
         owner, buffer = None, np.empty([b.stop - b.start for b in box], jnp.dtype(plan.record["dtype"]))
-    with _reading(folder, plan.name):
-        source = plan.store[box]
-        ts.array(buffer).write(source.translate_to[(0,) * len(box)] if box else source).result()
+    with _reading(folder, f"The array {plan.name!r}"):
+        if isinstance(plan.source, _raw.Raw):
+            ((_, recorded),) = known
+            right = plan.source.read(files, box, lambda fill: _sum(buffer, recorded, fill)) == recorded
+        else:
+            source = plan.source[box]
+            ts.array(buffer).write(source.translate_to[(0,) * len(box)] if box else source).result()
+            right = all(_sum(buffer[within(piece, box)], recorded) == recorded for piece, recorded in known)
     for target in plan.targets:
         both = overlap(box, target.box)
         if both is not None and target is not owner:
             target.out[within(both, target.box)] = buffer[within(both, box)]
-    return all(_sum(buffer[within(piece, box)], recorded) == recorded for piece, recorded in known)
+    return right
 
 
-def _placed(plan: _Plan) -> Any:
-    """The array on its devices; on a CPU it is the memory that was read into."""
-    if isinstance(plan.place, jax.sharding.Sharding):
-        shards = [jax.device_put(target.out, device) for target in plan.targets for device in target.devices]
-        return jax.make_array_from_single_device_arrays(tuple(plan.record["shape"]), plan.place, shards)
-    (target,) = plan.targets
-    return target.out if plan.place == HOST else jax.device_put(target.out)
+def _placed(plans: list[_Plan]) -> dict[str, Any]:
+    """The arrays on their devices; on a CPU they are the memory that was read into."""
+    host = {plan.name: plan.targets[0].out for plan in plans if not isinstance(plan.place, jax.sharding.Sharding)}
+    free = [plan.name for plan in plans if plan.place is None]
+    found = host | dict(zip(free, jax.device_put([host[name] for name in free]), strict=True))
+    for plan in plans:
+        if isinstance(plan.place, jax.sharding.Sharding):
+            shards = [jax.device_put(target.out, device) for target in plan.targets for device in target.devices]
+            shape = tuple(plan.record["shape"])
+            found[plan.name] = jax.make_array_from_single_device_arrays(shape, plan.place, shards)
+    return found
 
 
-def _sum(data: np.ndarray, recorded: Any) -> Any:
-    """The sum of the recorded kind: format 1 had SHA-256."""
-    if isinstance(recorded, str):
-        return hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()
-    return checksum(data)
+def _sum(data: np.ndarray, recorded: Any, fill: Callable[[np.ndarray], None] | None = None) -> Any:
+    """The sum of the recorded kind, of what `fill` writes there: format 1 had SHA-256."""
+    if not isinstance(recorded, str):
+        return checksum(data, fill)
+    raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    if fill is not None:
+        fill(raw)
+    return hashlib.sha256(raw.data).hexdigest()
 
 
-def _empty(box: Box, dtype: np.dtype) -> np.ndarray:
-    """Memory that starts at a multiple of 64 bytes, which a CPU device takes as it is."""
-    shape = [b.stop - b.start for b in box]
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
+class _Room:
+    """Memory for arrays, that of small ones in slabs, which last as long as any array in them."""
+
+    def __init__(self) -> None:
+        self.left = np.empty(0, np.uint8)
+
+    def take(self, box: Box, dtype: np.dtype) -> np.ndarray:
+        """Memory that starts at a multiple of 64 bytes, which a CPU device takes as it is."""
+        shape = [b.stop - b.start for b in box]
+        size = math.prod(shape) * dtype.itemsize
+        whole = size + -size % 64
+        if whole >= _SMALL:
+            return _aligned(size).view(dtype).reshape(shape)
+        if whole > self.left.size:
+            self.left = _aligned(_SLAB)
+        out, self.left = self.left[:size], self.left[whole:]
+        return out.view(dtype).reshape(shape)
+
+
+def _aligned(size: int) -> np.ndarray:
+    raw = np.empty(_PAGE + size, np.uint8)
+    start = -raw.ctypes.data % _PAGE
+    return raw[start : start + size]

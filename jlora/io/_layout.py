@@ -248,12 +248,16 @@ def side_by_side(parts: Sequence[Piece | None], place: Place) -> Piece:
 def assemble(pieces: Mapping[Index, Piece], place: Place) -> Update:
     """The update of a weight from one piece for every index of its stack.
 
+    LoRAs of several ranks and scales become one of the largest rank, with zeros in A and in B for what a module lacks:
+    no gradient reaches those, so they stay zero.
+
     Raises:
-        ValueError: where a module is missing, or they differ in method or scale.
+        ValueError: where a module is missing, or they differ otherwise in method or scale.
     """
     missing = [place.modules[index][0] for index in place.modules if index not in pieces]
     if missing:
         raise ValueError(f"{place.path} is one weight for all of its stack, and {', '.join(missing)} has no adapter.")
+    pieces = _of_one_rank(pieces)
     first = pieces[next(iter(place.modules))]
     for index, piece in pieces.items():
         if (piece.method, piece.scale) != (first.method, first.scale):
@@ -277,6 +281,35 @@ def assemble(pieces: Mapping[Index, Piece], place: Place) -> Update:
         factors = {name: array.transpose(np.argsort(order)) for name, array in factors.items()}
     arrays: Any = factors
     return Update(arrays, first.method, place.weight.roles, place.weight.shape, scale=first.scale)
+
+
+def _of_one_rank(pieces: Mapping[Index, Piece]) -> Mapping[Index, Piece]:
+    """The same, where they are plain LoRAs of several ranks or scales with one rank and scale."""
+    methods = {index: piece.method for index, piece in pieces.items()}
+    loras = {index: method for index, method in methods.items() if type(method) is LoRA and method.groups == 1}
+    alike = len({(method, pieces[index].scale) for index, method in methods.items()}) == 1
+    if alike or len(loras) < len(pieces) or len({method.dropout for method in loras.values()}) > 1:
+        return pieces
+    rank, scales = max(method.rank for method in loras.values()), [_scale(piece) for piece in pieces.values()]
+    unit = max(scales, key=abs) or 1.0
+    if any(abs(math.frexp(scale / unit)[0]) != 0.5 for scale in scales):  # which bfloat16 would round
+        pieces = {index: _in_float32(piece) for index, piece in pieces.items()}
+    return {index: widened(piece, rank, unit) for index, piece in pieces.items()}
+
+
+def _in_float32(piece: Piece) -> Piece:
+    b = piece.flat["b"]
+    return dataclasses.replace(piece, flat=piece.flat | {"b": b.astype(np.promote_types(b.dtype, np.float32))})
+
+
+def widened(piece: Piece, rank: int, scale: float) -> Piece:
+    """A LoRA with zeros up to a rank, and of a scale, the rest of it in B."""
+    assert isinstance(piece.method, LoRA)
+    a, b = piece.flat["a"], piece.flat["b"]
+    more, ratio = rank - piece.method.rank, _scale(piece) / scale
+    a = np.pad(a, [*[(0, 0)] * (a.ndim - 1), (0, more)])
+    b = np.pad(b * b.dtype.type(ratio), [*[(0, 0)] * (b.ndim - 2), (0, more), (0, 0)])
+    return Piece(LoRA(rank, scale * rank, dropout=piece.method.dropout), 1.0, {"a": a, "b": b})
 
 
 class Part(NamedTuple):

@@ -74,21 +74,19 @@ def adapter(config: _peft_config.Config, tensors: Tensors, sites: Sites, names: 
         if name not in heads:
             _peft_whole.check_base(name, tensor, owners[name], base)
     out: Adapter = {}
+    templates: dict[Any, dict[str, Any]] = {}
     for path, by_index in pieces.items():
         place = found[path]
         rows = {k: side_by_side([row.get(p) for p in range(place.pieces)], place) for k, row in by_index.items()}
         out[path] = assemble(rows, place)
-        _check_update(path, out[path], sites)
+        _check_update(path, out[path], sites, templates)
         out[path] = relative(path, out[path], base)
     for path, bias in biases(out, sites, found).items():
         if bias in out:
             raise ValueError(f"The file trains the bias {bias} and scales it by IA3; jlora does one of the two.")
         out[bias] = scaled_bias(path, out[path], bias, base)
-    return {path: _on_device(out[path]) for path in sites if path in out}
-
-
-def _on_device(update: Update) -> Update:
-    return dataclasses.replace(update, factors={name: jnp.asarray(array) for name, array in update.factors.items()})
+    placed = jax.device_put({path: out[path].factors for path in sites if path in out})
+    return {path: dataclasses.replace(out[path], factors=factors) for path, factors in placed.items()}
 
 
 def _grouped(tensors: Tensors, owners: Owners, config: _peft_config.Config) -> File:
@@ -115,6 +113,8 @@ def _grouped(tensors: Tensors, owners: Owners, config: _peft_config.Config) -> F
 
 def _unwrapped(module: str, owners: Owners, config: _peft_config.Config) -> str:
     """The parameter that tensors are of, where PEFT adapts several of one module: it wraps the first one innermost."""
+    if not config.get("target_parameters"):
+        return module
     bare = re.sub(r"(\.base_layer)+$", "", module)
     inside = [n for n in owners if n.rpartition(".")[0] == bare and _peft_config.targets_parameter(config, n)]
     depth = module.removeprefix(bare).count(".base_layer")
@@ -199,12 +199,19 @@ def _adapted(config: _peft_config.Config, name: str, parts: Tensors, own: list[O
     return Piece(method, scale, flat)
 
 
-def _check_update(path: str, update: Update, sites: Sites) -> None:
-    """Raises unless the factors are those that the method has for the site."""
+def _check_update(path: str, update: Update, sites: Sites, templates: dict[Any, dict[str, Any]]) -> None:
+    """Raises unless the factors are those that the method has for the site.
+
+    Arguments:
+        templates: those that sites of the same kind had, to which this one is added.
+    """
     site, method = sites[path], update.method
     if not isinstance(method, Full) and site.refusal:
         raise ValueError(f"{type(method).__name__} cannot adapt {path} {site.shape}: {site.refusal}.")
-    template = jax.eval_shape(lambda: method.init(jax.random.key(0), site, jnp.float32, None))
+    alike = (method, site.shape, site.roles)
+    if alike not in templates:
+        templates[alike] = jax.eval_shape(lambda: method.init(jax.random.key(0), site, jnp.float32, None))
+    template = templates[alike]
     want = {name: a.shape for name, a in template.items()}
     have = {name: a.shape for name, a in update.factors.items()}
     if want != have:

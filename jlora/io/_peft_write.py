@@ -9,7 +9,7 @@ import numpy as np
 from jlora._method import Adapter, Update
 from jlora._to_lora import to_lora
 from jlora.io import _peft_config, _peft_vera, _peft_whole
-from jlora.io._layout import Part, Piece, common, divide, join, kind
+from jlora.io._layout import Part, Piece, common, divide, join, kind, widened
 from jlora.io._names import Names, Owner, Place, Weight, misfit, owners_of, places
 from jlora.io._peft_base import Base, whole, without_scaled_biases
 from jlora.io._peft_tensors import Tensors, written
@@ -251,12 +251,8 @@ def _uniform(parts: Mapping[str, Part], why: str, said: list[str]) -> dict[str, 
         return dict(parts)
     out = {}
     for name, (place, piece) in parts.items():
-        a, b = piece.flat["a"], piece.flat["b"]
         more, ratio = rank - loras[name].rank, scales[name] / scale
-        a = np.pad(a, [*[(0, 0)] * (a.ndim - 1), (0, more)])
-        b = np.pad(b * b.dtype.type(ratio), [*[(0, 0)] * (b.ndim - 2), (0, more), (0, 0)])
-        method = LoRA(rank, scale * rank, dropout=loras[name].dropout)
-        out[name] = Part(place, Piece(method, 1.0, {"a": a, "b": b}))
+        out[name] = Part(place, widened(piece, rank, scale))
         changes = [f"rank {loras[name].rank} padded to {rank}"] * bool(more) + [f"B times {ratio:g}"] * (ratio != 1)
         if changes:
             said.append(f"{name}: {', '.join(changes)}, since {why}.")

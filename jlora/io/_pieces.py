@@ -3,7 +3,7 @@
 import itertools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ Box = tuple[slice, ...]
 
 _BYTES = 4 << 20  # of a piece: small enough for a processor's cache
 _ROW = 509  # words; a prime, so that blocks of a disk which change places change the sum
+_BLOCK = 96 * 8 * _ROW  # bytes, which are in a processor's own cache when they are added up
 
 
 def piece_shape(shard: Sequence[int], itemsize: int) -> tuple[int, ...]:
@@ -61,16 +62,27 @@ def plain(index: Box, shape: Sequence[int]) -> Box:
     return tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape, strict=True))
 
 
-def checksum(data: np.ndarray) -> int:
+def checksum(data: np.ndarray, fill: Callable[[np.ndarray], None] | None = None) -> int:
     """The CRC-32 of an array's bytes, folded.
 
         crc32(rest, crc32(sum over rows of 509 words, modulo 2^64)),    the rest what fills no row
 
     Adding up runs at the speed of memory, and no change of a single word can leave its column's sum as it was.
+
+    Arguments:
+        data: the array.
+        fill: writes the array's bytes, a block at a time and in order, each before it is added up: the processor's
+            cache still has it then. The array has to be contiguous.
     """
-    raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    raw = (np.ascontiguousarray(data) if fill is None else data).reshape(-1).view(np.uint8)
     whole = raw.size - raw.size % (8 * _ROW)
-    folded = raw[:whole].view(np.uint64).reshape(-1, _ROW).sum(axis=0, dtype=np.uint64)
+    folded = np.zeros(_ROW, np.uint64)
+    for start in range(0, raw.size, _BLOCK):
+        block = raw[start : start + _BLOCK]
+        if fill is not None:
+            fill(block)
+        rows = raw[start : min(start + _BLOCK, whole)].view(np.uint64).reshape(-1, _ROW)
+        folded += rows.sum(axis=0, dtype=np.uint64)
     return zlib.crc32(raw[whole:].data, zlib.crc32(folded.astype("<u8").data))
 
 

@@ -18,7 +18,8 @@ def load(folder: str | os.PathLike[str], sites: Sites, names: Names, *, params: 
 
     What its configuration says and jlora does not implement is refused, and so is a tensor that is missing, left
     over, or of another shape. VeRA with random matrices other than those that jlora draws from the seed becomes the
-    equal LoRA. Where PEFT adapts one use of a tied weight and jlora all, it is refused.
+    equal LoRA. So do LoRAs of several ranks or scales in one stack, that of the largest rank, with zeros in A and in B
+    that no gradient reaches. Where PEFT adapts one use of a tied weight and jlora all, it is refused.
 
     Arguments:
         folder: with `adapter_config.json` and `adapter_model.safetensors`.

@@ -3,7 +3,7 @@
 For every model the file holds its weights, an input and the output; for every adapter that PEFT made its two files and
 the output; for every adapter that jlora made its two files and the output of the model into which PEFT loaded them.
 
-    pip install -e ".[test]" torch==2.13.0 transformers==5.23.0 peft==0.21.2
+    pip install -e ".[references]"
     PYTHONPATH=.:examples python -m tests.golden.exchange
 """
 

@@ -4,7 +4,7 @@ The file holds a weight and an input for each kind of layer, and for each refere
 library's own names, the output, the gradients of sum(sin(output)) with respect to those tensors, and the weight with
 the adapter folded in.
 
-    pip install . torch==2.13.0 peft==0.21.2 loralib==0.1.2 lycoris-lora==4.1.3
+    pip install ".[references]"
     python tests/golden/methods.py
 """
 

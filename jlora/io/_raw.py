@@ -1,0 +1,127 @@
+"""Arrays whose bytes lie in a checkpoint's files as they are: read straight into the memory that they go to."""
+
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.io._index import Span
+from jlora.io._pieces import Box
+
+
+@dataclasses.dataclass(frozen=True)
+class Raw:
+    """An array in chunks of one shape, none of them compressed.
+
+    Arguments:
+        chunks: by their starts, the bytes or where those lie.
+        shape: of a chunk.
+        itemsize: bytes of a number.
+    """
+
+    chunks: Mapping[tuple[int, ...], bytes | Span]
+    shape: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def start(self) -> tuple[str, int]:
+        """Where the first chunk lies, to sort by."""
+        first = next(iter(self.chunks.values()))
+        return (str(first.file), first.start) if isinstance(first, Span) else ("", 0)
+
+    def read(self, files: "Files", box: Box, sink: Callable[[Callable[[np.ndarray], None]], Any]) -> Any:
+        """What `sink` makes of a function that fills arrays of bytes with those of a piece, one after the other.
+
+        Raises:
+            ValueError: where the file ends early.
+            OSError: where it cannot be read.
+        """
+        corner = tuple(b.start // n * n for b, n in zip(box, self.shape, strict=True))
+        offset = 0
+        for b, at, n in zip(box, corner, self.shape, strict=True):
+            offset = offset * n + b.start - at
+        where = self.chunks[corner]
+        start = offset * self.itemsize
+        if isinstance(where, Span):
+            file = files.open(where.file)
+            file.seek(where.start + start)
+        else:
+            file = io.BytesIO(where[start:])
+        return sink(lambda block: _fill(block, file))
+
+
+class Files:
+    """The file that a thread read from last, open."""
+
+    def __init__(self) -> None:
+        self.path, self.file = None, None
+
+    def open(self, path: Path) -> io.FileIO:
+        """A file, at whatever place it was left."""
+        if self.file is None or path != self.path:
+            self.close()
+            self.path, self.file = path, path.open("rb", buffering=0)
+        return self.file
+
+    def close(self) -> None:
+        """Closes it."""
+        if self.file is not None:
+            self.file.close()
+        self.file = None
+
+
+def _fill(block: np.ndarray, file: Any) -> None:
+    left = block.data
+    while len(left):
+        count = file.readinto(left)
+        if not count:
+            raise ValueError("a file ends early")
+        left = left[count:]
+
+
+def find(index: Mapping[str, bytes | Span], name: str, record: Any) -> Raw | None:
+    """An array as its bytes are stored; None where they are compressed, or not what was recorded, or not all there."""
+    said = index.get(f"{name}/.zarray")
+    if not isinstance(said, bytes):
+        return None
+    meta = _parsed(said)
+    shape, shard, piece = (tuple(record[field]) for field in ("shape", "shard", "piece"))
+    itemsize = jnp.dtype(record["dtype"]).itemsize
+    plain = {"compressor": None, "filters": None, "order": "C", "shape": list(shape), "chunks": list(shard)}
+    if any(meta.get(field) != value for field, value in plain.items()) or not _same(meta.get("dtype"), record):
+        return None
+    if any(s % c for s, c in zip(shape, shard, strict=True)) or not _contiguous(piece, shard):
+        return None
+    chunks = {}
+    for at in itertools.product(*(range(s // c) for s, c in zip(shape, shard, strict=True))):
+        value = index.get(f"{name}/{meta.get('dimension_separator', '.').join(map(str, at)) or 0}")
+        size = value.size if isinstance(value, Span) else len(value or b"")
+        if value is None or size != math.prod(shard) * itemsize:
+            return None
+        chunks[tuple(k * c for k, c in zip(at, shard, strict=True))] = value
+    return Raw(chunks, shard, itemsize)
+
+
+@functools.lru_cache
+def _parsed(said: bytes) -> Any:
+    """zarr's description of an array, which is the same for all of one shape."""
+    return json.loads(said)
+
+
+def _same(spelled: Any, record: Any) -> bool:
+    """Whether zarr's name of a dtype, with its order of bytes, is that of the record."""
+    return isinstance(spelled, str) and jnp.dtype(spelled) == jnp.dtype(record["dtype"])
+
+
+def _contiguous(piece: Sequence[int], shard: Sequence[int]) -> bool:
+    """Whether all pieces of a shard are runs of its bytes."""
+    first = next((axis for axis, n in enumerate(piece) if n > 1), len(piece))
+    return all(p == n for p, n in zip(piece[first + 1 :], shard[first + 1 :], strict=True))
