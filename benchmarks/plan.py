@@ -77,32 +77,43 @@ def _weak(topology: str) -> Row:
 def _nf4(model: str, topology: str, batch: int, length: int) -> Row:
     """A base in 4 bits, on few chips."""
     sizes = dataclasses.replace(SIZES[model], length=length)
-    return _row(model, topology, FORMS[:1], sizes=sizes, batch=batch, base="nf4")
+    return _row(model, topology, sizes=sizes, batch=batch, base="nf4")
 
 
 BLOCK = Sizes(8, 4096, 14336, 32, 8, length=2048)
 WEAK = ("4x4", "4x8", "8x8", "8x16", "16x16")
 PAPER = {"rank": 4, "kernels": r"layers/(wq|wv)"}
 
-# From one host up: the first that fits is the answer, and those before it show that they do not.
-SLICES = {
-    "Llama 3 8B": {"v5e": ("2x2", "2x4"), "v5p": ("2x2x1",), "v6e": ("2x2",)},
-    "Llama 3 70B": {"v5e": ("4x4", "4x8"), "v5p": ("2x2x1", "2x2x2"), "v6e": ("2x4", "4x4")},
-    "Llama 3 405B": {"v5e": ("8x16", "16x16"), "v5p": ("2x2x2", "2x2x4", "2x4x4"), "v6e": ("4x8", "8x8", "8x16")},
+# The largest slice that does not hold the step, None where the least already does, and the smallest that holds it.
+SMALLEST: dict[tuple[str, str], dict[str, tuple[str | None, str]]] = {
+    ("Llama 3 8B", "bf16"): {"v5e": ("1x1", "2x2"), "v6e": (None, "1x1"), "v5p": (None, "2x2x1")},
+    ("Llama 3 8B", "nf4"): {"v5e": (None, "1x1"), "v6e": (None, "1x1"), "v5p": (None, "2x2x1")},
+    ("Llama 3 70B", "bf16"): {"v5e": ("2x4", "4x4"), "v6e": ("2x2", "2x4"), "v5p": (None, "2x2x1")},
+    ("Llama 3 70B", "nf4"): {"v5e": ("2x2", "2x4"), "v6e": ("1x1", "2x2"), "v5p": (None, "2x2x1")},
+    ("Llama 3 405B", "bf16"): {"v5e": ("8x8", "8x16"), "v6e": ("4x4", "4x8"), "v5p": ("2x2x2", "2x2x4")},
+    ("Llama 3 405B", "nf4"): {"v5e": ("4x4", "4x8"), "v6e": ("2x4", "4x4"), "v5p": (None, "2x2x1")},
 }
+
+
+def _smallest() -> dict[str, Row]:
+    out = {}
+    for (model, base), kinds in SMALLEST.items():
+        for kind, (small, enough) in kinds.items():
+            for slice_, forms in ((small, FORMS[:1]), (enough, FORMS[:3])):
+                if slice_ is not None:
+                    name = f"{kind}:{slice_}"
+                    out[f"{model.split()[-1]} {base} {name}"] = _row(model, name, forms, base=base)
+    return out
+
 
 ROWS = {
     "block": Row(BLOCK, "v5e:1x1", (1, 1, 1), 4),
     "70B v5e:16x16": _row("Llama 3 70B", "v5e:16x16", FORMS[:4]),
     "70B nf4 v5e:4x4": _nf4("Llama 3 70B", "v5e:4x4", batch=16, length=2048),
     **{f"weak {n}": _weak(f"v5e:{n}") for n in WEAK},
-    **{
-        f"{model.split()[-1]} {kind}:{n}": _row(model, f"{kind}:{n}")
-        for model, kinds in SLICES.items()
-        for kind, ns in kinds.items()
-        for n in ns
-    },
+    "405B v5p:8x8x8": _row("Llama 3 405B", "v5p:8x8x8"),
     "GPT-3 v5p:4x4x4": _row("GPT-3 175B", "v5p:4x4x4", ("jlora", "by hand", "merged", "full"), **PAPER),
+    **_smallest(),
 }
 
 
