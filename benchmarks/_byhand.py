@@ -9,7 +9,7 @@ import jlora
 
 
 class Weight(NamedTuple):
-    """A frozen kernel `(in, out)`, quantised or not, with its factors `(in, rank)` and `(rank, out)`, stacked in front if it is."""
+    """A frozen kernel `(in, out)`, maybe quantised, with its factors `(in, rank)` and `(rank, out)`, maybe stacked."""
 
     w: Any
     a: jax.Array

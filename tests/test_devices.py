@@ -101,7 +101,7 @@ def command(folder: Path, *more: str) -> list[str]:
 
 
 def kept(folder: Path) -> list[np.ndarray]:
-    """The adapter, the head and the optimiser's state of the last step, read on other devices than they were saved on."""
+    """Adapter, head and optimiser state of the last step, read on other devices than they were saved on."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         job = devices.job(train_pmap.arguments(TINY))
         variables, trainable, state = devices.Layout.of(job, devices.mesh("4x2"), 16, 1).start(job)
