@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -25,6 +26,9 @@ import jlora
 from benchmarks import _byhand, _llama, _measure
 from benchmarks._llama import SIZES, Sizes
 from benchmarks._measure import Bar
+
+matplotlib.use("agg")
+from matplotlib import pyplot
 
 OPTIMISER = optax.adam(1e-4)
 FORMS = ("jlora", "by hand", "merged", "base", "full")
@@ -221,18 +225,78 @@ def show(result: dict[str, Any]) -> None:
             row = [name, form, f"{plan['trained']:.3g}"]
             if plan["fits"]:
                 sizes = [plan["argument_bytes"], plan["temporary_bytes"], plan["needed"]]
-                moved = sum(c["bytes"] * c["count"] for c in plan["collectives"])
                 row += [*(f"{n / 2**30:.2f}" for n in sizes), f"{plan['hbm'] / 2**30:.2f}"]
-                row += [f"{plan['flops'] / 1e12:.1f}", f"{moved / 2**30:.1f}"]
+                row += [f"{plan['flops'] / 1e12:.1f}", f"{moved(plan) / 2**30:.1f}"]
             else:
                 row += ["", "", f"{plan['needed'] / 2**30:.2f}", f"{plan['hbm'] / 2**30:.2f}: does not fit", "", ""]
             body.append(row)
     print(f"\n### GiB and TFLOPs a chip\n\n{_measure.table(header, body)}")
+    print(f"\n### the smallest slices, GiB a chip\n\n{slices(result)}")
     for name, found in result.items():
         forms = [form for form in FORMS if fitting(found, form)]
         if "base" in forms:
             print(f"\n### collectives of {name}, times\n\n{collectives({form: found[form] for form in forms})}")
     print(f"\n{_measure.verdicts(bars(result))}")
+
+
+def slices(result: dict[str, Any]) -> str:
+    """For every model, base and generation the smallest slice that holds the step, beside the next smaller one."""
+    body = []
+    for (model, base), kinds in SMALLEST.items():
+        for kind, (small, enough) in kinds.items():
+            names = [f"{model.split()[-1]} {base} {kind}:{n}" for n in (small, enough)]
+            less, found = (result.get(name, {}) for name in names)
+            if not fitting(found, "jlora", "by hand"):
+                continue
+            ours, hand, merged = found["jlora"], found["by hand"], found.get("merged", {})
+            sizes = [ours["argument_bytes"], ours["temporary_bytes"], ours["needed"]]
+            rest = [f"{ours['temporary_bytes'] / hand['temporary_bytes']:.3f}"]
+            rest += [f"{one['needed'] / 2**30:.2f}" if one else "" for one in (merged, less.get("jlora"))]
+            rest += [f"{moved(one) / 2**30:.1f}" for one in (ours, hand)]
+            body.append([model, base, f"{kind}:{enough}", ours["devices"], *(f"{n / 2**30:.2f}" for n in sizes)])
+            body[-1] += [f"{ours['hbm'] / 2**30:.2f}", *rest]
+    header = ["model", "base", "slice", "chips", "arguments", "temporaries", "all", "of", "temporaries / by hand"]
+    return _measure.table([*header, "merged: all", "next smaller: all", "sent", "by hand: sent"], body)
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """The smallest slices' chips: what fills their memory with jlora, and up to where the merged step goes."""
+    rows = [
+        (f"{model.removeprefix('Llama 3 ')} {base}, {kind}:{n}", result[f"{model.split()[-1]} {base} {kind}:{n}"])
+        for (model, base), kinds in SMALLEST.items()
+        for kind, (_, n) in kinds.items()
+        if fitting(result.get(f"{model.split()[-1]} {base} {kind}:{n}", {}), "jlora")
+    ]
+    if not rows:
+        return
+    figure, axis = pyplot.subplots(figsize=(7.5, 0.6 + 0.27 * len(rows)), layout="constrained")
+    for at, (_, found) in enumerate(rows):
+        ours, merged = found["jlora"], found.get("merged")
+        share = 100 / ours["hbm"]
+        held = share * ours["argument_bytes"]
+        first = not at
+        axis.barh(at, held, color="#4c72b0", label="parameters, adapter, Adam" if first else None)
+        axis.barh(at, share * ours["needed"] - held, left=held, color="#dd8452", label="temporaries" if first else None)
+        if merged:
+            axis.plot(
+                [min(share * merged["needed"], 155)] * 2,
+                [at - 0.4, at + 0.4],
+                color="black",
+                linewidth=2,
+                label="merged in the step" if first else None,
+            )
+    axis.axvline(100, color="grey", linestyle="--", linewidth=1)
+    axis.set_yticks(range(len(rows)), [f"{name} ({found['jlora']['devices']})" for name, found in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 160)
+    axis.set_xlabel("% of a chip's memory")
+    axis.legend(fontsize=8, loc="lower right")
+    figure.savefig(file, dpi=150)
+
+
+def moved(plan: dict[str, Any]) -> int:
+    """Bytes of all collectives of a step on one chip."""
+    return sum(c["bytes"] * c["count"] for c in plan["collectives"])
 
 
 def collectives(plans: dict[str, Any], least: float = 1e6) -> str:
@@ -267,6 +331,7 @@ def main() -> None:
                 found[form] = measure(row, form)
                 _measure.save(options.out, result)
     show({name: result[name] for name in ROWS if result.get(name)})
+    draw(result, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
