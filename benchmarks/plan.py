@@ -93,7 +93,7 @@ SMALLEST: dict[tuple[str, str], dict[str, tuple[str | None, str]]] = {
     ("Llama 3 8B", "bf16"): {"v5e": ("1x1", "2x2"), "v6e": (None, "1x1"), "v5p": (None, "2x2x1")},
     ("Llama 3 8B", "nf4"): {"v5e": (None, "1x1"), "v6e": (None, "1x1"), "v5p": (None, "2x2x1")},
     ("Llama 3 70B", "bf16"): {"v5e": ("2x4", "4x4"), "v6e": ("2x2", "2x4"), "v5p": (None, "2x2x1")},
-    ("Llama 3 70B", "nf4"): {"v5e": ("2x2", "2x4"), "v6e": ("1x1", "2x2"), "v5p": (None, "2x2x1")},
+    ("Llama 3 70B", "nf4"): {"v5e": ("1x1", "2x2"), "v6e": ("1x1", "2x2"), "v5p": (None, "2x2x1")},
     ("Llama 3 405B", "bf16"): {"v5e": ("8x8", "8x16"), "v6e": ("4x4", "4x8"), "v5p": ("2x2x2", "2x2x4")},
     ("Llama 3 405B", "nf4"): {"v5e": ("4x4", "4x8"), "v6e": ("2x4", "4x4"), "v5p": (None, "2x2x1")},
 }

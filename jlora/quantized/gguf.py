@@ -48,6 +48,10 @@ class GGUF(Quantized):
         columns = size // BYTES[self.kind] * BLOCK
         return (*stack, columns, rows) if self.transposed else (*stack, rows, columns)
 
+    @property
+    def rowwise(self) -> bool:
+        return self.data.ndim > 2 or not self.transposed
+
     def dequantize(self) -> jax.Array:
         blocks = self.data.reshape(*self.data.shape[:-1], -1, BYTES[self.kind])
         scale = _half(blocks[..., 0:2])
