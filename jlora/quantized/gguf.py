@@ -44,9 +44,9 @@ class GGUF(Quantized):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *stack, rows, size = self.data.shape
+        *rest, size = self.data.shape
         columns = size // BYTES[self.kind] * BLOCK
-        return (*stack, columns, rows) if self.transposed else (*stack, rows, columns)
+        return (*rest[:-1], columns, rest[-1]) if self.transposed else (*rest, columns)
 
     @property
     def rowwise(self) -> bool:
