@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+import jlora
+
 
 class Weight(NamedTuple):
-    """A frozen kernel `(in, out)` with its factors `(in, rank)` and `(rank, out)`, stacked in front if it is."""
+    """A frozen kernel `(in, out)`, maybe quantised, with its factors `(in, rank)` and `(rank, out)`, maybe stacked."""
 
-    w: jax.Array
+    w: Any
     a: jax.Array
     b: jax.Array
 
@@ -25,14 +27,14 @@ def attach(params: Any, factors: Factors) -> Any:
         found = factors.get(jax.tree_util.keystr(path, simple=True, separator="/"))
         return w if found is None else Weight(w, *found)
 
-    return jax.tree_util.tree_map_with_path(leaf, params)
+    return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=lambda node: isinstance(node, jlora.Quantized))
 
 
 def usual(scale: float) -> Callable[[jax.Array, Weight], jax.Array]:
     """The product as nearly every model has it, on activations `(batch, length, in)`."""
 
     def product(x: jax.Array, weight: Weight) -> jax.Array:
-        return x @ weight.w + scale * ((x @ weight.a.astype(x.dtype)) @ weight.b.astype(x.dtype))
+        return _frozen(x, weight.w) + scale * ((x @ weight.a.astype(x.dtype)) @ weight.b.astype(x.dtype))
 
     return product
 
@@ -49,3 +51,10 @@ def flattened(scale: float) -> Callable[[jax.Array, Weight], jax.Array]:
         return x @ weight.w + scale * low.reshape(*x.shape[:-1], -1)
 
     return product
+
+
+def _frozen(x: jax.Array, w: Any) -> jax.Array:
+    """`x @ w`. For the gradient a quantised kernel keeps its codes and not its floats."""
+    if not isinstance(w, jlora.Quantized):
+        return x @ w
+    return jax.checkpoint(lambda x, w: x @ w.dequantize())(x, w)

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -25,6 +26,9 @@ import jlora
 from benchmarks import _byhand, _llama, _measure
 from benchmarks._llama import SIZES, Sizes
 from benchmarks._measure import Bar
+
+matplotlib.use("agg")
+from matplotlib import pyplot
 
 OPTIMISER = optax.adam(1e-4)
 FORMS = ("jlora", "by hand", "merged", "base", "full")
@@ -77,32 +81,43 @@ def _weak(topology: str) -> Row:
 def _nf4(model: str, topology: str, batch: int, length: int) -> Row:
     """A base in 4 bits, on few chips."""
     sizes = dataclasses.replace(SIZES[model], length=length)
-    return _row(model, topology, FORMS[:1], sizes=sizes, batch=batch, base="nf4")
+    return _row(model, topology, sizes=sizes, batch=batch, base="nf4")
 
 
 BLOCK = Sizes(8, 4096, 14336, 32, 8, length=2048)
 WEAK = ("4x4", "4x8", "8x8", "8x16", "16x16")
 PAPER = {"rank": 4, "kernels": r"layers/(wq|wv)"}
 
-# From one host up: the first that fits is the answer, and those before it show that they do not.
-SLICES = {
-    "Llama 3 8B": {"v5e": ("2x2", "2x4"), "v5p": ("2x2x1",), "v6e": ("2x2",)},
-    "Llama 3 70B": {"v5e": ("4x4", "4x8"), "v5p": ("2x2x1", "2x2x2"), "v6e": ("2x4", "4x4")},
-    "Llama 3 405B": {"v5e": ("8x16", "16x16"), "v5p": ("2x2x2", "2x2x4", "2x4x4"), "v6e": ("4x8", "8x8", "8x16")},
+# The largest slice that does not hold the step, None where the least already does, and the smallest that holds it.
+SMALLEST: dict[tuple[str, str], dict[str, tuple[str | None, str]]] = {
+    ("Llama 3 8B", "bf16"): {"v5e": ("1x1", "2x2"), "v6e": (None, "1x1"), "v5p": (None, "2x2x1")},
+    ("Llama 3 8B", "nf4"): {"v5e": (None, "1x1"), "v6e": (None, "1x1"), "v5p": (None, "2x2x1")},
+    ("Llama 3 70B", "bf16"): {"v5e": ("2x4", "4x4"), "v6e": ("2x2", "2x4"), "v5p": (None, "2x2x1")},
+    ("Llama 3 70B", "nf4"): {"v5e": ("1x1", "2x2"), "v6e": ("1x1", "2x2"), "v5p": (None, "2x2x1")},
+    ("Llama 3 405B", "bf16"): {"v5e": ("8x8", "8x16"), "v6e": ("4x4", "4x8"), "v5p": ("2x2x2", "2x2x4")},
+    ("Llama 3 405B", "nf4"): {"v5e": ("4x4", "4x8"), "v6e": ("2x4", "4x4"), "v5p": (None, "2x2x1")},
 }
+
+
+def _smallest() -> dict[str, Row]:
+    out = {}
+    for (model, base), kinds in SMALLEST.items():
+        for kind, (small, enough) in kinds.items():
+            for slice_, forms in ((small, FORMS[:1]), (enough, FORMS[:3])):
+                if slice_ is not None:
+                    name = f"{kind}:{slice_}"
+                    out[f"{model.split()[-1]} {base} {name}"] = _row(model, name, forms, base=base)
+    return out
+
 
 ROWS = {
     "block": Row(BLOCK, "v5e:1x1", (1, 1, 1), 4),
     "70B v5e:16x16": _row("Llama 3 70B", "v5e:16x16", FORMS[:4]),
     "70B nf4 v5e:4x4": _nf4("Llama 3 70B", "v5e:4x4", batch=16, length=2048),
     **{f"weak {n}": _weak(f"v5e:{n}") for n in WEAK},
-    **{
-        f"{model.split()[-1]} {kind}:{n}": _row(model, f"{kind}:{n}")
-        for model, kinds in SLICES.items()
-        for kind, ns in kinds.items()
-        for n in ns
-    },
+    "405B v5p:8x8x8": _row("Llama 3 405B", "v5p:8x8x8"),
     "GPT-3 v5p:4x4x4": _row("GPT-3 175B", "v5p:4x4x4", ("jlora", "by hand", "merged", "full"), **PAPER),
+    **_smallest(),
 }
 
 
@@ -210,18 +225,78 @@ def show(result: dict[str, Any]) -> None:
             row = [name, form, f"{plan['trained']:.3g}"]
             if plan["fits"]:
                 sizes = [plan["argument_bytes"], plan["temporary_bytes"], plan["needed"]]
-                moved = sum(c["bytes"] * c["count"] for c in plan["collectives"])
                 row += [*(f"{n / 2**30:.2f}" for n in sizes), f"{plan['hbm'] / 2**30:.2f}"]
-                row += [f"{plan['flops'] / 1e12:.1f}", f"{moved / 2**30:.1f}"]
+                row += [f"{plan['flops'] / 1e12:.1f}", f"{moved(plan) / 2**30:.1f}"]
             else:
                 row += ["", "", f"{plan['needed'] / 2**30:.2f}", f"{plan['hbm'] / 2**30:.2f}: does not fit", "", ""]
             body.append(row)
     print(f"\n### GiB and TFLOPs a chip\n\n{_measure.table(header, body)}")
+    print(f"\n### the smallest slices, GiB a chip\n\n{slices(result)}")
     for name, found in result.items():
         forms = [form for form in FORMS if fitting(found, form)]
         if "base" in forms:
             print(f"\n### collectives of {name}, times\n\n{collectives({form: found[form] for form in forms})}")
     print(f"\n{_measure.verdicts(bars(result))}")
+
+
+def slices(result: dict[str, Any]) -> str:
+    """For every model, base and generation the smallest slice that holds the step, beside the next smaller one."""
+    body = []
+    for (model, base), kinds in SMALLEST.items():
+        for kind, (small, enough) in kinds.items():
+            names = [f"{model.split()[-1]} {base} {kind}:{n}" for n in (small, enough)]
+            less, found = (result.get(name, {}) for name in names)
+            if not fitting(found, "jlora", "by hand"):
+                continue
+            ours, hand, merged = found["jlora"], found["by hand"], found.get("merged", {})
+            sizes = [ours["argument_bytes"], ours["temporary_bytes"], ours["needed"]]
+            rest = [f"{ours['temporary_bytes'] / hand['temporary_bytes']:.3f}"]
+            rest += [f"{one['needed'] / 2**30:.2f}" if one else "" for one in (merged, less.get("jlora"))]
+            rest += [f"{moved(one) / 2**30:.1f}" for one in (ours, hand)]
+            body.append([model, base, f"{kind}:{enough}", ours["devices"], *(f"{n / 2**30:.2f}" for n in sizes)])
+            body[-1] += [f"{ours['hbm'] / 2**30:.2f}", *rest]
+    header = ["model", "base", "slice", "chips", "arguments", "temporaries", "all", "of", "temporaries / by hand"]
+    return _measure.table([*header, "merged: all", "next smaller: all", "sent", "by hand: sent"], body)
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """The smallest slices' chips: what fills their memory with jlora, and up to where the merged step goes."""
+    rows = [
+        (f"{model.removeprefix('Llama 3 ')} {base}, {kind}:{n}", result[f"{model.split()[-1]} {base} {kind}:{n}"])
+        for (model, base), kinds in SMALLEST.items()
+        for kind, (_, n) in kinds.items()
+        if fitting(result.get(f"{model.split()[-1]} {base} {kind}:{n}", {}), "jlora")
+    ]
+    if not rows:
+        return
+    figure, axis = pyplot.subplots(figsize=(7.5, 0.6 + 0.27 * len(rows)), layout="constrained")
+    for at, (_, found) in enumerate(rows):
+        ours, merged = found["jlora"], found.get("merged")
+        share = 100 / ours["hbm"]
+        held = share * ours["argument_bytes"]
+        first = not at
+        axis.barh(at, held, color="#4c72b0", label="parameters, adapter, Adam" if first else None)
+        axis.barh(at, share * ours["needed"] - held, left=held, color="#dd8452", label="temporaries" if first else None)
+        if merged:
+            axis.plot(
+                [min(share * merged["needed"], 155)] * 2,
+                [at - 0.4, at + 0.4],
+                color="black",
+                linewidth=2,
+                label="merged in the step" if first else None,
+            )
+    axis.axvline(100, color="grey", linestyle="--", linewidth=1)
+    axis.set_yticks(range(len(rows)), [f"{name} ({found['jlora']['devices']})" for name, found in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 160)
+    axis.set_xlabel("% of a chip's memory")
+    axis.legend(fontsize=8, loc="lower right")
+    figure.savefig(file, dpi=150)
+
+
+def moved(plan: dict[str, Any]) -> int:
+    """Bytes of all collectives of a step on one chip."""
+    return sum(c["bytes"] * c["count"] for c in plan["collectives"])
 
 
 def collectives(plans: dict[str, Any], least: float = 1e6) -> str:
@@ -256,6 +331,7 @@ def main() -> None:
                 found[form] = measure(row, form)
                 _measure.save(options.out, result)
     show({name: result[name] for name in ROWS if result.get(name)})
+    draw(result, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

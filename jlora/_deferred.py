@@ -91,6 +91,23 @@ def consume(eqn: Any, *operands: Any) -> list[Any]:
     return jax.checkpoint(lambda operands: _compat.bind(eqn, *map(made, operands)))(operands)
 
 
+def rows(array: Deferred, indices: jax.Array) -> jax.Array | None:
+    """The entries along the first axis at indices within bounds, made of their own parts alone.
+
+    None where the array has no such parts.
+    """
+    whole = stacked(array, array.shape[0])
+    if whole is None:
+        return None
+
+    def make(one: Deferred) -> jax.Array:
+        return made(cut(one))
+
+    for _ in range(indices.ndim):
+        make = jax.vmap(make)
+    return make(jax.tree.map(lambda part: part.at[indices].get(mode="promise_in_bounds"), whole))
+
+
 def stacked(array: Any, length: int) -> Any:
     """The array in a form that a loop can cut along its first axis, None where it has none."""
     if not isinstance(array, Deferred):

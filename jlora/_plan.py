@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import re
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -113,7 +115,7 @@ def plan(step: Callable[..., Any], *args: Any, topology: str, **kwargs: Any) -> 
     with jax.set_mesh(mesh):
         lowered = jitted.lower(*placed[0], **placed[1])  # pyright: ignore[reportFunctionMemberAccess]
         try:
-            compiled = lowered.compile()
+            compiled, text = _compile(lowered, devices[0].platform)
         except jax.errors.JaxRuntimeError as error:
             found = _OVER.search(str(error)) or _USED.search(str(error))
             if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
@@ -121,7 +123,7 @@ def plan(step: Callable[..., Any], *args: Any, topology: str, **kwargs: Any) -> 
             needed, room = _bytes(found[1], found[2]), _bytes(found[3], found[4])
             said = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
             return Plan(topology, devices[0].device_kind, len(devices), False, room, needed, refusal=said)
-    memory, costs, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     if memory is None or costs is None or text is None:
         raise NotImplementedError(f"The compiler for {topology} says nothing of memory or costs.")
     read = _hlo.cost(text)
@@ -147,6 +149,19 @@ def plan(step: Callable[..., Any], *args: Any, topology: str, **kwargs: Any) -> 
         exact=read.exact,
         collectives=read.collectives,
     )
+
+
+def _compile(lowered: Any, platform: str) -> tuple[Any, str | None]:
+    """The compiled program, and its text."""
+    if platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    # The compiler writes the text itself, since jaxlib cannot read all that libtpu says: it refuses some updates of
+    # asynchronous gathers (jaxlib 0.10.2, libtpu 0.0.52, v5p).
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (file,) = Path(folder).glob("*.after_optimizations.txt")
+        return compiled, file.read_text()
 
 
 def _place(devices: Sequence[Any], name: str, tree: Any) -> tuple[Any, Mesh]:

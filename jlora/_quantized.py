@@ -12,16 +12,21 @@ import jax.numpy as jnp
 class Quantized(abc.ABC):
     """A weight in fewer bits, a pytree of its parts that stands in the parameters where the program wants an array.
 
-    A subclass is a pytree (`jax.tree_util.register_dataclass`). For a weight that a scan runs over, the first axis of
-    every part is the weight's.
+    A subclass is a pytree (`jax.tree_util.register_dataclass`).
 
     Attributes:
         shape: of the weight that it stands for.
         dtype: of that weight, floating-point.
+        rowwise: whether the first axis of every part is the weight's first, so that a loop or a lookup may cut the
+            parts and make what it needs alone. Unless a subclass says otherwise, of weights with three axes or more.
     """
 
     shape: Any
     dtype: Any
+
+    @property
+    def rowwise(self) -> bool:
+        return len(self.shape) > 2
 
     @abc.abstractmethod
     def dequantize(self) -> jax.Array:
@@ -69,6 +74,8 @@ def stacked(leaf: Any, length: int) -> Any:
     def whole(part: jax.Array) -> jax.Array:
         return jnp.broadcast_to(part, (length, *part.shape[1:])) if part.shape[:1] == (1,) else part
 
+    if isinstance(leaf, Quantized) and not leaf.rowwise:
+        return None
     leaf = jax.tree.map(whole, leaf)
     return leaf if all(part.shape[:1] == (length,) for part in jax.tree.leaves(leaf)) else None
 

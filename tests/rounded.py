@@ -24,6 +24,10 @@ class Rounded(jlora.Quantized):
     def shape(self) -> tuple[int, ...]:
         return self.codes.shape
 
+    @property
+    def rowwise(self) -> bool:
+        return True
+
     def dequantize(self) -> jax.Array:
         return (self.codes.astype(jnp.float32) * self.scale).astype(self.dtype)
 

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import jlora
+from benchmarks import plan as benchmark
 from jlora import _hlo, _topology
 from tests import small
 
@@ -278,6 +279,17 @@ if importlib.util.find_spec("libtpu"):
         plan = jlora.plan(lambda x: x @ x, abstract((64, 64), "x", "y", mesh=mesh), topology="v5p:4x4x4")
         assert plan.devices == 64
         assert plan.collectives
+
+    @pytest.mark.parametrize("base", ["bf16", "nf4"])
+    def test_no_more_than_by_hand(base):
+        """Four scanned layers take what LoRA written into the model takes, and gather its weights as often."""
+        sizes = benchmark.Sizes(4, 2048, 8192, 16, 8, vocabulary=8192)
+        row = benchmark.Row(sizes, "v5e:2x4", (1, 2, 4), 2, base=base)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            ours, by_hand = (benchmark.measure(row, form) for form in ("jlora", "by hand"))
+        assert ours["temporary_bytes"] <= 1.02 * by_hand["temporary_bytes"]
+        assert ours["flops"] <= 1.005 * by_hand["flops"]
+        assert benchmark.gathered(row, ours) <= benchmark.gathered(row, by_hand)
 
     def test_what_does_not_fit():
         """The refusal comes back with the compiler's figures."""

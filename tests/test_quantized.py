@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import gguf
 import jax
@@ -22,6 +23,11 @@ FORMS = ["nf4", "int8", "int4", "fp8"]
 
 def weight(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def in_blocks(table: np.ndarray, transposed: bool = False) -> GGUF:
+    empty = GGUF(jnp.zeros((0, 18), jnp.uint8), "Q4_0", transposed)
+    return empty.requantize(jnp.asarray(table))
 
 
 def quantized(form: str) -> dict:
@@ -189,6 +195,36 @@ def test_a_step_holds_one_layer_at_a_time() -> None:
         rounded_arguments, rounded_temporary = memory(jlora.quantize(weights, sites, {"w": form}))
         assert rounded_arguments < share * arguments
         assert rounded_temporary <= temporary + 1.1 * width * width * 4
+
+
+@pytest.mark.parametrize("mode", ["clip", "fill", "promise_in_bounds"])
+@pytest.mark.parametrize("make", [rounded, in_blocks], ids=["rounded", "gguf"])
+def test_a_lookup_makes_its_rows_alone(make: Callable, mode: str) -> None:
+    """Not the table: neither of one token nor of many, in bounds or out of them."""
+    table = weight(4096, 64)
+    weights = {"w": make(table)}
+    ids = jnp.array([[3, 4095, 0], [7, 7, 1]] if mode == "promise_in_bounds" else [[3, 5000, -1], [-5000, 7, 1]])
+
+    def look(params: dict, ids: jax.Array) -> jax.Array:
+        return params["w"].at[ids].get(mode=mode)
+
+    for some in (ids, ids[:1, :1]):
+        sites = jlora.trace(look, weights, some)
+        adapter = jlora.init(jax.random.key(1), sites, {"w": jlora.LoRA(4)})
+        expected = look(jlora.merge(weights, adapter), some)
+        run = jax.jit(jlora.adapt(look))
+        assert np.allclose(run(weights, adapter, some), expected, atol=1e-6, equal_nan=True)
+        assert run.lower(weights, adapter, some).compile().memory_analysis().temp_size_in_bytes < table.nbytes / 16
+
+
+def test_a_lookup_in_a_transposed_table() -> None:
+    """As many rows as columns, so that shapes do not tell them apart."""
+    weights = {"w": in_blocks(weight(64, 64), transposed=True)}
+    ids = jnp.array([3, 0, 63])
+    sites = jlora.trace(lambda params, ids: params["w"][ids], weights, ids)
+    adapter = small.nonzero(jlora.init(jax.random.key(1), sites, {"w": jlora.LoRA(4)}))
+    adapted = jlora.adapt(lambda params, ids: params["w"][ids])(weights, adapter, ids)
+    assert np.allclose(adapted, jlora.merge(weights, adapter)["w"][ids], atol=1e-6)
 
 
 def test_no_float_copy_in_the_program() -> None:

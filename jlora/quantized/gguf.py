@@ -44,9 +44,13 @@ class GGUF(Quantized):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *stack, rows, size = self.data.shape
+        *rest, size = self.data.shape
         columns = size // BYTES[self.kind] * BLOCK
-        return (*stack, columns, rows) if self.transposed else (*stack, rows, columns)
+        return (*rest[:-1], columns, rest[-1]) if self.transposed else (*rest, columns)
+
+    @property
+    def rowwise(self) -> bool:
+        return self.data.ndim > 2 or not self.transposed
 
     def dequantize(self) -> jax.Array:
         blocks = self.data.reshape(*self.data.shape[:-1], -1, BYTES[self.kind])

@@ -65,6 +65,10 @@ class NF4(Quantized):
         shape[self.axis] *= 2
         return tuple(shape)
 
+    @property
+    def rowwise(self) -> bool:
+        return -self.axis < self.codes.ndim
+
     def dequantize(self) -> jax.Array:
         blocks = self.scale.shape[self.axis]
         axis = self.axis % self.codes.ndim

@@ -39,7 +39,7 @@ def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | No
     if fills:  # what is filled has no gain: each has to know where
         f = _with_letters(f, [f.axes[k] for k in touched])
     alone = math.prod(indices.shape[:-1]) == 1  # one row is a layer, several are a lookup
-    (base,) = (_deferred.bind if alone else _deferred.consume)(eqn, f.base, indices)
+    base = _looked_up(f, eqn, indices, alone)
     starts = _starts(f, eqn, indices)
 
     new = fresh([f.used()], indices.ndim - 1)
@@ -62,6 +62,23 @@ def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | No
         origins = dict.fromkeys(o for c in looked for o in f.letter(c).origins)
         value = dataclasses.replace(value, read=(*value.read, *origins))
     return [value]
+
+
+def _looked_up(f: Factored, eqn: Any, indices: jax.Array, alone: bool) -> Any:
+    """The base's rows. Of a quantised table only these are made."""
+    p, d = eqn.params, eqn.params["dimension_numbers"]
+    last = tuple(range(indices.ndim - 1, indices.ndim + len(f.shape) - 2))
+    first = (d.start_index_map, d.collapsed_slice_dims, d.offset_dims) == ((0,), (0,), last)
+    whole = tuple(p["slice_sizes"][1:]) == tuple(f.shape[1:])
+    if isinstance(f.base, _deferred.Deferred) and first and whole and not (alone and len(f.shape) > 2):
+        found = _deferred.rows(f.base, jnp.clip(indices[..., 0], 0, f.shape[0] - 1))
+        if found is not None and p["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+            inside = _inside(f, eqn, indices).reshape(*indices.shape[:-1], *(1,) * (len(f.shape) - 1))
+            fill = jnp.nan if p["fill_value"] is None else p["fill_value"]
+            return jnp.where(inside, found, jnp.asarray(fill, found.dtype))
+        if found is not None:
+            return found
+    return (_deferred.bind if alone else _deferred.consume)(eqn, f.base, indices)[0]
 
 
 def _inside(f: Factored, eqn: Any, indices: jax.Array) -> jax.Array:
