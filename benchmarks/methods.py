@@ -50,6 +50,7 @@ DENSE: dict[str, jlora.Method] = {
     "Hadamard of tanh": jlora.Hadamard(RANK, 2, "tanh"),
     "HiRA": jlora.HiRA(RANK),
     "OFT": jlora.OFT(RANK),
+    "BOFT": jlora.BOFT(RANK),
     "FourierFT": jlora.FourierFT(1000),
     "RandLoRA": jlora.RandLoRA(RANK),
     "SHiRA": jlora.SHiRA(RANK),

@@ -87,9 +87,10 @@ def read(path: str | os.PathLike[str]) -> Config:
         raise ValueError(f"{path} says what jlora does not implement: {'; '.join(unknown)}.")
     start = config.get("init_lora_weights", True)
     if start not in _STARTS:
+        converted = "model.save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        what = "the model that LoftQ left, merged" if start == "loftq" else f"it there as a plain LoRA: {converted}"
         raise ValueError(
-            f"{path} has init_lora_weights = {start!r}: PEFT changes the base when it loads that. Save it there as a "
-            "plain LoRA: model.save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+            f"{path} has init_lora_weights = {start!r}: PEFT changes the base when it loads that. Save {what}."
         )
     if kind == "VERA" and not config.get("save_projection", True):
         raise ValueError(
