@@ -30,10 +30,12 @@ def attach(params: Any, factors: Factors) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=lambda node: isinstance(node, jlora.Quantized))
 
 
-def usual(scale: float) -> Callable[[jax.Array, Weight], jax.Array]:
-    """The product as nearly every model has it, on activations `(batch, length, in)`."""
+def usual(scale: float) -> Callable[[jax.Array, Any], jax.Array]:
+    """The product as nearly every model has it, on activations `(batch, length, in)`; one without factors stays."""
 
-    def product(x: jax.Array, weight: Weight) -> jax.Array:
+    def product(x: jax.Array, weight: Any) -> jax.Array:
+        if not isinstance(weight, Weight):
+            return _frozen(x, weight)
         return _frozen(x, weight.w) + scale * ((x @ weight.a.astype(x.dtype)) @ weight.b.astype(x.dtype))
 
     return product
