@@ -28,7 +28,7 @@ def run(ctx: Context, jaxpr: Any, consts: Sequence[Any], values: Sequence[Value]
     def read(atom: Any) -> Value:
         return atom.val if _compat.is_literal(atom) else env[atom]
 
-    for eqn in jaxpr.eqns:
+    for eqn, spent in zip(jaxpr.eqns, _spent(jaxpr), strict=True):
         operands = [read(atom) for atom in eqn.invars]
         with _compat.at(eqn):
             if any(isinstance(v, Factored) for v in operands):
@@ -36,7 +36,19 @@ def run(ctx: Context, jaxpr: Any, consts: Sequence[Any], values: Sequence[Value]
             else:
                 out = _compat.bind(eqn, *operands)
         env.update(zip(eqn.outvars, out, strict=True))
+        for var in spent:
+            del env[var]
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _spent(jaxpr: Any) -> list[set[Any]]:
+    """For every equation the variables that are read by it or made by it, and by nothing after it."""
+    seen = {atom for atom in jaxpr.outvars if not _compat.is_literal(atom)}
+    out = []
+    for eqn in reversed(jaxpr.eqns):
+        out.append({atom for atom in (*eqn.invars, *eqn.outvars) if not _compat.is_literal(atom)} - seen)
+        seen |= out[-1]
+    return out[::-1]
 
 
 def _apply(ctx: Context, eqn: Any, operands: list[Value]) -> list[Value]:

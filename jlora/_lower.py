@@ -21,7 +21,19 @@ START = "_at_start"  # what the name of a factor's frozen copy ends in
 
 def as_list(adapters: Adapters) -> list[Adapter]:
     """One adapter or several, in the order in which they apply."""
-    return [adapters] if isinstance(adapters, Mapping) else list(adapters)
+    listed = [adapters] if isinstance(adapters, Mapping) else adapters
+    if not isinstance(listed, Sequence) or not all(isinstance(one, Mapping) for one in listed):
+        raise TypeError(
+            "An adapter is what jlora.init gives, a dict of updates by path, or a list of such; it comes after the "
+            f"parameters. This is {type(adapters).__name__}."
+        )
+    for path, update in (item for one in listed for item in one.items()):
+        if not isinstance(update, Update):
+            raise TypeError(
+                f"An adapter maps paths to updates as jlora.init makes them; {path!r} holds {type(update).__name__}. "
+                "It comes after the parameters."
+            )
+    return list(listed)
 
 
 def lowered(adapters: Sequence[Adapter], leaf: Any, path: str) -> Factored:
@@ -55,10 +67,8 @@ def check(adapters: Sequence[Adapter], leaves: Mapping[str, Any]) -> None:
     """Raises, with every misfit, unless each update has its weight among `leaves`."""
     misfits = []
     for path, update in (item for adapter in adapters for item in adapter.items()):
-        if not isinstance(update, Update):
-            raise TypeError(f"An adapter maps paths to updates as jlora.init makes them; {path!r} holds {update!r}.")
         if path not in leaves:
-            misfits.append(f"{path}: no such parameter ({near(path, leaves)})")
+            misfits.append(f"{path}: no such parameter" + (f" ({near(path, leaves)})" if len(misfits) < 5 else ""))
             continue
         leaf = leaves[path]
         if tuple(leaf.shape) != update.shape:

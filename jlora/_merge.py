@@ -1,5 +1,6 @@
 """Folding adapters into their base, and out of it again."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -72,10 +73,10 @@ def _fold(params: Any, adapters: list[Adapter], one: Callable[..., jax.Array], d
     leaves, structure = named_leaves(params), flatten(params)[1]
     check(adapters, {path: leaf for path, leaf in leaves if is_array(leaf)})
     plain, donating = jax.jit(one), jax.jit(one, donate_argnums=(0,))
-    new = []
+    new, times = [], collections.Counter(id(leaf) for _, leaf in leaves)
     for path, leaf in leaves:  # under one name for all, so that weights of one shape share a compiled program
         mine = [{"": dataclasses.replace(a[path], key=None)} for a in adapters if path in a]
-        run = donating if donate and not _quantized.is_quantized(leaf) else plain
+        run = donating if donate and times[id(leaf)] == 1 and not _quantized.is_quantized(leaf) else plain
         new.append(run(leaf, mine) if mine else leaf)
     return jax.tree.unflatten(structure, new)
 

@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jlora import _compat
-from jlora._product import product
+from jlora._product import eager, product
 
 Terms = tuple[str, str, str, str]  # of h, C, B and y
 _JOINT, _TURNED = "+-"  # stand for both letters of C, one after the other, before and after the product
@@ -115,7 +115,7 @@ def _abstract(h: Any, c: Any, b: Any, *_: Any, terms: Terms, dtype: Any, **param
 
 
 tangent_p = Primitive("jlora_through_tangent")
-tangent_p.def_impl(jax.jit(tangent_p.bind, static_argnames=("terms", "first", "precision", "dtype")))
+tangent_p.def_impl(eager(tangent_p, _tangent, ("terms", "first", "precision", "dtype")))
 tangent_p.def_abstract_eval(_abstract)
 ad.primitive_jvps[tangent_p] = _tangent_jvp
 ad.primitive_transposes[tangent_p] = _transpose

@@ -7,6 +7,7 @@ GPU and TPU are untouched, and no sharded axis is ever joined with another.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -94,8 +95,19 @@ def _lowered(ctx: Any, x: Any, w: Any, **params: Any) -> Any:
     return mlir.lower_fun(fun, multiple_results=False)(ctx, x, w, **params)
 
 
+def eager(primitive: Primitive, plain: Callable[..., Any], static: Sequence[str]) -> Callable[..., Any]:
+    """What runs a primitive outside of a program: compiled, unless `jax.disable_jit` forbids that."""
+    compiled = jax.jit(primitive.bind, static_argnames=static)
+
+    def run(*args: Any, **params: Any) -> Any:
+        interpreted = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
+        return (plain if interpreted else compiled)(*args, **params)
+
+    return run
+
+
 product_p = Primitive("jlora_product")
-product_p.def_impl(jax.jit(product_p.bind, static_argnames=("contracted", "precision", "dtype")))
+product_p.def_impl(eager(product_p, _plain, ("contracted", "precision", "dtype")))
 product_p.def_abstract_eval(_abstract)
 ad.defbilinear(product_p, _transpose_x, _transpose_w)
 batching.primitive_batchers[product_p] = _batched

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -53,10 +54,12 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
             `"error"`, or `"allow"`. `jlora.explain` lists such uses.
 
     Returns:
-        `g(params, adapter, *args, **kwargs)`. Pass the base parameters to `jax.jit` as an argument: closed over they
-        become a constant, which XLA folds for minutes and holds twice.
+        `g(params, adapter, *args, **kwargs)`, to be compiled (`jax.jit(g)`): outside of `jit` it runs equation by
+        equation, and what `fun` itself has under `jit` is compiled again in every call. Pass the base parameters to
+        `jax.jit` as an argument: closed over they become a constant, which XLA folds for minutes and holds twice.
 
     Raises:
+        TypeError: where the adapter is none.
         ValueError: where the adapter does not fit the parameters, with every misfit; where `on_dense` is unknown.
         DenseError: with `on_dense="error"`.
 
@@ -65,12 +68,11 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
     if on_dense not in ("warn", "error", "allow"):
         raise ValueError(f"on_dense is 'warn', 'error' or 'allow', not {on_dense!r}.")
 
-    @functools.wraps(fun)
     def adapted(params: Any, adapter: Adapters, *args: Any, **kwargs: Any) -> Any:
+        adapters = as_list(adapter)
         params = jax.tree.map(lambda a: jax.lax.stop_gradient(a) if isinstance(a, jax.Array) else a, params)
         program = stage(fun, params, args, kwargs)
         leaves = dict(zip(program.paths, program.params, strict=True))
-        adapters = as_list(adapter)
         check(adapters, leaves)
         touched = {path for one in adapters for path in one}
         formed: dict[str, None] = {}
@@ -88,7 +90,28 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
             )
         return program.rebuild(out)
 
+    adapted = functools.wraps(fun)(adapted)
+    adapted.__signature__ = _signature(fun)  # pyright: ignore[reportAttributeAccessIssue]
     return adapted
+
+
+def _signature(fun: Callable[..., Any]) -> inspect.Signature:
+    """That of `fun` with the adapter after the parameters: what reads it (`jax.jit`, Equinox) numbers arguments so."""
+    kind = inspect.Parameter
+    try:
+        given = inspect.signature(fun)
+    except (TypeError, ValueError):
+        given = inspect.Signature([kind("args", kind.VAR_POSITIONAL), kind("kwargs", kind.VAR_KEYWORD)])
+    rest = list(given.parameters.values())
+    first = rest.pop(0) if rest and rest[0].kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD) else None
+    new = [kind("params", kind.POSITIONAL_OR_KEYWORD), kind("adapter", kind.POSITIONAL_OR_KEYWORD)]
+    taken = {"params", "adapter"} & {parameter.name for parameter in rest}
+    if taken or any(parameter.kind == kind.POSITIONAL_ONLY for parameter in rest):
+        new = [
+            parameter.replace(name="_" * bool(taken) + parameter.name, kind=kind.POSITIONAL_ONLY) for parameter in new
+        ]
+    annotation = kind.empty if first is None else first.annotation
+    return given.replace(parameters=[new[0].replace(annotation=annotation), new[1], *rest])
 
 
 def _on_dense(formed: dict[str, None], action: str, f: Factored, eqn: Any) -> None:
@@ -167,6 +190,12 @@ def path_number(path: str) -> int:
 
 def choose(sites: Sites, targets: Targets) -> dict[str, Method]:
     """The method of every path that targets choose."""
+    if not isinstance(sites, Sites):
+        raise TypeError(f"The sites are what jlora.trace gives, not {type(sites).__name__}.")
+    for target in targets.values() if isinstance(targets, Mapping) else [targets]:
+        if targets is None or not isinstance(target, Method | None):
+            what = f"the class {target.__name__}" if isinstance(target, type) else type(target).__name__
+            raise TypeError(f"Targets are a method such as jlora.LoRA(rank=8), or patterns with such, not {what}.")
     if isinstance(targets, Method):
         chosen = {path: targets for path, site in sites.items() if site.is_product}
         if not chosen:
@@ -179,7 +208,10 @@ def choose_paths(sites: Sites, targets: Mapping[str, _T | None]) -> dict[str, _T
     """What the first pattern that matches says of every path; None excludes."""
     first: dict[str, str] = {}
     for pattern in targets:
-        matched = [path for path in sites if re.fullmatch(pattern, path)]
+        try:
+            matched = [path for path in sites if re.fullmatch(pattern, path)]
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression ({error}); '.*' stands for anything.") from error
         if not matched:
             raise ValueError(
                 f"The pattern {pattern!r} matches no parameter; {near(pattern, sites)}. Patterns are regular "

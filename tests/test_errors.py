@@ -1,5 +1,7 @@
 """Bad input: every error names the path and the remedy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -137,6 +139,38 @@ def test_an_adapter_that_does_not_fit_names_every_misfit(call):
 def test_something_that_is_no_adapter():
     with pytest.raises(TypeError, match=r"jlora\.init"):
         jlora.merge(small.params(), {"mix/kernel": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("given", [None, "adapter", {"w": 1.0}, [{"w": 1.0}], 3], ids=str)
+def test_something_else_in_the_place_of_the_adapter(given):
+    with pytest.raises(TypeError, match="comes after the parameters"):
+        jlora.adapt(small.model)(small.params(), given, small.tokens())
+
+
+def test_factors_that_lie_the_other_way():
+    """As torch has them: (rank, in) and (out, rank)."""
+    adapter = small.adapter()
+    update = adapter["mix/kernel"]
+    turned = {name: factor.T for name, factor in update.factors.items()}
+    adapter["mix/kernel"] = dataclasses.replace(update, factors=turned)
+    with pytest.raises(ValueError, match="A factor of mix/kernel has shape"):
+        jlora.adapt(small.model)(small.params(), adapter, small.tokens())
+
+
+@pytest.mark.parametrize("targets", [None, jlora.LoRA, {"mix/kernel": jlora.LoRA}, ["mix/kernel"], "mix/kernel"])
+def test_targets_that_are_none(targets):
+    with pytest.raises(TypeError, match=r"Targets are a method such as jlora\.LoRA\(rank=8\)"):
+        jlora.init(KEY, small.sites(), targets)
+
+
+def test_a_pattern_that_is_no_regular_expression():
+    with pytest.raises(ValueError, match=r"'\*/kernel' is no regular expression .* '\.\*' stands for anything"):
+        jlora.init(KEY, small.sites(), {"*/kernel": jlora.LoRA()})
+
+
+def test_parameters_in_the_place_of_sites():
+    with pytest.raises(TypeError, match=r"what jlora\.trace gives, not dict"):
+        jlora.init(KEY, small.params(), jlora.LoRA())
 
 
 def test_two_parameters_of_one_path():

@@ -12,7 +12,6 @@ from urllib.parse import quote
 
 from jlora._method import Adapter, Method, Update
 from jlora.io._error import CheckpointError
-from jlora.methods import METHODS
 
 FORMAT = 2
 GROUPS = ("factors", "frozen")
@@ -116,11 +115,14 @@ def rebuild(meta: Meta, arrays: Mapping[str, Any]) -> Adapter:
 
 def _method(said: Mapping[str, Any]) -> Method:
     name = said["name"]
-    if name not in METHODS:
-        raise CheckpointError(f"The method {name!r} is not in this release of jlora; upgrade.")
+    methods = {method.__name__: method for method in Method.__subclasses__()}
+    if name not in methods:
+        raise CheckpointError(
+            f"The method {name!r} is not in this release of jlora: upgrade, or import it first if it is your own."
+        )
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said["hyperparameters"].items()}
     try:
-        return METHODS[name](**values)
+        return methods[name](**values)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{name} in this release does not take what was saved: {error}") from error
 

@@ -40,7 +40,7 @@ def save(path: str | os.PathLike[str], adapter: Adapter, *, params: Any = None, 
         ValueError: where the adapter is empty, does not fit `params`, or has what JSON cannot hold.
         CheckpointError: where the folder cannot be written; it does not exist then.
     """
-    folder = Path(os.path.abspath(path))
+    folder = Path(os.path.abspath(os.path.expanduser(path)))
     if folder.exists():
         raise FileExistsError(f"{folder} exists. Save to another path, or remove it first.")
     items = checkpoint_args(adapter, params=params, hashes=hashes)
@@ -164,7 +164,7 @@ def _understood(folder: Path) -> Iterator[None]:
 
 
 def _open(path: str | os.PathLike[str]) -> tuple[Path, _describe.Meta]:
-    folder = Path(os.path.abspath(path))
+    folder = Path(os.path.abspath(os.path.expanduser(path)))
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no saved adapter at {folder}; jlora.save(path, adapter) writes one.")
     return folder, _describe.read(folder / META)

@@ -1,7 +1,9 @@
 """A weight as a matrix: its axes by role, networks over them, blocks of them."""
 
 import dataclasses
+import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,11 +59,25 @@ def add(w: Factored, pairs: Sequence[Pair], sizes: Mapping[str, int], scale: flo
         sizes: of the letters that the weight does not have.
         scale: the network's.
         options: as for `Network`.
+
+    Raises:
+        ValueError: where a factor's axes are no parts of its letters' axes, nor joined from them.
     """
     known = {x.name: x.size for x in w.letters} | dict(sizes)
-    factors = tuple(a.reshape([known[c] for c in term]) for a, term in pairs)
+    factors = tuple(_spelled(a, [known[c] for c in term], w) for a, term in pairs)
     network = Network(factors, tuple(term for _, term in pairs), scale, **options)
     return dataclasses.replace(w, networks=(*w.networks, network))
+
+
+def _spelled(factor: jax.Array, sizes: Sequence[int], w: Factored) -> jax.Array:
+    """A factor with one axis a letter, axes split and joined only."""
+    borders, wanted = (set(itertools.accumulate(shape, operator.mul)) for shape in (factor.shape, sizes))
+    if factor.size != math.prod(sizes) or not (borders <= wanted or wanted <= borders):
+        raise ValueError(
+            f"A factor of {', '.join(w.paths)} has shape {factor.shape}, which cannot be read as {tuple(sizes)}. "
+            "An adapter with an axis in front of every factor is used under jax.vmap."
+        )
+    return factor.reshape(sizes)
 
 
 def dropout(update: Update, stack: str) -> dict[str, Any]:

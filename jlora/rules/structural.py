@@ -41,6 +41,21 @@ def reshard(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
     return [jax.sharding.reshard(dataclasses.replace(f, base=base), laid(f, jax.typeof(base).sharding))]
 
 
+def device_put(ctx: Context, eqn: Any, *values: Value) -> list[Value] | None:
+    """To another kind of memory the factors go too; a sharding is the weight's alone."""
+    bases = [v.base if isinstance(v, Factored) else v for v in values]
+    if len(values) > 1 and any(isinstance(base, _deferred.Deferred) for base in bases):
+        return None
+
+    def moved(f: Factored, base: Any, device: Any) -> Factored:
+        there = device is None or isinstance(device, jax.sharding.Sharding)
+        f = dataclasses.replace(f, base=None)
+        return dataclasses.replace(f if there else jax.device_put(f, device), base=base)
+
+    results = zip(values, _deferred.bind(eqn, *bases), eqn.params["devices"], strict=True)
+    return [moved(v, base, device) if isinstance(v, Factored) else base for v, base, device in results]
+
+
 def convert_element_type(ctx: Context, eqn: Any, f: Factored) -> list[Value] | None:
     return unchanged(ctx, eqn, f) if jnp.issubdtype(eqn.params["new_dtype"], jnp.floating) else None
 
@@ -384,6 +399,7 @@ RULES: dict[str, Rule] = {
         unchanged,
     ),
     "reshard": reshard,
+    "device_put": device_put,
     "convert_element_type": convert_element_type,
     "stop_gradient": stop_gradient,
     "optimization_barrier": optimization_barrier,
