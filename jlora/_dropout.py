@@ -16,7 +16,8 @@ def with_dropout(adapter: Adapter, key: jax.Array) -> Adapter:
         W x + s B A (m * x) / (1 - dropout),    m: Bernoulli(1 - dropout), drawn from the key
 
     Keys are folded from the paths; a stacked weight has one a layer, and each use of a weight and each step of a loop
-    folds its own number in, so no two masks are the same. Without this call nothing is dropped.
+    folds its own number in, so no two masks are the same, but those of the devices
+    in a `shard_map` that the program has. Without this call nothing is dropped.
 
     Arguments:
         adapter: the adapter.

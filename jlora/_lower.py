@@ -42,7 +42,7 @@ def lowered(adapters: Sequence[Adapter], leaf: Any, path: str) -> Factored:
     def fun(leaf: Any, updates: list[Update]) -> Factored:
         w = weight(leaf, path)
         for update in updates:
-            w = _updated(update, w)
+            w = _updated(_widened(update, w.dtype), w)
         return joined(w)
 
     updates = [adapter[path] for adapter in adapters if path in adapter]
@@ -51,6 +51,16 @@ def lowered(adapters: Sequence[Adapter], leaf: Any, path: str) -> Factored:
     there = jax.typeof(leaf).sharding
     shapes = jax.eval_shape(auto(fun, leaf, NamedSharding(there.mesh, PartitionSpec())), leaf, updates)
     return auto(fun, leaf, laid(shapes, there))(leaf, updates)
+
+
+def _widened(update: Update, dtype: Any) -> Update:
+    """The update with no array narrower than the weight: scales and vectors are multiplied into them."""
+
+    def wide(a: Any) -> Any:
+        narrow = jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < jnp.finfo(dtype).bits
+        return a.astype(dtype) if narrow else a
+
+    return jax.tree.map(wide, update)
 
 
 def _updated(update: Update, w: Factored) -> Factored:

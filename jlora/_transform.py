@@ -41,6 +41,8 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
     Several adapters, `[first, second]`, apply in order: what they add adds up, and a later one that rotates, scales
     or normalises (DoRA, IA3, OFT, ...) does so to the weight that the earlier ones made.
 
+    An adapted function is not adapted again: of `adapt(adapt(f))` the inner adapter gets no gradient. Use a list.
+
     The base parameters are constants to differentiation: gradients reach the adapter and the other arguments. What
     else is trained (a head, a norm) is an argument of its own, or has the method `Full` in the adapter.
 
@@ -140,7 +142,8 @@ def init(key: jax.Array, sites: Sites, targets: Targets, *, params: Any = None, 
         key: a PRNG key. Each update's own is folded from its path, so that adding a target changes no other.
         sites: from `jlora.trace`.
         targets: patterns (`re.fullmatch` on the path; the first that matches decides) with their methods, None to
-            exclude; or one method for every weight that a product or a convolution consumes.
+            exclude; or one method for every weight that a product or a convolution consumes. A weight that the
+            program first makes another of (normalised, masked, clipped) is none of those; `print(sites)` shows all.
         params: the base parameters, for the methods and starts that look at them (PiSSA, LoRA-XS, ...).
         dtype: of the factors.
 

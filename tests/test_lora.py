@@ -134,3 +134,21 @@ def test_full_trains_whatever_the_program_uses():
     adapter = small.nonzero(jlora.init(jax.random.key(0), small.sites(), {".*": jlora.Full()}))
     apply = jax.jit(jlora.adapt(small.model, on_dense="error"))
     close(apply(params, adapter, small.tokens()), small.model(jlora.merge(params, adapter), small.tokens()))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("scale", [1.0, 0.1, 1e-8])
+def test_narrow_factors_lose_nothing_in_a_wide_program(dtype, scale):
+    """Neither to the method's scale, nor to what the program multiplies the weight by."""
+
+    def model(params, x):
+        return x @ (params["w"] * jnp.float32(scale))
+
+    rng = np.random.default_rng(0)
+    w, x = (jnp.asarray(rng.normal(size=shape).astype(np.float32)) for shape in ((32, 48), (8, 32)))
+    method = jlora.LoRA(rank=10, alpha=16.0, rank_stabilized=True)
+    adapter = small.nonzero(one(method, w, model, x, dtype=dtype)[0])
+    assert adapter["w"].factors["a"].dtype == dtype
+    update = model(jlora.merge({"w": w}, adapter), x) - model({"w": w}, x)
+    got = jlora.adapt(model, on_dense="error")({"w": w}, adapter, x) - model({"w": w}, x)
+    assert jnp.abs(got - update).max() < 1e-4 * jnp.abs(update).max()
