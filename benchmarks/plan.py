@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -26,9 +25,6 @@ import jlora
 from benchmarks import _byhand, _llama, _measure
 from benchmarks._llama import SIZES, Sizes
 from benchmarks._measure import Bar
-
-matplotlib.use("agg")
-from matplotlib import pyplot
 
 OPTIMISER = optax.adam(1e-4)
 FORMS = ("jlora", "by hand", "merged", "base", "full")
@@ -269,6 +265,11 @@ def draw(result: dict[str, Any], file: Path) -> None:
     ]
     if not rows:
         return
+    import matplotlib  # here, since the tests of plans do without it
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
     figure, axis = pyplot.subplots(figsize=(7.5, 0.6 + 0.27 * len(rows)), layout="constrained")
     for at, (_, found) in enumerate(rows):
         ours, merged = found["jlora"], found.get("merged")
