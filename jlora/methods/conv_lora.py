@@ -72,9 +72,11 @@ class ConvLoRA(Method):
         n_in, n_out = w.size(inner), w.size(outer)
         if self.groups > 1 or rank * count * (n_in + n_out) >= n_in * n_out:
             product = jnp.matmul(b.mT, a.mT, precision=jax.lax.Precision.HIGHEST)
-            return _axes.add(w, [(product, stack + outer + channels + window)], {}, scale)
+            term = stack + outer + channels + window
+            return _axes.add(w, [(product.reshape([w.size(c) for c in term]), term)], {}, scale)
         blocks = jnp.eye(count, dtype=a.dtype)[:, None, :, None] * a[..., None, :, None, :]
         ups = jnp.moveaxis(b.reshape(*b.shape[:-1], n_out, count), -1, -3)
         one, two = _axes.ranks(w, 2)
+        blocks = blocks.reshape([*(w.size(c) for c in stack + channels + window), count, rank])
         pairs = [(blocks, stack + channels + window + one + two), (ups, stack + one + two + outer)]
         return _axes.add(w, pairs, {one: count, two: rank}, scale)
