@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,9 +24,8 @@ from jlora.io._pieces import Box, checksum, grid, inside, overlap, plain, within
 HOST = "host"  # in place of a sharding: a numpy array
 Place = jax.sharding.Sharding | str | None  # None is the default device, with nothing committed to it
 
-_THREADS = 4
+_THREADS = 2
 _AT_A_TIME = 256 << 20  # bytes that are read before any of them go to their devices
-_AHEAD = 2 << 20  # bytes that the system is asked for at once
 _PAGE = 2 << 20  # bytes of a large page; memory comes several times faster in those
 _SLAB = 16 * _PAGE  # bytes that small arrays share
 _SMALL = 2 * _PAGE  # bytes of an array that shares none
@@ -76,9 +74,7 @@ def read(folder: Path, records: Mapping[str, Any], places: Mapping[str, Place]) 
     names = sorted(places, key=lambda name: source.start if (source := raw.get(name)) else ("", 0))
     found: dict[str, Any] = {}
     altered: set[str] = set()
-    with ThreadPoolExecutor(_THREADS + 1) as pool:
-        if len(places) == len(records) and jax.process_count() == 1:
-            pool.submit(_announce, folder)
+    with ThreadPoolExecutor(_THREADS) as pool:
         for batch in _batches(names, records):
             opened = {name: raw[name] or _open(folder, name, context) for name in batch if name in raw}
             room = _Room()
@@ -94,16 +90,6 @@ def read(folder: Path, records: Mapping[str, Any], places: Mapping[str, Place]) 
             )
         )
     return found
-
-
-def _announce(folder: Path) -> None:
-    """Tells the system that all files will be read, so that the disk works while arrays are planned and placed."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for file in sorted(found for found in folder.rglob("*") if found.is_file()):
-        with file.open("rb") as opened:
-            for start in range(0, os.fstat(opened.fileno()).st_size, _AHEAD):
-                os.posix_fadvise(opened.fileno(), start, _AHEAD, os.POSIX_FADV_WILLNEED)
 
 
 def _batches(names: Iterable[str], records: Mapping[str, Any]) -> Iterator[list[str]]:
