@@ -71,7 +71,9 @@ def _looked_up(f: Factored, eqn: Any, indices: jax.Array, alone: bool) -> Any:
     first = (d.start_index_map, d.collapsed_slice_dims, d.offset_dims) == ((0,), (0,), last)
     whole = tuple(p["slice_sizes"][1:]) == tuple(f.shape[1:])
     if isinstance(f.base, _deferred.Deferred) and first and whole and not (alone and len(f.shape) > 2):
-        found = _deferred.rows(f.base, jnp.clip(indices[..., 0], 0, f.base.shape[0] - 1))
+        at = indices[..., 0]
+        at = at.astype(jnp.int32) if at.dtype.itemsize < 4 else at  # the bounds may not fit narrow ones
+        found = _deferred.rows(f.base, jnp.clip(at, 0, f.base.shape[0] - 1))
         if found is not None and p["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
             inside = _inside(f, eqn, indices).reshape(*indices.shape[:-1], *(1,) * (len(f.shape) - 1))
             fill = jnp.nan if p["fill_value"] is None else p["fill_value"]
