@@ -40,7 +40,11 @@ def apply(
     x = drop(x, letters, network)
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else dtype
     x = x.astype(compute)
-    terms = _ordered(_absorbed(_scaled(network)), letters, out, compute)
+    terms = _ordered(_absorbed(list(zip(network.factors, network.terms, strict=True))), letters, out)
+    if terms and network.scale != 1:  # into what the activation meets first, before that is cast
+        (factor, term), *rest = terms
+        terms = [(factor * scalar(network.scale, factor.dtype), term), *rest]
+    terms = [(factor.astype(compute), term) for factor, term in terms]
     done = 0
     while done < len(terms):
         x = named(x) if done else x
@@ -101,15 +105,6 @@ def _dims(shape: Sequence[int]) -> str:
     return ",".join(f"d{k}" for k in range(len(shape)))
 
 
-def _scaled(network: Network) -> list[tuple[jax.Array, str]]:
-    """Factors and terms, the scale moved into the smallest factor."""
-    factors = list(network.factors)
-    if network.scale != 1 and factors:
-        small = min(range(len(factors)), key=lambda k: factors[k].size)
-        factors[small] = factors[small] * scalar(network.scale, factors[small].dtype)
-    return list(zip(factors, network.terms, strict=True))
-
-
 def _absorbed(terms: list[tuple[jax.Array, str]]) -> list[tuple[jax.Array, str]]:
     """Multiplies each vector into a factor that has its letters: a product of small things, not of activations."""
     out: list[tuple[jax.Array, str]] = []
@@ -122,14 +117,12 @@ def _absorbed(terms: list[tuple[jax.Array, str]]) -> list[tuple[jax.Array, str]]
     return out
 
 
-def _ordered(
-    terms: list[tuple[jax.Array, str]], letters: str, out: str, dtype: jnp.dtype
-) -> list[tuple[jax.Array, str]]:
-    """Terms in the order in which the activation takes them up, cast to its dtype.
+def _ordered(terms: list[tuple[jax.Array, str]], letters: str, out: str) -> list[tuple[jax.Array, str]]:
+    """Terms in the order in which the activation takes them up.
 
     First those that multiply it or contract a letter of it, the one by which it grows least before the others.
     """
-    left, ready, known = [(f.astype(dtype), t) for f, t in terms], [], set(letters)
+    left, ready, known = list(terms), [], set(letters)
 
     def cost(item: tuple[jax.Array, str]) -> tuple[bool, float]:
         others = set(out).union(*(t for _, t in left if t is not item[1]))

@@ -144,8 +144,7 @@ FORMED = {
         "stacked",
     },
     "lokr": {
-        *("ragged_experts", "conv_2d", "conv_2d_of_a_dilated_input", "conv_3d", "conv_depthwise_wide"),
-        *("conv_transpose", "conv_transpose_kernel", "axes_split", "axes_regrouped", "sliced", "padded_and_rolled"),
+        *("ragged_experts", "conv_depthwise_wide", "axes_split", "axes_regrouped", "sliced", "padded_and_rolled"),
         *("concatenated", "stacked", "interpolated"),
     },
 }

@@ -95,6 +95,15 @@ def loha_conv(ref: Factors, w: Array) -> Factors:
     return flat | {name: conv_rows(flat[name], w) for name in ("a0", "a1")}
 
 
+def lokr_conv(ref: Factors, w: Array) -> Factors:
+    """The smaller kernel, whole or as a product, is one of the larger channels' parts."""
+    height, width, *_ = w.shape
+    if "lokr_w2" in ref:
+        return {"c": ref["lokr_w1"].T, "d": ref["lokr_w2"].transpose(2, 3, 1, 0)}
+    a = ref["lokr_w2_b"].reshape(len(ref["lokr_w2_b"]), -1, height, width)
+    return {"c": ref["lokr_w1"].T, "a": a.transpose(2, 3, 1, 0), "b": ref["lokr_w2_a"].T}
+
+
 def gained(factors: Callable[[Factors, Array], Factors]) -> Callable[[Factors, Array], Factors]:
     """DoRA: PEFT trains the magnitude, jlora what it has gained since the start."""
 
@@ -169,6 +178,8 @@ CASES = {
     "peft_lokr_whole": Case(jlora.LoKr(3, ALPHA), LOKR_WHOLE),
     "peft_lokr": Case(jlora.LoKr(2, ALPHA), LOKR),
     "peft_lokr_both": Case(jlora.LoKr(1, ALPHA, decompose_both=True), LOKR_BOTH),
+    "peft_lokr_whole_conv2d": Case(jlora.LoKr(3, ALPHA), lokr_conv, CONV),
+    "peft_lokr_conv2d": Case(jlora.LoKr(1, ALPHA), lokr_conv, CONV),
     "peft_vera": Case(jlora.VeRA(5, seed=SEED), renamed(d="vera_lambda_d", b="vera_lambda_b")),
     "peft_ia3": Case(jlora.IA3(), lambda ref, w: {"l": ref["ia3_l"][:, 0]}),
     "peft_ia3_feedforward": Case(jlora.IA3("in"), lambda ref, w: {"l": ref["ia3_l"][0]}),
@@ -204,6 +215,8 @@ CASES = {
     "lycoris_loha": Case(jlora.LoHa(2, ALPHA), LOHA),
     "lycoris_lokr_whole": Case(jlora.LoKr(4, ALPHA), LOKR_WHOLE),
     "lycoris_lokr": Case(jlora.LoKr(2, ALPHA), LOKR),
+    "lycoris_lokr_whole_conv2d": Case(jlora.LoKr(4, ALPHA), lokr_conv, CONV),
+    "lycoris_lokr_conv2d": Case(jlora.LoKr(1, ALPHA), lokr_conv, CONV),
     "lycoris_lokr_both": Case(jlora.LoKr(1, ALPHA, decompose_both=True), LOKR_BOTH),
 }
 

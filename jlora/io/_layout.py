@@ -15,8 +15,8 @@ from jlora.methods.full import Full
 from jlora.methods.ia3 import IA3
 from jlora.methods.lora import LoRA
 
-# For every factor its axes after the stack: i and o are the joint in and out axes, c the in axes without a window, all
-# others the method's own.
+# For every factor its axes after the stack: i and o are the joint in and out axes, c the in axes without a window, x a
+# part of the channels with the window, all others the method's own.
 TERMS: dict[str, dict[str, str]] = {
     "LoRA": {"a": "ir", "b": "ro"},
     "DoRA": {"a": "ir", "b": "ro", "m": "o"},
@@ -92,11 +92,13 @@ def _in_order(array: np.ndarray, method: Method, place: Place) -> np.ndarray:
 def _joined(array: np.ndarray, term: str, place: Place) -> np.ndarray:
     """A factor with the in axes as one, channels first, and the out axes as one."""
     shape, at = list(array.shape[: len(place.sizes("stack"))]), len(place.sizes("stack"))
-    widths = {"i": len(place.sizes("in")), "c": len(place.channels), "o": len(place.sizes("out"))}
+    inner = len(place.sizes("in"))
+    widths = {"i": inner, "c": len(place.channels), "o": len(place.sizes("out"))}
+    widths["x"] = inner if place.module.kind == "conv" else 1
     for letter in term:
         width = widths.get(letter, 1)
-        if letter == "i" and place.module.kind == "conv":
-            array = np.moveaxis(array, at + place.channel, at)
+        if letter in "ix" and place.module.kind == "conv":
+            array = np.moveaxis(array, at + (place.channel if letter == "i" else width - 1), at)
         shape.append(math.prod(array.shape[at : at + width]))
         at += width
     return array.reshape(shape)
@@ -107,11 +109,15 @@ def _split(array: np.ndarray, term: str, place: Place) -> np.ndarray:
     stack = len(place.sizes("stack"))
     shape, moves = list(array.shape[:stack]), []
     known = {"i": place.sizes("in"), "c": place.channels, "o": place.sizes("out")}
+    window = place.kernel[1:]
     for size, letter in zip(array.shape[stack:], term, strict=True):
         sizes = list(known.get(letter, (size,)))
         if letter == "i" and place.module.kind == "conv":
             moves = [(len(shape), len(shape) + place.channel)]
-            sizes = [sizes.pop(place.channel), *sizes]
+            sizes = [*place.kernel]
+        elif letter == "x" and window:
+            moves = [(len(shape), len(shape) + len(window))]
+            sizes = [size // math.prod(window), *window]
         shape += sizes
     array = array.reshape(shape)
     for source, target in moves:

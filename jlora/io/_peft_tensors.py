@@ -14,12 +14,20 @@ from jlora.io._layout import TERMS, Part, kind
 from jlora.io._names import Owner
 
 # For every factor its name in the file and its axes there: a letter is a joint axis as in `TERMS`, two letters one axis
-# of both, C the channels and every axis of the kernel, S as many axes of size 1.
+# of both, C the channels and every axis of the kernel, X a part of the channels and the same, S as many axes of size 1.
 _LORA = {"a": ("lora_A.weight", "r i"), "b": ("lora_B.weight", "o r")}
 _EMBEDDING = {"a": ("lora_embedding_A", "r i"), "b": ("lora_embedding_B", "o r")}
 _CONV = {"a": ("lora_A.weight", "r C"), "b": ("lora_B.weight", "o r S")}
 _MAGNITUDE = {"m": ("lora_magnitude_vector", "o")}
 _LOHA = {"b0": ("hada_w1_a", "o r"), "a0": ("hada_w1_b", "r i"), "b1": ("hada_w2_a", "o r"), "a1": ("hada_w2_b", "r i")}
+_LOKR = {
+    "c": ("lokr_w1", "y w"),
+    "ca": ("lokr_w1_b", "r w"),
+    "cb": ("lokr_w1_a", "y r"),
+    "d": ("lokr_w2", "z x"),
+    "a": ("lokr_w2_b", "s x"),
+    "b": ("lokr_w2_a", "z s"),
+}
 FORMS: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
     ("LoRA", "linear"): _LORA,
     ("LoRA", "embedding"): _EMBEDDING,
@@ -30,14 +38,8 @@ FORMS: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
     ("DoRA", "conv"): _CONV | {"m": ("lora_magnitude_vector", "1 o S")},
     ("LoHa", "linear"): _LOHA,
     ("LoHa", "conv"): _LOHA,
-    ("LoKr", "linear"): {
-        "c": ("lokr_w1", "y w"),
-        "ca": ("lokr_w1_b", "r w"),
-        "cb": ("lokr_w1_a", "y r"),
-        "d": ("lokr_w2", "z x"),
-        "a": ("lokr_w2_b", "s x"),
-        "b": ("lokr_w2_a", "z s"),
-    },
+    ("LoKr", "linear"): _LOKR,
+    ("LoKr", "conv"): _LOKR | {"d": ("lokr_w2", "z X")},
     ("VeRA", "linear"): {"d": ("vera_lambda_d", "r"), "b": ("vera_lambda_b", "o")},
     ("IA3", "linear"): {"l": ("ia3_l", "o 1")},
     ("IA3", "conv"): {"l": ("ia3_l", "1 o S")},
@@ -49,6 +51,7 @@ FORMS: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
     ("Full", "conv"): {"d": ("weight", "o C")},
     ("Full vector", "parameter"): {"d": ("", "o")},
 }
+_JOINED = {"C": "i", "X": "x"}
 SUFFIXES = sorted({suffix for (m, _), form in FORMS.items() if m[:4] != "Full" for suffix, _ in form.values()})
 Tensors = dict[str, np.ndarray]
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -67,6 +70,9 @@ class Sizes:
         for token in spelled.split():
             if token == "C":
                 out += [(n,) for n in self.kernel]
+            elif token == "X":
+                joint, window = self.letters.get("x"), self.kernel[1:]
+                out += [(joint and joint // math.prod(window),), *((n,) for n in window)]
             elif token == "S":
                 out += [(1,)] * (len(self.kernel) - 1)
             else:
@@ -103,7 +109,7 @@ def form(method: str, kind: str, where: str) -> dict[str, tuple[str, str]]:
 
 def write(array: np.ndarray, term: str, spelled: str, sizes: Sizes, where: str) -> np.ndarray:
     """A factor as the file has it."""
-    order = [c.replace("C", "i") for c in spelled if c not in "1S "]
+    order = [_JOINED.get(c, c) for c in spelled if c not in "1S "]
     array = array.transpose([term.index(c) for c in order])
     known = dict(zip(order, array.shape, strict=True))
     full = dataclasses.replace(sizes, letters={**sizes.letters, **known})
@@ -135,15 +141,15 @@ def read(tensor: np.ndarray, term: str, spelled: str, sizes: Sizes, where: str) 
                 parts.append(size if size is not None else n // math.prod(k for k in axis if k is not None))
                 letters.append(c)
     array = tensor.reshape(parts)
-    joined = [c for k, c in enumerate(letters) if c != "C" or k == letters.index("C")]
+    joined = [c for k, c in enumerate(letters) if c not in _JOINED or k == letters.index(c)]
     shape = [math.prod(n for n, d in zip(parts, letters, strict=True) if d == c) for c in joined]
-    names = "".join(joined).replace("C", "i")
+    names = "".join(_JOINED.get(c, c) for c in joined)
     return array.reshape(shape).transpose([names.index(c) for c in term])
 
 
 def _tokens(spelled: str, sizes: Sizes) -> list[str]:
     """One token an axis."""
-    many = {"C": len(sizes.kernel), "S": len(sizes.kernel) - 1}
+    many = {"C": len(sizes.kernel), "X": len(sizes.kernel), "S": len(sizes.kernel) - 1}
     return [token for token in spelled.split() for _ in range(many.get(token, 1))]
 
 

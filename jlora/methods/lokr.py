@@ -19,7 +19,8 @@ class LoKr(Method):
 
         W + s C (x) D,    C: (a, c),    D: (b, d) or A B with A: (b, rank), B: (rank, d),    in = a b,    out = c d
 
-    In letters `ac, bd -> (a b), (c d)`; a stacked weight has one pair a layer. D (or B) starts at zero.
+    In letters `ac, bd -> (a b), (c d)`; a stacked weight has one pair a layer. Of a convolution, `in` are its channels,
+    and D has the window in front, (*window, b, d), or A: (*window, b, rank). D (or B) starts at zero.
 
     Arguments:
         rank: the rank of D; None keeps D whole. D is whole as well where the rank is at least half of its larger side.
@@ -56,12 +57,15 @@ class LoKr(Method):
         return self.rank is not None and self.rank < max(one, other) / 2
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
-        stack = site.sizes("stack")
-        (a, b), (c, d) = self._split(site.sizes("in")), self._split(site.sizes("out"))
+        stack, window = site.sizes("stack"), site.sizes("window")
+        (a, b), (c, d) = self._split(_axes.channels(site)), self._split(site.sizes("out"))
         keys = jax.random.split(key, 4)
 
         def make(k: int, shape: tuple[int, int], init: Any = _start.kaiming) -> jax.Array:
             return _start.stacked(init, keys[k], stack, shape, dtype)
+
+        def wide(k: int, n_out: int, init: Any = _start.kaiming) -> jax.Array:
+            return make(k, (math.prod(window) * b, n_out), init).reshape(*stack, *window, b, n_out)
 
         arrays = {}
         if self.decompose_both and self._low(a, c):
@@ -69,11 +73,12 @@ class LoKr(Method):
         else:
             arrays |= {"c": make(0, (a, c))}
         if self._low(b, d):
-            return arrays | {"a": make(2, (b, self.rank or 0)), "b": make(3, (self.rank or 0, d), _start.zeros)}
-        return arrays | {"d": make(2, (b, d), _start.zeros)}
+            return arrays | {"a": wide(2, self.rank or 0), "b": make(3, (self.rank or 0, d), _start.zeros)}
+        return arrays | {"d": wide(2, d, _start.zeros)}
 
     def lower(self, update: Update, w: Factored) -> Factored:
-        stack, inner, outer = _axes.letters(w, update.roles)
+        stack, _, outer = _axes.letters(w, update.roles)
+        inner, window = _axes.within(w, update.roles)
         sizes = [tuple(w.letter(c).size for c in cs) for cs in (inner, outer)]
         w, inner, row = _axes.blocks(w, inner, self._split(sizes[0])[1])
         w, outer, column = _axes.blocks(w, outer, self._split(sizes[1])[1])
@@ -83,9 +88,9 @@ class LoKr(Method):
         else:
             pairs = [(update["c"], stack + inner + outer)]
         if "a" in update.factors:
-            pairs += [(update["a"], stack + row + two), (update["b"], stack + two + column)]
+            pairs += [(update["a"], stack + window + row + two), (update["b"], stack + two + column)]
         else:
-            pairs += [(update["d"], stack + row + column)]
+            pairs += [(update["d"], stack + window + row + column)]
         is_low = "a" in update.factors or "ca" in update.factors
         scale = self.alpha / self.rank if self.alpha is not None and self.rank and is_low else 1.0
         rank = self.rank or 0

@@ -147,6 +147,11 @@ ADAPTERS: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
     "convolution": ("cnn", lambda: lora("0", "2", "5")),
     "convolution_dora": ("cnn", lambda: lora("0", "2", "5", use_dora=True)),
     "convolution_loha": ("cnn", lambda: peft.LoHaConfig(r=2, alpha=3, target_modules=["0", "2"])),
+    "convolution_lokr": ("cnn", lambda: peft.LoKrConfig(r=1, alpha=3, target_modules=["0", "2", "5"])),
+    "convolution_lokr_whole": (
+        "cnn",
+        lambda: peft.LoKrConfig(r=8, alpha=3, target_modules=["0", "2"], decompose_factor=2),
+    ),
     "convolution_ia3": ("cnn", lambda: peft.IA3Config(target_modules=["0", "2", "5"], feedforward_modules=["2"])),
 }
 

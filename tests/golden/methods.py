@@ -265,6 +265,8 @@ REFERENCES: dict[str, tuple[str, Wrap]] = {
     "peft_lokr_whole": ("linear", of_peft(peft.LoKrConfig, r=3, alpha=3)),
     "peft_lokr": ("linear", of_peft(peft.LoKrConfig, r=2, alpha=ALPHA)),
     "peft_lokr_both": ("linear", of_peft(peft.LoKrConfig, r=1, alpha=ALPHA, decompose_both=True)),
+    "peft_lokr_whole_conv2d": ("conv", of_peft(peft.LoKrConfig, r=3, alpha=3)),
+    "peft_lokr_conv2d": ("conv", of_peft(peft.LoKrConfig, r=1, alpha=ALPHA)),
     "peft_vera": ("linear", of_peft(peft.VeraConfig, fix_vera, r=5)),
     "peft_ia3": ("linear", of_peft(peft.IA3Config, feedforward_modules=[])),
     "peft_ia3_feedforward": ("linear", of_peft(peft.IA3Config, feedforward_modules=["layer"])),
@@ -295,6 +297,8 @@ REFERENCES: dict[str, tuple[str, Wrap]] = {
     "lycoris_loha": ("linear", of_lycoris(LohaModule, lora_dim=2)),
     "lycoris_lokr_whole": ("linear", of_lycoris(LokrModule, lora_dim=4)),
     "lycoris_lokr": ("linear", of_lycoris(LokrModule, lora_dim=2)),
+    "lycoris_lokr_whole_conv2d": ("conv", of_lycoris(LokrModule, lora_dim=4)),
+    "lycoris_lokr_conv2d": ("conv", of_lycoris(LokrModule, lora_dim=1)),
     "lycoris_lokr_both": ("linear", of_lycoris(LokrModule, lora_dim=1, decompose_both=True)),
 }
 
