@@ -279,19 +279,17 @@ def draw(result: dict[str, Any], file: Path) -> None:
         axis.barh(at, held, color="#4c72b0", label="parameters, adapter, Adam" if first else None)
         axis.barh(at, share * ours["needed"] - held, left=held, color="#dd8452", label="temporaries" if first else None)
         if merged:
-            axis.plot(
-                [min(share * merged["needed"], 155)] * 2,
-                [at - 0.4, at + 0.4],
-                color="black",
-                linewidth=2,
-                label="merged in the step" if first else None,
-            )
+            place, label = share * merged["needed"], "merged in the step" if first else None
+            if place < 150:
+                axis.plot([place] * 2, [at - 0.4, at + 0.4], color="black", linewidth=2, label=label)
+            else:
+                axis.text(158, at, f"{place:.0f}% >", va="center", ha="right", fontsize=8)
     axis.axvline(100, color="grey", linestyle="--", linewidth=1)
     axis.set_yticks(range(len(rows)), [f"{name} ({found['jlora']['devices']})" for name, found in rows], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, 160)
     axis.set_xlabel("% of a chip's memory")
-    axis.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside upper center", ncols=3)
     figure.savefig(file, dpi=150)
 
 

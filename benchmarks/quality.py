@@ -57,6 +57,7 @@ METHODS: dict[str, tuple[jlora.Method, float]] = {
     "HRA": (jlora.HRA(16), 1e-2),
     "IA3": (jlora.IA3(), 1e-2),
     "OFT": (jlora.OFT(32), 1e-3),
+    "BOFT": (jlora.BOFT(16, 2), 1e-3),
     "HiRA": (jlora.HiRA(8, 16.0), 1e-2),
     "FourierFT": (jlora.FourierFT(9216), 3e-3),
     "RandLoRA": (jlora.RandLoRA(24, 48.0), 2e-3),
