@@ -83,7 +83,9 @@ EXPORTS: dict[str, Export] = {
     "convolution_dora": Export("cnn", {".*/kernel": jlora.DoRA(2, 3.0)}),
     "convolution_loha": Export("cnn", {"(first|second)/kernel": jlora.LoHa(2, 3.0)}),
     "convolution_lokr": Export("cnn", {".*/kernel": jlora.LoKr(1, 3.0)}),
-    "convolution_lokr_whole": Export("cnn", {"(first|second)/kernel": jlora.LoKr(None, decompose_both=True)}, scale=0.5),
+    "convolution_lokr_whole": Export(
+        "cnn", {"(first|second)/kernel": jlora.LoKr(None, decompose_both=True)}, scale=0.5
+    ),
     "convolution_additive": Export("cnn", {"second/kernel": jlora.Additive(1, 3.0)}),
     "vllm": Export("llama", {".*/query/kernel": jlora.LoRA(2, 3.0), ".*/(up|down)/kernel": LORA}, target="vllm"),
 }
