@@ -51,7 +51,7 @@ FORMS: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
     ("Full", "conv"): {"d": ("weight", "o C")},
     ("Full vector", "parameter"): {"d": ("", "o")},
 }
-_JOINED = {"C": "i", "X": "x"}
+_JOINED = str.maketrans("CX", "ix")
 SUFFIXES = sorted({suffix for (m, _), form in FORMS.items() if m[:4] != "Full" for suffix, _ in form.values()})
 Tensors = dict[str, np.ndarray]
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -109,7 +109,7 @@ def form(method: str, kind: str, where: str) -> dict[str, tuple[str, str]]:
 
 def write(array: np.ndarray, term: str, spelled: str, sizes: Sizes, where: str) -> np.ndarray:
     """A factor as the file has it."""
-    order = [_JOINED.get(c, c) for c in spelled if c not in "1S "]
+    order = [c.translate(_JOINED) for c in spelled if c not in "1S "]
     array = array.transpose([term.index(c) for c in order])
     known = dict(zip(order, array.shape, strict=True))
     full = dataclasses.replace(sizes, letters={**sizes.letters, **known})
@@ -141,9 +141,9 @@ def read(tensor: np.ndarray, term: str, spelled: str, sizes: Sizes, where: str) 
                 parts.append(size if size is not None else n // math.prod(k for k in axis if k is not None))
                 letters.append(c)
     array = tensor.reshape(parts)
-    joined = [c for k, c in enumerate(letters) if c not in _JOINED or k == letters.index(c)]
+    joined = [c for k, c in enumerate(letters) if c not in "CX" or k == letters.index(c)]
     shape = [math.prod(n for n, d in zip(parts, letters, strict=True) if d == c) for c in joined]
-    names = "".join(_JOINED.get(c, c) for c in joined)
+    names = "".join(joined).translate(_JOINED)
     return array.reshape(shape).transpose([names.index(c) for c in term])
 
 
