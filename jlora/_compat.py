@@ -1,7 +1,8 @@
 """Differences between JAX releases, and the only place that touches what JAX does not document."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +55,21 @@ def shard_map_axes(eqn: Any) -> frozenset[Any]:
     """The mesh axes over which a `shard_map` is manual."""
     params = eqn.params
     return frozenset(params.get("newly_manual_axes", params.get("manual_axes", ())))
+
+
+def one_by_one(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """`fun`, whose `vmap` is a loop where jaxlib needs it.
+
+    On CPUs of few cores two of LAPACK's decompositions of many matrices at a time wait for each other for ever, from
+    JAX 0.10 to 0.11.
+    """
+
+    @functools.wraps(fun)
+    def call(*args: Any) -> Any:
+        waits = jax.__version_info__ < (0, 11) and jax.default_backend() == "cpu"
+        return (jax.custom_batching.sequential_vmap(fun) if waits else fun)(*args)
+
+    return call
 
 
 def is_plain(*arrays: Any) -> bool:

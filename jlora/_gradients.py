@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jlora._factored import widened
+from jlora._inverse import identity, inverse
 from jlora._method import Update
 from jlora.methods.lora import LoRA
 
@@ -66,8 +68,8 @@ def riemannian(damping: float = 1e-6) -> optax.GradientTransformation:
         (a, b), factors = _matrices(p, p.factors | p.frozen), dict(g.factors)
         da, db = _matrices(g, g.factors | g.frozen)
         if "a" in factors:
-            factors["a"] = _solve(b @ b.mT, da.mT, damping).mT.reshape(p.factors["a"].shape)
-        factors["b"] = _solve(a.mT @ a, db, damping).reshape(p.factors["b"].shape)
+            factors["a"] = _solve(b.mT, da.mT, damping).mT.reshape(p.factors["a"].shape)
+        factors["b"] = _solve(a, db, damping).reshape(p.factors["b"].shape)
         return dataclasses.replace(g, factors=factors)
 
     return _stateless(scaled)
@@ -92,7 +94,7 @@ def lora_fa_gradient(damping: float = 1e-8) -> optax.GradientTransformation:
             return g
         a, _ = _matrices(p, p.factors | p.frozen)
         _, db = _matrices(g, g.factors | g.frozen)
-        b = _solve(a.mT @ a, db, damping) / (p.method.scale * p.scale) ** 2
+        b = _solve(a, db, damping) / (p.method.scale * p.scale) ** 2
         return dataclasses.replace(g, factors={"b": b.reshape(p.factors["b"].shape)})
 
     return _stateless(scaled)
@@ -109,9 +111,13 @@ def _matrices(update: Update, arrays: dict[str, jax.Array]) -> tuple[jax.Array, 
     return a.reshape(*stack, -1, method.rank), b.reshape(*stack, method.rank, -1)
 
 
-def _solve(gram: jax.Array, right: jax.Array, damping: float) -> jax.Array:
-    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
-    return jnp.linalg.solve(gram + jnp.asarray(damping, gram.dtype) * eye, right)
+def _solve(factor: jax.Array, right: jax.Array, damping: float) -> jax.Array:
+    """(F^T F + damping I)^-1 right, with F: (*stack, n, rank) and right: (*stack, rank, k)."""
+    wide = factor.astype(widened(factor.dtype))
+    with jax.default_matmul_precision("highest"):
+        gram = wide.mT @ wide
+        solved = inverse(gram + damping * identity(gram)) @ right.astype(gram.dtype)
+    return solved.astype(right.dtype)
 
 
 def orthogonality(adapter: Any) -> jax.Array:

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora._inverse import identity, inverse
+
 
 def refusal(n_in: int, block: int, levels: int = 1) -> str:
     """Why blocks do not fit an in space; empty where they do."""
@@ -43,5 +45,5 @@ def _cayley(numbers: jax.Array, block: int) -> jax.Array:
     rows, columns = jnp.triu_indices(block, 1)
     q = jnp.zeros((*numbers.shape[:-1], block, block), numbers.dtype).at[..., rows, columns].set(numbers)
     q = q - q.mT
-    one = jnp.broadcast_to(jnp.eye(block, dtype=q.dtype), q.shape)
-    return jnp.linalg.solve(one + q, one - q)  # the two factors commute
+    one = identity(q)
+    return 2 * inverse(one + q) - one  # I - Q is 2 I - (I + Q)

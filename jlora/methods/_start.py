@@ -8,12 +8,16 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
+from jlora._compat import one_by_one
+
 FROM_BASE = r"pissa|pissa_niter_\d+|milora|olora"
 STARTS = rf"gaussian|orthogonal|{FROM_BASE}"
 
 kaiming = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # a = sqrt(5): +-1 / sqrt(fan in)
 zeros = jax.nn.initializers.zeros
 normal = jax.nn.initializers.normal
+
+_qr = jnp.vectorize(one_by_one(lambda w: tuple(jnp.linalg.qr(w))), signature="(m,n)->(m,k),(k,n)")
 
 
 def stacked(
@@ -44,7 +48,7 @@ def pair(
         return _orthogonal(key, tuple(stack), m, n, rank)
     assert weight is not None
     if start == "olora":
-        q, r = jnp.linalg.qr(weight.mT)
+        q, r = _qr(weight.mT)
         return r[..., :rank, :].mT, q[..., :rank].mT
     if iterations := re.fullmatch(r"pissa_niter_(\d+)", start):
         u, s, vt = _randomised_svd(key, weight, rank, int(iterations[1]))
@@ -59,10 +63,14 @@ def _orthogonal(key: jax.Array, stack: tuple[int, ...], m: int, n: int, rank: in
     """A in the span of half of an orthogonal basis of the ranks, B in that of the other half."""
     a_key, b_key, q_key = jax.random.split(key, 3)
     half = (rank + 1) // 2
-    q = stacked(jax.nn.initializers.orthogonal(), q_key, stack, (rank, rank), jnp.float32)
+    q = stacked(_turn, q_key, stack, (rank, rank), jnp.float32)
     a = stacked(normal(0.1), a_key, stack, (m, half), jnp.float32)
     b = stacked(normal(0.1), b_key, stack, (rank - half, n), jnp.float32)
     return a @ q[..., :half, :], q[..., half:, :].mT @ b
+
+
+def _turn(key: jax.Array, shape: tuple[int, ...], dtype: object) -> jax.Array:
+    return one_by_one(lambda k: jax.nn.initializers.orthogonal()(k, shape, dtype))(key)
 
 
 def _randomised_svd(
@@ -72,8 +80,8 @@ def _randomised_svd(
     width = min(rank + 10, *weight.shape[-2:])
     q = jax.random.normal(key, (*weight.shape[:-2], weight.shape[-1], width), weight.dtype)
     for _ in range(iterations + 1):
-        q, _ = jnp.linalg.qr(weight @ q)
-        q, _ = jnp.linalg.qr(weight.mT @ q)
-    y, _ = jnp.linalg.qr(weight @ q)
+        q, _ = _qr(weight @ q)
+        q, _ = _qr(weight.mT @ q)
+    y, _ = _qr(weight @ q)
     u, s, vt = jnp.linalg.svd(y.mT @ weight, full_matrices=False)
     return y @ u, s, vt

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._factored import Factored
+from jlora._inverse import identity
 from jlora._method import Method, Update
 from jlora._site import Site
 from jlora.methods import _axes, _check, _start
@@ -61,7 +62,7 @@ class HRA(Method):
         u = u / jnp.linalg.norm(u, axis=-2, keepdims=True)
         with jax.default_matmul_precision("highest"):
             gram = u.mT @ u
-            one = jnp.broadcast_to(jnp.eye(self.rank, dtype=u.dtype), gram.shape)
+            one = identity(gram)
             t = lax.linalg.triangular_solve(jnp.tril(gram, -1) + 0.5 * one, one, left_side=True, lower=True)
             image = u.mT @ _axes.matrix(w, update.roles).astype(u.dtype)
             u = u @ t
