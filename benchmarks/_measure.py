@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def interleave(calls: Mapping[str, Callable[[], Any]], rounds: int, warm: int = 
     """
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-warm, rounds):
+    for number in tqdm(range(-warm, rounds), "timing"):
         start = number % len(names)
         for name in names[start:] + names[:start]:
             begin = time.perf_counter()

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from tqdm import tqdm
 
 import jlora
 from benchmarks import _measure, _transformer
@@ -120,8 +121,10 @@ def weight_sized(function: Callable[..., Any], args: tuple[Any, ...], width: int
 
 def measure(form: str, options: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
     """Costs and times of all steps in one form, and the bars of those that are not dense."""
-    made = {name: PROGRAMS[form](method, options) for name, method in (METHODS | DENSE).items()}
-    programs = {name: _measure.compile(run, *args) for name, (run, args) in made.items()}
+    made, programs = {}, {}
+    for name, method in tqdm((METHODS | DENSE).items(), f"compiling, {form}"):
+        run, args = made[name] = PROGRAMS[form](method, options)
+        programs[name] = _measure.compile(run, *args)
     seconds = _measure.interleave({name: p.run for name, p in programs.items()}, options.rounds)
     lora = programs["LoRA"]
     rows = {

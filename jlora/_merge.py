@@ -77,7 +77,10 @@ def _fold(params: Any, adapters: list[Adapter], one: Callable[..., jax.Array], d
     for path, leaf in leaves:  # under one name for all, so that weights of one shape share a compiled program
         mine = [{"": dataclasses.replace(a[path], key=None)} for a in adapters if path in a]
         run = donating if donate and times[id(leaf)] == 1 and not _quantized.is_quantized(leaf) else plain
-        new.append(run(leaf, mine) if mine else leaf)
+        try:
+            new.append(run(leaf, mine) if mine else leaf)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be merged. {error}") from error
     return jax.tree.unflatten(structure, new)
 
 

@@ -264,6 +264,11 @@ def conv_2d_of_a_dilated_input(p: Params, x: Array) -> Array:
     return _conv(x, p["w"], ("HWNC", "IHOW", "CNHW"), lhs_dilation=(2, 1), padding=((1, 1), (0, 2)))
 
 
+@kind((2, 4, 6), x=(2, 5, 4))
+def conv_of_composite_channels(p: Params, x: Array) -> Array:
+    return _conv(x, p["w"], ("NWC", "WIO", "NWC"))
+
+
 @kind((2, 3, 2, 3, 4), x=(1, 5, 4, 3, 3))
 def conv_3d(p: Params, x: Array) -> Array:
     return _conv(x, p["w"], ("NDHWC", "DHWIO", "NDHWC"), window_strides=(1, 2, 1))

@@ -182,3 +182,19 @@ def test_two_parameters_of_one_path():
 def test_an_unknown_action():
     with pytest.raises(ValueError, match="on_dense"):
         jlora.adapt(small.model, on_dense="ignore")
+
+
+def test_a_kronecker_factor_of_a_convolution_without_the_window():
+    w, x = jnp.ones((3, 4, 6)), jnp.ones((1, 5, 4))
+
+    def conv(p, x):
+        return jax.lax.conv_general_dilated(x, p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+    adapter = jlora.init(KEY, jlora.trace(conv, {"w": w}, x), jlora.LoKr(None, factor=2))
+    assert adapter["w"]["d"].shape == (3, 2, 3)
+    joined = dataclasses.replace(adapter["w"], factors=adapter["w"].factors | {"d": jnp.zeros((6, 3))})
+    message = r"shape \(6, 3\): LoKr.* one axis for each of the window, 3 in all"
+    with pytest.raises(ValueError, match=r"w cannot be merged.*" + message):
+        jlora.merge({"w": w}, {"w": joined})
+    with pytest.raises(ValueError, match=r"A factor of w has " + message):
+        jlora.adapt(conv)({"w": w}, {"w": joined}, x)

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
 from jax.test_util import check_grads
 
 import jlora
 from jlora._inverse import inverse
+from tests import small
 
 RNG = np.random.default_rng(0)
 

@@ -1,5 +1,6 @@
 """Where the bytes of a checkpoint's arrays lie: the index that Orbax keeps of them, an OCDBT database."""
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -48,4 +49,10 @@ def _collect(
 def _span(folder: Path, location: str) -> Span:
     """The bytes that `value:<folder>:<file>:<start>:<size>` names; the folder and its colon may be missing."""
     named, start, size = location.removeprefix("value:").rsplit(":", 2)
-    return Span(folder / "".join(unquote(part) for part in named.split(":")), int(start), int(size))
+    return Span(_file(folder, named), int(start), int(size))
+
+
+@functools.lru_cache
+def _file(folder: Path, named: str) -> Path:
+    """A file by its name in the index, which many arrays share."""
+    return folder / "".join(unquote(part) for part in named.split(":"))

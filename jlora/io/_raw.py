@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ class Files:
         if self.file is None or path != self.path:
             self.close()
             self.path, self.file = path, path.open("rb", buffering=0)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # reads farther ahead
         return self.file
 
     def close(self) -> None:
@@ -90,35 +93,42 @@ def _fill(block: np.ndarray, file: Any) -> None:
 def find(index: Mapping[str, bytes | Span], name: str, record: Any) -> Raw | None:
     """An array as its bytes are stored; None where they are compressed, or not what was recorded, or not all there."""
     said = index.get(f"{name}/.zarray")
-    if not isinstance(said, bytes):
-        return None
-    meta = _parsed(said)
     shape, shard, piece = (tuple(record[field]) for field in ("shape", "shard", "piece"))
+    names = _chunks(said, record["dtype"], shape, shard, piece) if isinstance(said, bytes) else None
+    if names is None:
+        return None
     itemsize = jnp.dtype(record["dtype"]).itemsize
-    plain = {"compressor": None, "filters": None, "order": "C", "shape": list(shape), "chunks": list(shard)}
-    if any(meta.get(field) != value for field, value in plain.items()) or not _same(meta.get("dtype"), record):
-        return None
-    if any(s % c for s, c in zip(shape, shard, strict=True)) or not _contiguous(piece, shard):
-        return None
-    chunks = {}
-    for at in itertools.product(*(range(s // c) for s, c in zip(shape, shard, strict=True))):
-        value = index.get(f"{name}/{meta.get('dimension_separator', '.').join(map(str, at)) or 0}")
-        size = value.size if isinstance(value, Span) else len(value or b"")
-        if value is None or size != math.prod(shard) * itemsize:
-            return None
-        chunks[tuple(k * c for k, c in zip(at, shard, strict=True))] = value
-    return Raw(chunks, shard, itemsize)
+    chunks = {start: index.get(f"{name}/{chunk}", b"") for start, chunk in names}
+    found = {value.size if isinstance(value, Span) else len(value) for value in chunks.values()}
+    return Raw(chunks, shard, itemsize) if found == {math.prod(shard) * itemsize} else None
 
 
 @functools.lru_cache
-def _parsed(said: bytes) -> Any:
-    """zarr's description of an array, which is the same for all of one shape."""
-    return json.loads(said)
+def _chunks(
+    said: bytes, dtype: str, shape: tuple[int, ...], shard: tuple[int, ...], piece: tuple[int, ...]
+) -> Sequence[tuple[tuple[int, ...], str]] | None:
+    """Starts and names of chunks, which are the same for all arrays of one shape; None where they are not plain bytes.
+
+    Arguments:
+        said: zarr's description.
+        dtype: as recorded, like the rest.
+    """
+    meta = json.loads(said)
+    plain = {"compressor": None, "filters": None, "order": "C", "shape": list(shape), "chunks": list(shard)}
+    if any(meta.get(field) != value for field, value in plain.items()) or not _same(meta.get("dtype"), dtype):
+        return None
+    if any(s % c for s, c in zip(shape, shard, strict=True)) or not _contiguous(piece, shard):
+        return None
+    separator = meta.get("dimension_separator", ".")
+    return [
+        (tuple(k * c for k, c in zip(at, shard, strict=True)), separator.join(map(str, at)) or "0")
+        for at in itertools.product(*(range(s // c) for s, c in zip(shape, shard, strict=True)))
+    ]
 
 
-def _same(spelled: Any, record: Any) -> bool:
+def _same(spelled: Any, dtype: str) -> bool:
     """Whether zarr's name of a dtype, with its order of bytes, is that of the record."""
-    return isinstance(spelled, str) and jnp.dtype(spelled) == jnp.dtype(record["dtype"])
+    return isinstance(spelled, str) and jnp.dtype(spelled) == jnp.dtype(dtype)
 
 
 def _contiguous(piece: Sequence[int], shard: Sequence[int]) -> bool:

@@ -45,6 +45,11 @@ def counts(site: Site) -> tuple[int, int]:
     return math.prod(site.sizes("in")), math.prod(site.sizes("out"))
 
 
+def name(w: Factored) -> str:
+    """A weight's path for an error; a merge knows none."""
+    return ", ".join(w.paths) or "the weight"
+
+
 def ranks(w: Factored, count: int = 1) -> str:
     """Letters for ranks."""
     return fresh([w.used()], count)
@@ -74,7 +79,7 @@ def _spelled(factor: jax.Array, sizes: Sequence[int], w: Factored) -> jax.Array:
     borders, wanted = (set(itertools.accumulate(shape, operator.mul)) for shape in (factor.shape, sizes))
     if factor.size != math.prod(sizes) or not (borders <= wanted or wanted <= borders):
         raise ValueError(
-            f"A factor of {', '.join(w.paths)} has shape {factor.shape}, which cannot be read as {tuple(sizes)}. "
+            f"A factor of {name(w)} has shape {factor.shape}, which cannot be read as {tuple(sizes)}. "
             "An adapter with an axis in front of every factor is used under jax.vmap."
         )
     return factor.reshape(sizes)

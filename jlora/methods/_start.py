@@ -2,10 +2,10 @@
 
 import math
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
 from jlora._compat import one_by_one
@@ -21,7 +21,7 @@ _qr = jnp.vectorize(one_by_one(lambda w: tuple(jnp.linalg.qr(w))), signature="(m
 
 
 def stacked(
-    init: Initializer, key: jax.Array, stack: tuple[int, ...], shape: tuple[int, ...], dtype: object
+    init: Callable[..., jax.Array], key: jax.Array, stack: tuple[int, ...], shape: tuple[int, ...], dtype: object
 ) -> Float[Array, "*stack_and_shape"]:
     """An initialiser's arrays, one with a key of its own for each layer of a stack."""
     if not stack:
