@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +74,14 @@ def read(folder: Path, records: Mapping[str, Any], places: Mapping[str, Place]) 
     names = sorted(places, key=lambda name: source.start if (source := raw.get(name)) else ("", 0))
     found: dict[str, Any] = {}
     altered: set[str] = set()
-    before: list[_Plan] = []
-    reading: list[Future[set[str]]] = []
     with ThreadPoolExecutor(_THREADS) as pool:
-        for batch in [*_batches(names, records), []]:  # a batch goes to its devices while the next one is read
+        for batch in _batches(names, records):
             opened = {name: raw[name] or _open(folder, name, context) for name in batch if name in raw}
             room = _Room()
             plans = [_plan(folder, name, records[name], places[name], opened.get(name), room) for name in batch]
             jobs = iter([job for plan in plans for job in _jobs(plan)])
-            altered = altered.union(*(done.result() for done in reading))
-            reading = [pool.submit(_fill_all, folder, jobs) for _ in range(_THREADS)]
-            found |= _placed(before)
-            before = plans
+            altered = altered.union(*pool.map(lambda k, jobs=jobs: _fill_all(folder, jobs), range(_THREADS)))
+            found |= _placed(plans)
     if altered:
         raise CheckpointError(
             f"Arrays in {folder} were altered after they were written. Use an earlier checkpoint.\n  "
