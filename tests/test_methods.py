@@ -145,7 +145,7 @@ FORMED = {
     },
     "lokr": {
         *("ragged_experts", "conv_depthwise_wide", "axes_split", "axes_regrouped", "sliced", "padded_and_rolled"),
-        *("concatenated", "stacked", "interpolated"),
+        *("concatenated", "stacked", "interpolated", "conv_of_composite_channels"),
     },
 }
 FACTORED = {

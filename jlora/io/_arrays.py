@@ -178,8 +178,8 @@ def _fill(folder: Path, files: _raw.Files, plan: _Plan, box: Box, known: list[tu
             ts.array(buffer).write(source.translate_to[(0,) * len(box)] if box else source).result()
             right = all(_sum(buffer[within(piece, box)], recorded) == recorded for piece, recorded in known)
     for target in plan.targets:
-        both = overlap(box, target.box)
-        if both is not None and target is not owner:
+        both = None if target is owner else overlap(box, target.box)
+        if both is not None:
             target.out[within(both, target.box)] = buffer[within(both, box)]
     return right
 

@@ -67,7 +67,7 @@ class Files:
 
     def open(self, path: Path) -> io.FileIO:
         """A file, at whatever place it was left."""
-        if self.file is None or path != self.path:
+        if self.file is None or path is not self.path:
             self.close()
             self.path, self.file = path, path.open("rb", buffering=0)
             if hasattr(os, "posix_fadvise"):

@@ -91,11 +91,11 @@ class LoKr(Method):
             pairs += [(update["a"], stack + window + row + two), (update["b"], stack + two + column)]
         else:
             pairs += [(update["d"], stack + window + row + column)]
-        wide, term = pairs[-2 if "a" in update.factors else -1]
-        if window and wide.ndim != len(term):
+        wide, axes = update["a" if "a" in update.factors else "d"], len(stack + window) + 2
+        if window and wide.ndim != axes:
             raise ValueError(
                 f"A factor of {_axes.name(w)} has shape {wide.shape}: LoKr's D or A of a convolution has one axis "
-                f"for each of the window, {len(term)} in all. The one here divides the window with the channels."
+                f"for each of the window, {axes} in all. The one here divides the window with the channels."
             )
         is_low = "a" in update.factors or "ca" in update.factors
         scale = self.alpha / self.rank if self.alpha is not None and self.rank and is_low else 1.0
