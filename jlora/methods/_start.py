@@ -70,6 +70,7 @@ def _orthogonal(key: jax.Array, stack: tuple[int, ...], m: int, n: int, rank: in
 
 
 def _turn(key: jax.Array, shape: tuple[int, ...], dtype: object) -> jax.Array:
+    """A random orthogonal matrix."""
     return one_by_one(lambda k: jax.nn.initializers.orthogonal()(k, shape, dtype))(key)
 
 
