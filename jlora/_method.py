@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 from jax import lax
 
+from jlora import _hyper
 from jlora._context import Role
 from jlora._factored import Factored
 from jlora._site import Site
@@ -54,7 +55,8 @@ class Method(abc.ABC):
     """A way to update a weight: hyper-parameters and two pure functions.
 
     A method is a frozen dataclass whose fields are numbers, strings, booleans, None or tuples of them, so that it can
-    be saved; a field that only `init` needs is reset by `settled`. The law's tests, `save` and `load` find it by
+    be saved; a field that only `init` needs is reset by `settled`. Fields that are named as those of jlora's own
+    methods (rank, alpha, dropout) have to be what they are there. The law's tests, `save` and `load` find it by
     themselves.
 
     Arguments:
@@ -71,6 +73,9 @@ class Method(abc.ABC):
     reads_base: ClassVar[bool] = False
     scales_base: ClassVar[bool] = False
     dropout = 0.0  # a field where a method has dropout
+
+    def __post_init__(self) -> None:
+        _hyper.check(self)
 
     @property
     def frozen(self) -> tuple[str, ...]:

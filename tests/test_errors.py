@@ -1,12 +1,16 @@
 """Bad input: every error names the path and the remedy."""
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jlora
+from jlora import _hyper
 from tests import small
 
 KEY = jax.random.key(0)
@@ -58,6 +62,11 @@ def test_a_rank_that_is_none(rank):
     ("make", "message"),
     [
         (lambda: jlora.LoRA(dropout=1.0), r"dropout is a share in \[0, 1\), not 1.0"),
+        (lambda: jlora.LoRA(alpha=0.0), "LoRA's alpha is a number other than zero, not 0.0"),
+        (lambda: jlora.LoKr(alpha=math.inf), "LoKr's alpha is a number other than zero, not inf"),
+        (lambda: jlora.DeLoRA(reach=0.0), "reach is a number other than zero, not 0.0"),
+        (lambda: jlora.FourierFT(scaling=math.nan), "scaling is a number other than zero, not nan"),
+        (lambda: jlora.VeRA(seed=True), "seed is a whole number, not True"),
         (lambda: jlora.LoRA(start="svd"), r"start is one of gaussian, .*olora.*'svd'"),
         (lambda: jlora.LoRA(start="pissa", groups=2), "a start, or initialisers, or groups"),
         (lambda: jlora.LoRA(groups=3, enable=(True, False)), "each of the 3 groups"),
@@ -68,7 +77,7 @@ def test_a_rank_that_is_none(rank):
         (lambda: jlora.IA3("both"), "axis is one of 'out', 'in', not 'both'"),
         (lambda: jlora.OFT(1), "block is at least 2"),
         (lambda: jlora.BOFT(3, 2), "2 or 4 would do, not 3"),
-        (lambda: jlora.LoKr(factor=0), "factor is a whole number from 1 on, not 0"),
+        (lambda: jlora.LoKr(factor=0), "factor is a whole number from 1 on, or -1 for the most even, not 0"),
         (lambda: jlora.FourierFT(n=0), "n is a whole number"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -76,6 +85,39 @@ def test_a_rank_that_is_none(rank):
 def test_hyper_parameters_that_make_no_sense(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@dataclasses.dataclass
+class Numbers:
+    """Fields named as those of methods, without the types that the methods' own are checked for here."""
+
+    rank: Any = 8
+    alpha: Any = 16
+    d_initial: Any = 0.1
+    freeze_a: Any = False
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 8.0}, "rank is a whole number from 1 on, not 8.0"),
+        ({"alpha": "16"}, "alpha is a number other than zero, not '16'"),
+        ({"alpha": True}, "alpha is a number other than zero, not True"),
+        ({"d_initial": None}, "d_initial is a number, not None"),
+        ({"freeze_a": "no"}, "freeze_a is True or False, not 'no'"),
+    ],
+    ids=str,
+)
+def test_hyper_parameters_of_another_type(values, message):
+    with pytest.raises(ValueError, match=message):
+        _hyper.check(Numbers(**values))
+
+
+def test_hyper_parameters_from_numpy_become_plain_numbers():
+    method = Numbers(rank=np.int64(4), alpha=np.float32(8), freeze_a=np.bool_(True))
+    _hyper.check(method)
+    assert [type(value) for value in dataclasses.astuple(method)] == [int, float, float, bool]
+    assert method == Numbers(rank=4, alpha=8.0, freeze_a=True)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def method(config: Config, name: str) -> Method:
         raise ValueError(f"The rank of {name} is a whole number, not {rank!r}.")
     if kind == "VERA":
         start, dropout = (_number(config.get(field, 0.0), field) for field in ("d_initial", "vera_dropout"))
-        return VeRA(rank, start, int(_number(config["projection_prng_key"], "projection_prng_key")), dropout)
+        return VeRA(rank, start, config["projection_prng_key"], dropout)
     alpha = by_pattern(config.get("alpha_pattern"), name, config["lora_alpha" if kind == "LORA" else "alpha"])
     alpha = _number(alpha, f"alpha of {name}")
     if kind == "LORA":
@@ -150,8 +150,7 @@ def method(config: Config, name: str) -> Method:
         return make(rank, alpha, bool(config.get("use_rslora")), dropout=dropout)
     if kind == "LOHA":
         return LoHa(rank, alpha)
-    factor = int(_number(config.get("decompose_factor", -1), "decompose_factor"))
-    return LoKr(rank, alpha, factor, bool(config.get("decompose_both")))
+    return LoKr(rank, alpha, config.get("decompose_factor", -1), bool(config.get("decompose_both")))
 
 
 def _number(value: Any, what: str) -> float:

@@ -1,20 +1,6 @@
-"""Hyper-parameters: what they have to be."""
+"""Hyper-parameters: choices by name, and the scale that follows from alpha."""
 
 import math
-
-
-def whole(method: object, **numbers: object) -> None:
-    """Raises unless every number is a whole one from 1 on."""
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{type(method).__name__}'s {name} is a whole number from 1 on, not {value!r}.")
-
-
-def share(method: object, **numbers: object) -> None:
-    """Raises unless every number is in [0, 1)."""
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-            raise ValueError(f"{type(method).__name__}'s {name} is a share in [0, 1), not {value!r}.")
 
 
 def choice(method: object, *allowed: object, **values: object) -> None:

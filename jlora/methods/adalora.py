@@ -34,10 +34,6 @@ class AdaLoRA(Method):
     alpha: float | None = None
     dropout: float = 0.0
 
-    def __post_init__(self) -> None:
-        _check.whole(self, rank=self.rank)
-        _check.share(self, dropout=self.dropout)
-
     def refusal(self, site: Site) -> str:
         return site.refusal or _axes.rank_above(site, self.rank)
 

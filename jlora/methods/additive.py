@@ -30,16 +30,14 @@ class Additive(Method):
 
     Raises:
         ValueError: from `jlora.init`, where the rank does not divide both sizes, with those that do.
+
+    It has no paper: the library MoreLoRA (tic-top, 2023) introduced it.
     """
 
     rank: int = 8
     alpha: float | None = None
     rank_stabilized: bool = False
     dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check.whole(self, rank=self.rank)
-        _check.share(self, dropout=self.dropout)
 
     def refusal(self, site: Site) -> str:
         return site.refusal or _repeat.refusal(site, self.rank, "rank")

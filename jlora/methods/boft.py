@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jlora._factored import Factored
 from jlora._method import Method, Update
 from jlora._site import Site
-from jlora.methods import _axes, _check, _rotation
+from jlora.methods import _axes, _rotation
 
 
 @final
@@ -37,7 +37,7 @@ class BOFT(Method):
     scales_base = True
 
     def __post_init__(self) -> None:
-        _check.whole(self, block=self.block, levels=self.levels)
+        super().__post_init__()
         if self.block < 2:
             raise ValueError("BOFT's block is at least 2: a block of one cannot be turned.")
         if self.levels > 1 and self.block % 2:

@@ -40,9 +40,6 @@ class ConvLoRA(Method):
     alpha: float | None = None
     groups: int = 1
 
-    def __post_init__(self) -> None:
-        _check.whole(self, rank=self.rank, groups=self.groups)
-
     def refusal(self, site: Site) -> str:
         window = site.sizes("window") if not site.refusal else ()
         if site.refusal or not window:

@@ -10,7 +10,7 @@ from jax import lax
 from jlora._factored import Factored
 from jlora._method import Method, Update
 from jlora._site import Site
-from jlora.methods import _axes, _check, _norm, _start
+from jlora.methods import _axes, _norm, _start
 
 
 @final
@@ -36,10 +36,6 @@ class DeLoRA(Method):
     dropout: float = 0.0
 
     reads_base = True
-
-    def __post_init__(self) -> None:
-        _check.whole(self, rank=self.rank)
-        _check.share(self, dropout=self.dropout)
 
     def refusal(self, site: Site) -> str:
         return site.refusal or _axes.rank_above(site, self.rank)

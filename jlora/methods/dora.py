@@ -41,9 +41,6 @@ class DoRA(Method):
     reads_base = True
     scales_base = True
 
-    def __post_init__(self) -> None:
-        self.direction.__post_init__()
-
     @property
     def direction(self) -> LoRA:
         return LoRA(self.rank, self.alpha, self.rank_stabilized, self.dropout, self.a_init, self.b_init)

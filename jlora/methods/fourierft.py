@@ -10,7 +10,7 @@ from jax import lax
 from jlora._factored import Factored, widened
 from jlora._method import Method, Update
 from jlora._site import Site
-from jlora.methods import _axes, _check, _random
+from jlora.methods import _axes, _random
 
 
 @final
@@ -34,9 +34,6 @@ class FourierFT(Method):
     n: int = 1000
     scaling: float = 150.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check.whole(self, n=self.n)
 
     def refusal(self, site: Site) -> str:
         return site.refusal or _axes.too_many(site, self.n)

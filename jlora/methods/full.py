@@ -19,7 +19,11 @@ class Full(Method):
 
         W + D,    D: the shape of W, zero at the start
 
-    It adapts every floating-point parameter that the program uses, and costs what training that parameter costs.
+    It adapts every floating-point parameter that the program uses, and costs what training that parameter costs. On
+    biases alone it is BitFit.
+
+    Ben Zaken et al. 2021, BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models,
+    arXiv:2106.10199.
     """
 
     def refusal(self, site: Site) -> str:

@@ -42,7 +42,7 @@ class Hadamard(Method):
         ValueError: where k does not divide the rank, and from `jlora.init`, where the terms do not fit the weight.
 
     Hyeon-Woo et al. 2021, FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning,
-    arXiv:2108.06098.
+    arXiv:2108.06098; "additive", more than two terms and sigmoid: the library MoreLoRA (tic-top, 2023).
     """
 
     rank: int = 8
@@ -53,8 +53,7 @@ class Hadamard(Method):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _check.whole(self, rank=self.rank, k=self.k)
-        _check.share(self, dropout=self.dropout)
+        super().__post_init__()
         _check.choice(self, "lora", "additive", "tanh", "sigmoid", of=self.of)
         if self.of == "sigmoid":
             object.__setattr__(self, "offset", True)
@@ -147,10 +146,6 @@ class LoHa(Method):
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check.whole(self, rank=self.rank)
-        _check.share(self, dropout=self.dropout)
 
     @property
     def product(self) -> Hadamard:

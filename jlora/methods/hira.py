@@ -31,9 +31,6 @@ class HiRA(Method):
 
     reads_base = True
 
-    def __post_init__(self) -> None:
-        _check.whole(self, rank=self.rank)
-
     def refusal(self, site: Site) -> str:
         return site.refusal or _axes.rank_above(site, self.rank)
 

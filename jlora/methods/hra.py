@@ -11,7 +11,7 @@ from jlora._factored import Factored
 from jlora._inverse import identity
 from jlora._method import Method, Update
 from jlora._site import Site
-from jlora.methods import _axes, _check, _start
+from jlora.methods import _axes, _start
 
 
 @final
@@ -37,7 +37,7 @@ class HRA(Method):
     reads_base = True
 
     def __post_init__(self) -> None:
-        _check.whole(self, rank=self.rank)
+        super().__post_init__()
         if self.rank % 2:
             raise ValueError(
                 f"HRA's rank is even, since reflections start in pairs: {self.rank - 1} or {self.rank + 1} would do, "

@@ -34,6 +34,7 @@ class IA3(Method):
     scales_base = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check.choice(self, "out", "in", axis=self.axis)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:

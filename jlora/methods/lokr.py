@@ -9,7 +9,7 @@ import jax
 from jlora._factored import Factored
 from jlora._method import Method, Update
 from jlora._site import Site
-from jlora.methods import _axes, _check, _start
+from jlora.methods import _axes, _start
 
 
 @final
@@ -39,11 +39,9 @@ class LoKr(Method):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rank is not None:
-            _check.whole(self, rank=self.rank)
-        if self.factor != -1:
-            _check.whole(self, factor=self.factor)
-        _check.share(self, dropout=self.dropout)
+        super().__post_init__()
+        if self.factor < 1 and self.factor != -1:
+            raise ValueError(f"LoKr's factor is a whole number from 1 on, or -1 for the most even, not {self.factor}.")
 
     def _split(self, sizes: tuple[int, ...]) -> tuple[int, int]:
         """The joint axis as (major, minor)."""

@@ -64,8 +64,7 @@ class LoRA(Method):
     group_axis: int | None = None
 
     def __post_init__(self) -> None:
-        _check.whole(self, rank=self.rank, groups=self.groups)
-        _check.share(self, dropout=self.dropout)
+        super().__post_init__()
         if self.enable is not None:
             object.__setattr__(self, "enable", tuple(bool(e) for e in self.enable))
             if len(self.enable) != self.groups or not any(self.enable):

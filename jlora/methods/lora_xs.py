@@ -33,10 +33,6 @@ class LoRAXS(Method):
     alpha: float | None = None
     dropout: float = 0.0
 
-    def __post_init__(self) -> None:
-        _check.whole(self, rank=self.rank)
-        _check.share(self, dropout=self.dropout)
-
     @property
     def frozen(self) -> tuple[str, ...]:
         return ("a", "b")

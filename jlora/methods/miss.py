@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jlora._factored import Factored
 from jlora._method import Method, Update
 from jlora._site import Site
-from jlora.methods import _axes, _check, _repeat
+from jlora.methods import _axes, _repeat
 
 
 @final
@@ -31,10 +31,6 @@ class MiSS(Method):
 
     rank: int = 64
     dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check.whole(self, rank=self.rank)
-        _check.share(self, dropout=self.dropout)
 
     def refusal(self, site: Site) -> str:
         return site.refusal or _repeat.refusal(site, self.rank, "rank", both=False)

@@ -8,7 +8,7 @@ import jax
 from jlora._factored import Factored
 from jlora._method import Method, Update
 from jlora._site import Site
-from jlora.methods import _axes, _check, _rotation
+from jlora.methods import _axes, _rotation
 
 
 @final
@@ -29,7 +29,7 @@ class OFT(Method):
     reads_base = True
 
     def __post_init__(self) -> None:
-        _check.whole(self, block=self.block)
+        super().__post_init__()
         if self.block < 2:
             raise ValueError("OFT's block is at least 2: a block of one cannot be turned.")
 

@@ -35,9 +35,6 @@ class RandLoRA(Method):
     alpha: float | None = None
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        _check.whole(self, rank=self.rank)
-
     def refusal(self, site: Site) -> str:
         return site.refusal or _axes.rank_above(site, self.rank)
 

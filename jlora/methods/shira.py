@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jlora._factored import Factored
 from jlora._method import Method, Update
 from jlora._site import Site
-from jlora.methods import _axes, _check, _random
+from jlora.methods import _axes, _random
 
 
 @final
@@ -31,9 +31,6 @@ class SHiRA(Method):
 
     rank: int = 8
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check.whole(self, rank=self.rank)
 
     def refusal(self, site: Site) -> str:
         return site.refusal or _axes.too_many(site, self.rank * sum(_axes.counts(site)))

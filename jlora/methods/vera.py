@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jlora._factored import Factored
 from jlora._method import Method, Update
 from jlora._site import Site
-from jlora.methods import _axes, _check, _random
+from jlora.methods import _axes, _random
 
 
 @final
@@ -36,10 +36,6 @@ class VeRA(Method):
     d_initial: float = 0.1
     seed: int = 0
     dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check.whole(self, rank=self.rank)
-        _check.share(self, dropout=self.dropout)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         stack, outer = site.sizes("stack"), site.sizes("out")
