@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jlora._lower import one
 from jlora._method import Adapter, Update
 from jlora._transform import path_number
 
@@ -31,7 +32,7 @@ def with_dropout(adapter: Adapter, key: jax.Array) -> Adapter:
         key = jax.random.wrap_key_data(key)
     return {
         path: _keyed(update, jax.random.fold_in(key, path_number(path))) if update.method.dropout else update
-        for path, update in adapter.items()
+        for path, update in one(adapter).items()
     }
 
 

@@ -36,6 +36,13 @@ def as_list(adapters: Adapters) -> list[Adapter]:
     return list(listed)
 
 
+def one(adapter: Adapter) -> Adapter:
+    """The adapter, where it is one."""
+    if isinstance(adapter, (list, tuple)):
+        raise TypeError("This takes one adapter; call it for each one of the list.")
+    return as_list(adapter)[0]
+
+
 def lowered(adapters: Sequence[Adapter], leaf: Any, path: str) -> Factored:
     """A weight with all its updates, one after the other."""
 

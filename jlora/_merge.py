@@ -10,7 +10,7 @@ import jax
 
 from jlora import _quantized
 from jlora._factored import delta, dense, spanned, widened
-from jlora._lower import Adapters, as_list, check, lowered
+from jlora._lower import Adapters, as_list, check, lowered, one
 from jlora._method import Adapter
 from jlora._paths import flatten, is_array, named_leaves
 
@@ -55,7 +55,7 @@ def unmerge(params: Any, adapter: Adapters) -> Any:
             taken out of what it became; keep the base instead.
     """
     adapters = as_list(adapter)
-    for path, update in (item for one in adapters for item in one.items()):
+    for path, update in (item for each in adapters for item in each.items()):
         if update.method.reads_base:
             raise ValueError(
                 f"{path} has the method {type(update.method).__name__}, whose update depends on the base, "
@@ -110,4 +110,4 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
         factor: a Python number; it is part of the adapter's structure, not of its arrays.
     """
     factor = float(factor)
-    return {path: dataclasses.replace(update, scale=update.scale * factor) for path, update in adapter.items()}
+    return {path: dataclasses.replace(update, scale=update.scale * factor) for path, update in one(adapter).items()}

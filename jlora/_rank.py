@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora._lower import one
 from jlora._method import Adapter, Update
 from jlora.methods.lora import LoRA
 
@@ -78,6 +79,6 @@ def _cut(update: Update, rank: int) -> Update:
 
 
 def _some_lora(adapter: Adapter) -> None:
-    if not any(isinstance(update.method, LoRA) for update in adapter.values()):
+    if not any(isinstance(update.method, LoRA) for update in one(adapter).values()):
         kinds = ", ".join(sorted({type(update.method).__name__ for update in adapter.values()})) or "nothing"
         raise ValueError(f"Ranks can be left out of LoRA updates, and the adapter has none: it holds {kinds}.")

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 
+from jlora._lower import one
 from jlora._merge import merge
 from jlora._method import Adapter, Method
 from jlora._site import Site
@@ -67,6 +68,6 @@ def restart(key: jax.Array, sites: Sites, params: Any, adapter: Adapter) -> tupl
 
     Lialin et al. 2023, ReLoRA: High-Rank Training Through Low-Rank Updates, arXiv:2307.05695.
     """
+    targets = {re.escape(path): update.method for path, update in one(adapter).items()}
     merged = merge(params, adapter, requantize=True)
-    targets = {re.escape(path): update.method for path, update in adapter.items()}
     return merged, init(key, sites, targets, params=merged)

@@ -12,7 +12,7 @@ import numpy as np
 from jlora._context import side
 from jlora._deferred import made
 from jlora._factored import Factored, Network, delta, fresh, spanned, widened
-from jlora._lower import lowered
+from jlora._lower import lowered, one
 from jlora._method import Adapter, Update
 from jlora._paths import named_leaves
 from jlora._quantized import plain
@@ -46,7 +46,7 @@ def to_lora(
     """
     leaves = dict(named_leaves(params))
     out, errors = {}, {}
-    for path, update in adapter.items():
+    for path, update in one(adapter).items():
         if _is_plain(update) or not {"in", "out"} <= set(map(side, update.roles)):
             out[path], errors[path] = update, 0.0
             continue

@@ -189,6 +189,23 @@ def test_something_else_in_the_place_of_the_adapter(given):
         jlora.adapt(small.model)(small.params(), given, small.tokens())
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda both, folder: jlora.scale(both, 0.5),
+        lambda both, folder: jlora.with_dropout(both, KEY),
+        lambda both, folder: jlora.truncate(both, 1),
+        lambda both, folder: jlora.to_lora(both),
+        lambda both, folder: jlora.restart(KEY, small.sites(), small.params(), both),
+        lambda both, folder: jlora.save(folder / "adapter", both),
+        lambda both, folder: jlora.peft.save(folder / "adapter", both, {}),
+    ],
+)
+def test_a_list_where_one_adapter_is_meant(call, tmp_path):
+    with pytest.raises(TypeError, match="takes one adapter; call it for each"):
+        call([small.adapter(), small.adapter()], tmp_path)
+
+
 def test_factors_that_lie_the_other_way():
     """As torch has them: (rank, in) and (out, rank)."""
     adapter = small.adapter()

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jlora._lower import check
+from jlora._lower import check, one
 from jlora._method import Adapter
 from jlora._paths import is_array, named_leaves
 from jlora._sharding import shardings
@@ -78,7 +78,7 @@ def checkpoint_args(
         ValueError: as for `save`.
         TypeError: where the state has a leaf of another kind.
     """
-    arrays = _describe.arrays_of(adapter)
+    arrays = _describe.arrays_of(one(adapter))
     if not arrays:
         raise ValueError("The adapter is empty: there is nothing to save.")
     if hashes and params is None:

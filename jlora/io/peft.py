@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jlora._lower import one
 from jlora._method import Adapter
 from jlora._trace import Sites
 from jlora.io import _peft_config, _peft_read, _peft_tensors, _peft_write
@@ -71,7 +72,7 @@ def save(
     path = Path(os.path.abspath(folder))
     if path.exists():
         raise FileExistsError(f"{path} exists. Save to another path, or remove it first.")
-    config, tensors, said = _peft_write.files(adapter, names, params, target)
+    config, tensors, said = _peft_write.files(one(adapter), names, params, target)
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     part.mkdir(parents=True)
     try:
