@@ -275,13 +275,12 @@ def draw(result: dict[str, Any], file: Path) -> None:
         ours, merged = found["jlora"], found.get("merged")
         share = 100 / ours["hbm"]
         held = share * ours["argument_bytes"]
-        first = not at
-        axis.barh(at, held, color="#4c72b0", label="parameters, adapter, Adam" if first else None)
-        axis.barh(at, share * ours["needed"] - held, left=held, color="#dd8452", label="temporaries" if first else None)
+        axis.barh(at, held, color="#4c72b0", label="parameters, adapter, Adam")
+        axis.barh(at, share * ours["needed"] - held, left=held, color="#dd8452", label="temporaries")
         if merged:
-            place, label = share * merged["needed"], "merged in the step" if first else None
+            place = share * merged["needed"]
             if place < 150:
-                axis.plot([place] * 2, [at - 0.4, at + 0.4], color="black", linewidth=2, label=label)
+                axis.plot([place] * 2, [at - 0.4, at + 0.4], color="black", linewidth=2, label="merged in the step")
             else:
                 axis.text(158, at, f"{place:.0f}% >", va="center", ha="right", fontsize=8)
     axis.axvline(100, color="grey", linestyle="--", linewidth=1)
@@ -289,7 +288,9 @@ def draw(result: dict[str, Any], file: Path) -> None:
     axis.invert_yaxis()
     axis.set_xlim(0, 160)
     axis.set_xlabel("% of a chip's memory")
-    figure.legend(fontsize=8, loc="outside upper center", ncols=3)
+    handles, labels = axis.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(once.values(), once.keys(), fontsize=8, loc="outside upper center", ncols=3)
     figure.savefig(file, dpi=150)
 
 
