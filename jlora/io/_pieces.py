@@ -1,5 +1,6 @@
 """An array as pieces with a sum each, so that every process can check what it reads without the rest."""
 
+import functools
 import itertools
 import math
 import zlib
@@ -28,8 +29,9 @@ def piece_shape(shard: Sequence[int], itemsize: int) -> tuple[int, ...]:
     return tuple(piece)
 
 
-def grid(shape: Sequence[int], shard: Sequence[int], piece: Sequence[int] | None = None) -> list[Box]:
-    """All pieces of an array in order; without `piece` its shards."""
+@functools.lru_cache
+def grid(shape: tuple[int, ...], shard: tuple[int, ...], piece: tuple[int, ...] | None = None) -> list[Box]:
+    """All pieces of an array in order; without `piece` its shards. Many arrays are of one shape."""
     cuts = [
         [
             slice(start, min(start + p, first + s, n))
