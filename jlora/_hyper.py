@@ -37,14 +37,18 @@ _KINDS: dict[str, tuple[str, type, Callable[[Any], bool]]] = {
 def check(method: Any) -> None:
     """Raises unless every number and switch makes sense; NumPy's become Python's.
 
+    A field is one of these by its name and its type: another method may use the name for something else.
+
     Raises:
         ValueError: with the field, what it has to be and what it is.
     """
     for field in dataclasses.fields(method):
-        value = getattr(method, field.name)
-        if field.name not in _KINDS or (value is None and type(None) in get_args(field.type)):
+        if field.name not in _KINDS:
             continue
         said, make, fits = _KINDS[field.name]
+        value, types = getattr(method, field.name), get_args(field.type) or (field.type,)
+        if make not in types or (value is None and type(None) in types):
+            continue
         if isinstance(value, (bool, np.bool_)) != (make is bool) or not fits(value):
             raise ValueError(f"{type(method).__name__}'s {field.name} is {said}, not {value!r}.")
         if type(value) not in (bool, int, float):

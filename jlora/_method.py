@@ -55,9 +55,9 @@ class Method(abc.ABC):
     """A way to update a weight: hyper-parameters and two pure functions.
 
     A method is a frozen dataclass whose fields are numbers, strings, booleans, None or tuples of them, so that it can
-    be saved; a field that only `init` needs is reset by `settled`. Fields that are named as those of jlora's own
-    methods (rank, alpha, dropout) have to be what they are there. The law's tests, `save` and `load` find it by
-    themselves.
+    be saved; a field that only `init` needs is reset by `settled`. Fields that are named and typed as those of
+    jlora's own methods (rank, alpha, dropout) are checked as they are there. The law's tests, `save` and `load` find it
+    by themselves.
 
     Arguments:
         offset: starts from the base whatever the factors are, W - delta(start) + delta(factors): `jlora.init` keeps a

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,12 +88,13 @@ def test_hyper_parameters_that_make_no_sense(make, message):
 
 @dataclasses.dataclass
 class Numbers:
-    """Fields named as those of methods, without the types that the methods' own are checked for here."""
+    """Fields named and typed as those of methods, whose own types are checked by others here; and one that is not."""
 
-    rank: Any = 8
-    alpha: Any = 16
-    d_initial: Any = 0.1
-    freeze_a: Any = False
+    rank: int = 8
+    alpha: float | None = 16
+    d_initial: float = 0.1
+    freeze_a: bool = False
+    scaling: str = "by the norm"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_hyper_parameters_of_another_type(values, message):
 def test_hyper_parameters_from_numpy_become_plain_numbers():
     method = Numbers(rank=np.int64(4), alpha=np.float32(8), freeze_a=np.bool_(True))
     _hyper.check(method)
-    assert [type(value) for value in dataclasses.astuple(method)] == [int, float, float, bool]
+    assert [type(value) for value in dataclasses.astuple(method)] == [int, float, float, bool, str]
     assert method == Numbers(rank=4, alpha=8.0, freeze_a=True)
 
 
