@@ -49,8 +49,8 @@ def lowered(adapters: Sequence[Adapter], leaf: Any, path: str) -> Factored:
     def fun(leaf: Any, updates: list[Update]) -> Factored:
         w = weight(leaf, path)
         for update in updates:
-            w = _updated(_widened(update, w.dtype), w)
-        return joined(w)
+            w = joined(_updated(_widened(update, w.dtype), w))
+        return w
 
     updates = [adapter[path] for adapter in adapters if path in adapter]
     if not explicit(leaf):

@@ -130,6 +130,15 @@ def test_two_adapters_apply_in_order(first, second):
     np.testing.assert_allclose(together, want, atol=3e-5 * float(jnp.abs(want).max()))
 
 
+def test_sixty_adapters_are_one_product():
+    params = small.params()
+    many = [small.nonzero(adapter_of("lora"), seed) for seed in range(60)]
+    want = small.model(jlora.merge(params, many), small.tokens())
+    np.testing.assert_allclose(run(params, many), want, atol=3e-5 * float(jnp.abs(want).max()))
+    programs = [str(jax.make_jaxpr(run)(params, adapters)) for adapters in (many[:1], many)]
+    assert len({(text.count("dot_general"), text.count("jlora_product")) for text in programs}) == 1
+
+
 # Of the kinds of weight in tests/kinds.py, those that a method with networks or gains forms after all, and says so.
 FORMED = {
     "lora_groups": {"ragged_experts", "conv_grouped", "axes_split", "concatenated", "stacked", "interpolated"},
