@@ -177,12 +177,12 @@ class _Scanned:
     def of(f: Factored, length: int) -> "Factored | _Scanned":
         """Moves the scanned letter of every factor to the front.
 
-        A first axis of several letters cannot be scanned, nor a quantised weight that is not cut along it.
+        A first axis of several letters cannot be scanned. A quantised base that cannot be cut along it is made.
         """
-        base = _deferred.stacked(f.base, length)
-        if len(f.axes[0]) > 1 or base is None:
+        if len(f.axes[0]) > 1:
             return f
-        name = f.axes[0]
+        name, base = f.axes[0], _deferred.stacked(f.base, length)
+        base = _deferred.made(f.base) if base is None else base
 
         def front(a: jax.Array | None, term: str) -> jax.Array | None:
             return jnp.moveaxis(a, term.index(name), 0) if a is not None and name in term else None
