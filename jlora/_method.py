@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 from jax import lax
 
-from jlora import _hyper
+from jlora import _hyperparameters
 from jlora._context import Role
 from jlora._factored import Factored
 from jlora._site import Site
@@ -75,7 +75,7 @@ class Method(abc.ABC):
     dropout = 0.0  # a field where a method has dropout
 
     def __post_init__(self) -> None:
-        _hyper.check(self)
+        _hyperparameters.check(self)
 
     @property
     def frozen(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora import _hyper
+from jlora import _hyperparameters
 from tests import small
 
 KEY = jax.random.key(0)
@@ -110,12 +110,12 @@ class Numbers:
 )
 def test_hyper_parameters_of_another_type(values, message):
     with pytest.raises(ValueError, match=message):
-        _hyper.check(Numbers(**values))
+        _hyperparameters.check(Numbers(**values))
 
 
 def test_hyper_parameters_from_numpy_become_plain_numbers():
     method = Numbers(rank=np.int64(4), alpha=np.float32(8), freeze_a=np.bool_(True))
-    _hyper.check(method)
+    _hyperparameters.check(method)
     assert [type(value) for value in dataclasses.astuple(method)] == [int, float, float, bool, str]
     assert method == Numbers(rank=4, alpha=8.0, freeze_a=True)
 

@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Every module may import those before it. A method's file stands where `methods.*` does.
 LAYERS = [
-    ["_compat", "_hlo", "_hyper", "_inverse", "_quantized", "_table", "_topology"],
+    ["_compat", "_hlo", "_hyperparameters", "_inverse", "_quantized", "_table", "_topology"],
     ["_deferred", "_paths", "quantized.gguf", "quantized.nf4"],
     ["_explicit", "_plan", "quantized"],
     ["_factored"],

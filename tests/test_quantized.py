@@ -197,6 +197,27 @@ def test_a_step_holds_one_layer_at_a_time() -> None:
         assert rounded_temporary <= temporary + 1.1 * width * width * 4
 
 
+BEFORE_THE_LOOP: dict[str, Callable] = {
+    "scaled": lambda w: 0.5 * w,
+    "transposed": lambda w: w.swapaxes(0, 1),
+    "of a group": lambda w: w.reshape(3, 2, 8, 8)[:, 1],
+}
+
+
+@pytest.mark.parametrize("before", BEFORE_THE_LOOP.values(), ids=BEFORE_THE_LOOP)
+def test_a_stack_that_a_loop_cannot_cut(before: Callable) -> None:
+    """It is made before the loop, and its update stays factored."""
+
+    def model(p: dict, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, before(p["w"]))[0]
+
+    first = (8, 6, 8) if before is BEFORE_THE_LOOP["transposed"] else (6, 8, 8)
+    params, x = {"w": rounded(weight(*first))}, jnp.ones((4, 8))
+    adapter = small.nonzero(jlora.init(jax.random.key(0), jlora.trace(model, params, x), {"w": jlora.LoRA(2)}))
+    got = jlora.adapt(model, on_dense="error")(params, adapter, x)
+    np.testing.assert_allclose(got, model(jlora.merge(params, adapter), x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["clip", "fill", "promise_in_bounds"])
 @pytest.mark.parametrize("make", [rounded, in_blocks], ids=["rounded", "gguf"])
 def test_a_lookup_makes_its_rows_alone(make: Callable, mode: str) -> None:
