@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jlora
-from jlora.io import _arrays
+from jlora.io.checkpoint import reader as _arrays
 
 
 def free_port() -> int:

@@ -12,7 +12,7 @@ import pytest
 from jax.extend.core import Primitive
 
 import jlora
-from jlora.methods import _axes
+from jlora.methods._common import axes as _axes
 from tests import small
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32))

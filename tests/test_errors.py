@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora import _hyperparameters
+from jlora.methods._common import hyperparameters as _hyperparameters
 from tests import small
 
 KEY = jax.random.key(0)

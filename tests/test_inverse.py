@@ -13,7 +13,7 @@ import pytest
 from jax.test_util import check_grads
 
 import jlora
-from jlora._inverse import inverse
+from jlora.methods._common.linalg import inverse
 from tests import small
 
 RNG = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jlora
-from jlora._middle import through
+from jlora._ops.chained_matmul import through
 from tests.test_quiet import close
 
 SIZES = {"s": 2, "t": 3, "a": 4, "c": 5, "r": 2, "q": 3, "d": 6, "e": 2}

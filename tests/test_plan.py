@@ -12,7 +12,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import jlora
 from benchmarks import plan as benchmark
-from jlora import _hlo, _topology
+from jlora._plan import hlo as _hlo
+from jlora._plan import topology as _topology
 from tests import small
 
 P = PartitionSpec

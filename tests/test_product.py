@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 import jlora
-from jlora._product import product
+from jlora._ops.matmul import product
 from tests.test_quiet import close
 
 SHAPES = [

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jlora
-from jlora.io import _describe, _index
+from jlora.io.checkpoint import metadata as _describe
+from jlora.io.checkpoint import ocdbt_index as _index
 from tests import small
 from tests.checkpoints import GOLDEN, same, varied
 from tests.methods import METHODS, fitting

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jlora
-from jlora.io import _pieces
+from jlora.io.checkpoint import checksums as _pieces
 from tests import processes, small
 from tests.checkpoints import same
 from tests.methods import METHODS, fitting

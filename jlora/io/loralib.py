@@ -7,11 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._method import Adapter
-from jlora._trace import Sites
-from jlora.io._layout import Piece, assemble
-from jlora.io._names import Names, Place, Weight, misfit, places
+from jlora._trace.trace import Sites
+from jlora.io.torch.factor_layout import Piece, assemble
+from jlora.io.torch.module_names import Names, Place, Weight, misfit, places
 from jlora.methods import LoRA
+from jlora.methods._base import Adapter
 
 
 def load(

@@ -1,6 +1,6 @@
 """The methods, one a file."""
 
-from jlora._method import Method
+from jlora.methods._base import Method
 from jlora.methods.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.additive import Additive as Additive
 from jlora.methods.boft import BOFT as BOFT

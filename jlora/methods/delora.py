@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._factored import Factored
-from jlora._method import Method, Update
-from jlora._site import Site
-from jlora.methods import _axes, _norm, _start
+from jlora._interpreter.site import Site
+from jlora._ir.weight import Factored
+from jlora.methods._base import Method, Update
+from jlora.methods._common import axes as _axes
+from jlora.methods._common import initializers as _start
+from jlora.methods._common import norms as _norm
 
 
 @final

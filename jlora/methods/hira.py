@@ -6,10 +6,12 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 
-from jlora._factored import Factored
-from jlora._method import Method, Update
-from jlora._site import Site
-from jlora.methods import _axes, _check, _start
+from jlora._interpreter.site import Site
+from jlora._ir.weight import Factored
+from jlora.methods._base import Method, Update
+from jlora.methods._common import axes as _axes
+from jlora.methods._common import choices as _check
+from jlora.methods._common import initializers as _start
 
 
 @final

@@ -6,10 +6,11 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 
-from jlora._factored import Factored
-from jlora._method import Method, Update
-from jlora._site import Site
-from jlora.methods import _axes, _repeat
+from jlora._interpreter.site import Site
+from jlora._ir.weight import Factored
+from jlora.methods._base import Method, Update
+from jlora.methods._common import axes as _axes
+from jlora.methods._common import tiling as _repeat
 
 
 @final

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._quantized import Quantized
+from jlora._tree.leaves import Quantized
 
 BLOCK = 32
 _FLOAT32 = jnp.dtype(jnp.float32)

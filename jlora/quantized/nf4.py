@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._quantized import Quantized
+from jlora._tree.leaves import Quantized
 
 # The 16 values of Dettmers et al. 2023, arXiv:2305.14314, appendix E: quantiles of a normal distribution.
 VALUES = (

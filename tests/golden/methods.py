@@ -28,7 +28,8 @@ from lycoris.modules.lokr import LokrModule  # pyright: ignore[reportMissingImpo
 from peft.tuners.boft import layer as boft  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 
-from jlora.methods import _random, vera
+from jlora.methods import vera
+from jlora.methods._common import random_matrices as _random
 
 N_IN, N_OUT, N_WORDS, N_CHANNELS, KERNEL = 12, 15, 14, 4, 2
 ALPHA = 3

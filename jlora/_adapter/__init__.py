@@ -1,0 +1,1 @@
+"""What one does with adapters: one public verb a file."""

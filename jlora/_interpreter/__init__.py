@@ -1,0 +1,1 @@
+"""The interpreter: evaluates a jaxpr with adapted weights in the place of weights."""

@@ -1,0 +1,250 @@
+"""Reading rows of a weight: `gather` (indexing, `take`, embeddings) and `dynamic_slice`."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora._interpreter.context import Context, Role, Value
+from jlora._ir import lazy as _deferred
+from jlora._ir.explicit_mesh import auto
+from jlora._ir.weight import Factored, Letter, Network, fresh, map_letter, respell, scalar, unify
+from jlora._ops import contraction as _contract
+
+
+def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | None:
+    if not isinstance(f, Factored) or isinstance(indices, Factored):
+        return None
+    p, d = eqn.params, eqn.params["dimension_numbers"]
+    f = unify(f)
+    taken = (*d.collapsed_slice_dims, *d.operand_batching_dims)
+    windows = [k for k in range(len(f.shape)) if k not in taken]
+    cut = [k for k in range(len(f.shape)) if p["slice_sizes"][k] < f.shape[k]]
+    indexed = [k for k in d.start_index_map if k in cut or k in taken]
+    fills = p["mode"] == lax.GatherScatterMode.FILL_OR_DROP  # then even the index of a whole axis may be out of bounds
+    touched = (*(d.start_index_map if fills else indexed), *d.operand_batching_dims)
+    single = {k for k in range(len(f.shape)) if len(f.axes[k]) == 1}
+    rows = {
+        k for k in d.collapsed_slice_dims if k in d.start_index_map
+    } - single  # looked up one by one, letter by letter
+    if not {*cut, *touched, *taken} <= single | rows:
+        return None
+    stays = sum(p["slice_sizes"][k] > 1 for k in windows) > 1  # a weight still, in which only zeros say what was filled
+    carried = all(_carries(n, {f.axes[k] for k in touched}) for n in f.networks)
+    if fills and ((stays and not carried) or (rows and (stays or f.gains))):
+        return None
+    if fills:  # what is filled has no gain: each has to know where
+        f = _with_letters(f, [f.axes[k] for k in touched])
+    alone = math.prod(indices.shape[:-1]) == 1  # one row is a layer, several are a lookup
+    base = _looked_up(f, eqn, indices, alone)
+    starts = _starts(f, eqn, indices)
+
+    new = fresh([f.used()], indices.ndim - 1)
+    batch = [Letter(c, n) for c, n in zip(new, indices.shape[:-1], strict=True)]
+    window = {k: f.axes[k] for k in windows}
+    networks = tuple(_gathered(n, f, eqn, starts, indices, "".join(new), fill=0) for n in f.networks)
+    gains = tuple(_gathered(n, f, eqn, starts, indices, "".join(new), fill=1) for n in f.gains)
+    axes = _place([window[k] for k in windows], [x.name for x in batch], d.offset_dims)
+    letters = [
+        x._replace(size=p["slice_sizes"][k])
+        for k in windows
+        for x in f.letters
+        if x.name in f.axes[k] and len(f.axes[k]) == 1
+    ]
+    out = respell(dataclasses.replace(f, networks=networks, gains=gains), base, axes, (*batch, *letters))
+    inside = (_inside(f, eqn, indices), new) if fills and f.networks else None
+    looked = [c for k in indexed for c in f.axes[k]]
+    value = read(ctx, eqn, f, out, looked, [f.axes[k] for k in d.operand_batching_dims], inside=inside)
+    if isinstance(value, Factored) and not alone:
+        origins = dict.fromkeys(o for c in looked for o in f.letter(c).origins)
+        value = dataclasses.replace(value, read=(*value.read, *origins))
+    return [value]
+
+
+def _looked_up(f: Factored, eqn: Any, indices: jax.Array, alone: bool) -> Any:
+    """The base's rows. Of a quantised table only these are made."""
+    p, d = eqn.params, eqn.params["dimension_numbers"]
+    last = tuple(range(indices.ndim - 1, indices.ndim + len(f.shape) - 2))
+    first = (d.start_index_map, d.collapsed_slice_dims, d.offset_dims) == ((0,), (0,), last)
+    whole = tuple(p["slice_sizes"][1:]) == tuple(f.shape[1:])
+    if isinstance(f.base, _deferred.Deferred) and first and whole and not (alone and len(f.shape) > 2):
+        at = indices[..., 0]
+        at = at.astype(jnp.int32) if at.dtype.itemsize < 4 else at  # the bounds may not fit narrow ones
+        found = _deferred.rows(f.base, jnp.clip(at, 0, f.base.shape[0] - 1))
+        if found is not None and p["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+            inside = _inside(f, eqn, indices).reshape(*indices.shape[:-1], *(1,) * (len(f.shape) - 1))
+            fill = jnp.nan if p["fill_value"] is None else p["fill_value"]
+            return jnp.where(inside, found, jnp.asarray(fill, found.dtype))
+        if found is not None:
+            return found
+    return (_deferred.bind if alone else _deferred.consume)(eqn, f.base, indices)[0]
+
+
+def _inside(f: Factored, eqn: Any, indices: jax.Array) -> jax.Array:
+    """Which rows lie within bounds."""
+    index_map, sizes = list(eqn.params["dimension_numbers"].start_index_map), eqn.params["slice_sizes"]
+    indices = indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices  # the bounds may not fit narrow ones
+    last = jnp.array([f.shape[k] - sizes[k] for k in index_map], indices.dtype)
+    return ((indices >= 0) & (indices <= last.reshape([1] * (indices.ndim - 1) + [-1]))).all(axis=-1)
+
+
+def _starts(f: Factored, eqn: Any, indices: jax.Array) -> dict[str, jax.Array]:
+    """For every letter that is looked up, where: an axis of several letters has an index for each."""
+    p, d, starts = eqn.params, eqn.params["dimension_numbers"], {}
+    for j, k in enumerate(d.start_index_map):
+        at = indices[..., j]
+        if len(f.axes[k]) == 1:
+            starts[f.axes[k]] = at
+        elif k in d.collapsed_slice_dims:
+            at = at.astype(jnp.int32)
+            at = jnp.clip(at, 0, f.shape[k] - 1) if p["mode"] == lax.GatherScatterMode.CLIP else at
+            for c in reversed(f.axes[k]):
+                starts[c], at = at % f.letter(c).size, at // f.letter(c).size
+    return starts
+
+
+def _carries(network: Network, names: set[str]) -> bool:
+    """Whether every letter stands in a term, so that an index out of bounds can put a zero there."""
+    return all(any(name in t for t in network.terms) for name in names)
+
+
+def _with_letters(f: Factored, names: list[str]) -> Factored:
+    """The same weight, every gain with an axis for every one of the letters."""
+
+    def gain(g: Network) -> Network:
+        new = [c for c in names if c not in g.terms[0]]
+        value = jnp.broadcast_to(g.factors[0], (*(f.letter(c).size for c in new), *g.factors[0].shape))
+        return dataclasses.replace(g, factors=(value,), terms=("".join(new) + g.terms[0],))
+
+    return dataclasses.replace(f, gains=tuple(map(gain, f.gains)))
+
+
+def _gathered(
+    n: Network, f: Factored, eqn: Any, starts: dict[str, jax.Array], indices: jax.Array, batch: str, fill: int
+) -> Network:
+    """The same rows of every factor that has them; rows out of bounds are filled, as the base decides their value."""
+    pairs = [_rows(a, t, f, eqn, starts, indices, batch, fill) for a, t in zip(n.factors, n.terms, strict=True)]
+    key = None if n.key is None else n.key.reshape(-1)[0]  # one serves all rows: their inputs are drawn apart
+    return dataclasses.replace(
+        n, factors=tuple(a for a, _ in pairs), terms=tuple(t for _, t in pairs), key=key, key_term=""
+    )
+
+
+def _rows(
+    factor: jax.Array,
+    term: str,
+    f: Factored,
+    eqn: Any,
+    starts: dict[str, jax.Array],
+    indices: jax.Array,
+    batch: str,
+    fill: int,
+) -> tuple[jax.Array, str]:
+    p, d = eqn.params, eqn.params["dimension_numbers"]
+    axis = {c: k for k, letters in enumerate(f.axes) for c in letters}
+    dims = [axis.get(c) for c in term]  # for every axis of the factor, the weight's axis
+    columns = [c for c in starts if c in term]
+    collapsed = tuple(j for j, k in enumerate(dims) if k in d.collapsed_slice_dims)
+    batching = [
+        (dims.index(k), s)
+        for k, s in zip(d.operand_batching_dims, d.start_indices_batching_dims, strict=True)
+        if k in dims
+    ]
+    batching.sort()
+    whole = [k is None or (len(f.axes[k]) > 1 and k not in d.collapsed_slice_dims) for k in dims]
+    sizes = [factor.shape[j] if whole[j] else p["slice_sizes"][k] for j, k in enumerate(dims)]
+    if not columns and not batching:  # a window that no index moves lies at the start
+        first = lax.slice(factor, [0] * factor.ndim, sizes)
+        return lax.squeeze(first, collapsed), "".join(c for j, c in enumerate(term) if j not in collapsed)
+    windows = [j for j in range(len(term)) if j not in collapsed and j not in [b for b, _ in batching]]
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(len(batch), len(batch) + len(windows))),
+        collapsed_slice_dims=collapsed,
+        start_index_map=tuple(term.index(c) for c in columns),
+        operand_batching_dims=tuple(b for b, _ in batching),
+        start_indices_batching_dims=tuple(s for _, s in batching),
+    )
+    picked = jnp.stack([starts[c] for c in columns], axis=-1) if columns else indices[..., :0]
+    rows = lax.gather(factor, picked, numbers, tuple(sizes), mode=p["mode"], fill_value=fill)
+    return rows, batch + "".join(term[j] for j in windows)
+
+
+def _place(windows: list[str], batch: list[str], offsets: tuple[int, ...]) -> list[str]:
+    """The axes of a gather's result: windows at the offset dimensions, indices elsewhere."""
+    window, index = iter(windows), iter(batch)
+    return [next(window) if k in offsets else next(index) for k in range(len(windows) + len(batch))]
+
+
+def dynamic_slice(ctx: Context, eqn: Any, f: Value, *starts: Value) -> list[Value] | None:
+    if not isinstance(f, Factored) or any(isinstance(s, Factored) for s in starts):
+        return None
+    f = unify(f)
+    sizes = eqn.params["slice_sizes"]
+    cut = [k for k in range(len(sizes)) if sizes[k] != f.shape[k]]
+    if any(len(f.axes[k]) > 1 for k in cut):
+        return None
+    (base,) = _deferred.bind(eqn, f.base, *starts)
+    out = f
+    for k in cut:
+        out = map_letter(
+            out, f.axes[k], lambda a, axis, k=k: lax.dynamic_slice_in_dim(a, starts[k], sizes[k], axis), sizes[k]
+        )
+    return [read(ctx, eqn, f, respell(out, base, f.axes), [f.axes[k] for k in cut if sizes[k] == 1], [])]
+
+
+def read(
+    ctx: Context,
+    eqn: Any,
+    f: Factored,
+    out: Factored,
+    indexed: list[str],
+    stacked: list[str],
+    inside: tuple[jax.Array, str] | None = None,
+) -> Value:
+    """Rows that were read: vectors are a lookup, and so an activation; matrices are still a weight.
+
+    Arguments:
+        ctx, eqn: the lookup.
+        f: the weight.
+        out: the rows.
+        indexed, stacked: the letters along which rows were looked up, and along which the lookup runs.
+        inside: which rows lie within bounds, and the letters of its axes. The others are filled, with not-a-number as a
+            rule: their cotangent may be none either, and must not reach the factors.
+    """
+    left = [axis for axis in out.axes if any(x.size > 1 and x.origins for x in out.letters if x.name in axis)]
+    if not indexed or len(left) > 1:
+        return out
+    roles: dict[str, Role] = {x.name: "out" for x in f.letters}
+    roles.update({**dict.fromkeys(indexed, "in"), **dict.fromkeys(stacked, "stack")})
+    ctx.record(eqn, f, roles, added=2 * sum(out.base.size * a.shape[-1] for n in out.networks for a in n.factors[:1]))
+    return auto(functools.partial(_value, letters=inside[1] if inside else ""), out.base)(out, inside and inside[0])
+
+
+def _value(out: Factored, inside: jax.Array | None, *, letters: str) -> jax.Array:
+    """The rows, with what the networks add to those within bounds."""
+    spelled = "".join(out.axes)
+    value = _contract.gain(_deferred.made(out.base), spelled, {x.name: x.size for x in out.letters}, out.gains)
+    for n in out.networks:
+        order = sorted(range(len(n.terms)), key=lambda k: not any(c in n.terms[k] for c in _new(out)))
+        n = dataclasses.replace(n, factors=tuple(n.factors[k] for k in order), terms=tuple(n.terms[k] for k in order))
+        head, rest = n.factors[0], Network(n.factors[1:], n.terms[1:], n.scale)
+        if not rest.factors:
+            head = head * scalar(n.scale, head.dtype)
+        head = _contract.named(head.astype(value.dtype))
+        y = _contract.apply(head, n.terms[0], rest, spelled, dtype=value.dtype)
+        y = jnp.broadcast_to(y, [out.size(c) for c in spelled])
+        if inside is not None:
+            y = jnp.where(_contract.spread(inside, letters, spelled), y, jnp.zeros((), y.dtype))
+        value = value + y.reshape(value.shape)
+    return value
+
+
+def _new(f: Factored) -> set[str]:
+    return {x.name for x in f.letters if not x.origins}
+
+
+RULES = {"gather": gather, "dynamic_slice": dynamic_slice}

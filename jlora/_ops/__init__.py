@@ -1,0 +1,1 @@
+"""Products of activations with the factors of an update."""

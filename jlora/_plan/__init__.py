@@ -1,0 +1,1 @@
+"""Plans of compiled programs for hardware that is not there."""

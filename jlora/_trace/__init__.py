@@ -1,0 +1,1 @@
+"""Staging a program, and what it does with its weights."""

@@ -1,0 +1,84 @@
+"""A function with its arguments as a jaxpr whose first inputs are the parameters' arrays."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+
+from jlora import _compat
+from jlora._tree.leaves import is_quantized, sharding
+from jlora._tree.paths import flatten, is_array, named_leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What staging a call gives.
+
+    Arguments:
+        jaxpr: the program, an open jaxpr.
+        consts: values of its constants.
+        paths: the paths of the parameters' arrays, in the order of the jaxpr's first inputs.
+        params: those arrays; in the place of some, quantised weights.
+        args: the arrays among the other arguments, in the order of the remaining inputs.
+        rebuild: the function's result from the values of the jaxpr's outputs.
+    """
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    paths: list[str]
+    params: list[Any]
+    args: list[Any]
+    rebuild: Callable[[Sequence[Any]], Any]
+
+
+def stage(fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    """Traces `fun(params, *args, **kwargs)`.
+
+    Arrays (and `jax.ShapeDtypeStruct`) are inputs; whatever else the arguments hold, Python numbers and booleans
+    included, the function sees as it is. Outputs that are no arrays pass through as well.
+    """
+    weights, params_def = flatten(params)
+    others, others_def = jax.tree.flatten((args, kwargs))
+    leaves = [*weights, *others]
+    names = [path for path, _ in named_leaves(params)]
+    dynamic = [k for k, leaf in enumerate(leaves) if is_array(leaf)]
+    result: dict[str, Any] = {}
+
+    def flat(values: list[Any]) -> list[Any]:
+        filled = list(leaves)
+        for k, value in zip(dynamic, values, strict=True):
+            filled[k] = value
+        new_params = jax.tree.unflatten(params_def, filled[: len(weights)])
+        new_args, new_kwargs = jax.tree.unflatten(others_def, filled[len(weights) :])
+        out, result["treedef"] = jax.tree.flatten(fun(new_params, *new_args, **new_kwargs))
+        result["leaves"] = [None if is_array(leaf) else leaf for leaf in out]
+        result["arrays"] = [k for k, leaf in enumerate(out) if is_array(leaf)]
+        return [out[k] for k in result["arrays"]]
+
+    values = [leaves[k] for k in dynamic]
+    jaxpr, consts = _compat.open_jaxpr(jax.make_jaxpr(flat)([_described(value) for value in values]))
+    count = sum(k < len(names) for k in dynamic)
+
+    def rebuild(outputs: Sequence[Any]) -> Any:
+        filled = list(result["leaves"])
+        for k, value in zip(result["arrays"], outputs, strict=True):
+            filled[k] = value
+        return jax.tree.unflatten(result["treedef"], filled)
+
+    paths = [names[k] for k in dynamic[:count]]
+    return Program(jaxpr, consts, paths, values[:count], values[count:], rebuild)
+
+
+def _described(value: Any) -> Any:
+    """What the program is traced with: a quantised weight is the array that it stands for."""
+    if not is_quantized(value):
+        return value
+    there = sharding(value)
+    if isinstance(there, NamedSharding) and AxisType.Explicit in there.mesh.axis_types:
+        raise NotImplementedError(
+            f"A quantised weight {value.shape} lies on {there.mesh}, whose Explicit axes ask for a type of every part "
+            "that is made of it: use a mesh of AxisType.Auto."
+        )
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=there)

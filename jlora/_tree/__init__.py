@@ -1,0 +1,1 @@
+"""Parameter trees: the names of their leaves, and quantised leaves."""

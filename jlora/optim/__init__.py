@@ -1,0 +1,1 @@
+"""What optax needs to know of adapters."""
