@@ -74,7 +74,8 @@ def curves(m: int, n: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     kernel = jax.ShapeDtypeStruct((m, n), jnp.float64)
     site = jlora.trace(lambda p, x: x @ p["w"], {"w": kernel}, jax.ShapeDtypeStruct((1, m), jnp.float64))["w"]
     made = {
-        name: [method for method in methods if not method.refusal(site)] for name, methods in families(m, n).items()
+        name: [method for method in methods if not method.unsupported_reason(site)]
+        for name, methods in families(m, n).items()
     }
     interval = 0.2 if sys.stderr.isatty() else 20.0
     with tqdm(total=sum(map(len, made.values())), unit="update", mininterval=interval) as bar:

@@ -27,7 +27,7 @@ def is_literal(atom: Any) -> bool:
 
 
 @contextlib.contextmanager
-def at(eqn: Any) -> Iterator[None]:
+def equation_context(eqn: Any) -> Iterator[None]:
     """What is traced inside keeps the equation's source line, name stack and context."""
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
     with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
@@ -72,13 +72,13 @@ def one_by_one(fun: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def is_plain(*arrays: Any) -> bool:
+def has_no_mesh(*arrays: Any) -> bool:
     """Whether no mesh is in sight: neither a context mesh nor one in the arrays' types."""
     meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(a).sharding.mesh for a in arrays)]
     return all(mesh.empty for mesh in meshes)
 
 
-def is_one_device(ctx: Any) -> bool:
+def is_single_device(ctx: Any) -> bool:
     """Whether a lowering rule's context is a program for a single device."""
     return getattr(ctx.module_context.axis_context, "num_devices", 0) == 1
 
@@ -88,6 +88,6 @@ def is_tracer(leaf: Any) -> bool:
     return isinstance(leaf, Tracer)
 
 
-def where(eqn: Any) -> str:
+def source_line(eqn: Any) -> str:
     """The user's source line that made an equation."""
     return source_info_util.summarize(eqn.source_info)

@@ -11,10 +11,6 @@ os.environ.setdefault(
 )
 
 import jax
-from jaxtyping import install_import_hook
-
-# Shapes in annotations are checked where methods make factors.
-install_import_hook(["jlora.methods"], "beartype.beartype")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -56,4 +56,4 @@ METHODS: dict[str, list[jlora.Method]] = {
 
 def fitting(name: str, site: jlora.Site) -> jlora.Method:
     """The first candidate that fits a site."""
-    return next(method for method in METHODS[name] if not method.refusal(site))
+    return next(method for method in METHODS[name] if not method.unsupported_reason(site))

@@ -423,7 +423,7 @@ def round_trip(folder, case, make, rank, alpha, dtype):
 
     x = jnp.ones((shape[0], 1, shape[1]) if stacked else (1, shape[0]))
     sites = jlora.trace(use, params, x)
-    if method.refusal(sites["w"]):
+    if method.unsupported_reason(sites["w"]):
         return
     adapter = small.nonzero(jlora.init(jax.random.key(0), sites, {"w": method}, dtype=dtype))
     jlora.peft.save(folder / "one", adapter, names)

@@ -61,7 +61,7 @@ def test_the_start_is_the_base_and_can_be_left(name):
 
 @pytest.mark.parametrize("name", BY_NIGHT)
 def test_an_offset_starts_anywhere(name):
-    if fitting(name, small.sites()["mix/kernel"]).scales_base:
+    if fitting(name, small.sites()["mix/kernel"]).is_multiplicative:
         with pytest.raises(ValueError, match="leave out offset"):
             adapter_of(name, offset=True)
         return
@@ -92,7 +92,7 @@ def test_it_survives_the_disk(name, tmp_path):
 def test_it_comes_out_again_unless_it_reads_the_base(name):
     params, adapter = small.params(), small.nonzero(adapter_of(name))
     merged = jlora.merge(params, adapter)
-    if any(update.method.reads_base for update in adapter.values()):
+    if any(update.method.depends_on_weight for update in adapter.values()):
         with pytest.raises(ValueError, match="Keep the base parameters"):
             jlora.unmerge(merged, adapter)
         return

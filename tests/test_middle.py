@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jlora
-from jlora._ops.chained_matmul import through
+from jlora._ops.chained_matmul import chained_matmul
 from tests.test_quiet import close
 
 SIZES = {"s": 2, "t": 3, "a": 4, "c": 5, "r": 2, "q": 3, "d": 6, "e": 2}
@@ -25,7 +25,7 @@ def test_it_is_einsum(terms: tuple[str, str, str, str], first: bool) -> None:
     others = [a + 1 for a in arrays]
 
     def ours(*operands: jax.Array) -> jax.Array:
-        return through(*operands, terms, first=first, precision=None, dtype=jnp.dtype(jnp.float32))
+        return chained_matmul(*operands, terms, first=first, precision=None, dtype=jnp.dtype(jnp.float32))
 
     def plain(*operands: jax.Array) -> jax.Array:
         return jnp.einsum(f"{','.join(terms[:3])}->{terms[3]}", *operands)

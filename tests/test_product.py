@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 import jlora
-from jlora._ops.matmul import product
+from jlora._ops.matmul import rank_matmul
 from tests.test_quiet import close
 
 SHAPES = [
@@ -28,7 +28,7 @@ def test_it_is_dot_general(left, right, dims):
     x, w = (jax.random.normal(jax.random.key(k), s) for k, s in enumerate((left, right)))
 
     def ours(x, w):
-        return product(x, w, dims, precision=None, dtype=jnp.dtype(jnp.float32))
+        return rank_matmul(x, w, dims, precision=None, dtype=jnp.dtype(jnp.float32))
 
     def plain(x, w):
         return lax.dot_general(x, w, (dims, ((), ())))
@@ -103,5 +103,5 @@ def test_the_gradient_makes_no_copy_of_a_cotangent():
     def temporary(f):
         return jax.jit(lambda x, b, g: jax.vjp(lambda b: f(x, b), b)[1](g)).lower(x, b, g).compile().memory_analysis()
 
-    ours = temporary(lambda x, b: product(x, b, ((2,), (0,)), precision=None, dtype=jnp.dtype(jnp.float32)))
+    ours = temporary(lambda x, b: rank_matmul(x, b, ((2,), (0,)), precision=None, dtype=jnp.dtype(jnp.float32)))
     assert ours.temp_size_in_bytes < np.prod(g.shape) * 4 / 8

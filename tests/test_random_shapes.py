@@ -286,7 +286,7 @@ def gather_law(case: Gather) -> None:
     rows = jax.eval_shape(lambda w: lax.gather(w, indices, case.numbers, case.slice_sizes), w)
     x = jax.ShapeDtypeStruct((2, *(rows.shape[k] for k in case.inner)), case.dtype)
     targets = {"w": jlora.LoRA(rank=1, alpha=3.0)}
-    assume(not jlora.trace(f, {"w": w}, indices, x)["w"].refusal)
+    assume(not jlora.trace(f, {"w": w}, indices, x)["w"].unsupported_reason)
     law(f, {"w": w}, targets, case.seed, indices, x, bound=tolerance(case.dtype), factored=True)
 
 
@@ -317,8 +317,8 @@ def chain_law(case: Chain, *, factored: bool) -> None:
     y = jax.ShapeDtypeStruct((case.shape[plain], 2), jnp.float32)
     sites = jlora.trace(f, params, x, y)
     targets = {"w": jlora.LoRA(rank=case.rank, alpha=3.0)}
-    targets |= {name: jlora.LoRA(rank=1, alpha=3.0) for name in case.others if not sites[name].refusal}
-    assume(not targets["w"].refusal(sites["w"]))
+    targets |= {name: jlora.LoRA(rank=1, alpha=3.0) for name in case.others if not sites[name].unsupported_reason}
+    assume(not targets["w"].unsupported_reason(sites["w"]))
     bound = tolerance(*["bfloat16"] * case.low, jnp.float32)
     law(f, params, targets, case.seed, x, y, bound=bound, factored=factored)
 

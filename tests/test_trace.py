@@ -21,7 +21,7 @@ def test_sites_say_all_of_a_weight():
     assert sites["embed"].is_lookup
     assert sites["embed"].is_product
     assert [use.primitive for use in sites["embed"].uses] == ["gather", "dot_general"]
-    assert sites["mix/bias"].refusal == "no product, convolution or lookup uses it (only add)"
+    assert sites["mix/bias"].unsupported_reason == "no product, convolution or lookup uses it (only add)"
     assert sites.flops == sum(site.flops for site in sites.values())
 
 

@@ -15,13 +15,13 @@ from jlora import _compat
 from jlora._interpreter import interpreter as _interpret
 from jlora._interpreter.context import Context
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora._trace.stage import stage
 from jlora._trace.trace import Sites
-from jlora._tree.leaves import is_quantized, plain
-from jlora._tree.paths import named_leaves, near
+from jlora._tree.leaves import as_array, is_quantized
+from jlora._tree.paths import closest_matches, named_leaves
 from jlora.methods._base import Adapter, Method, Update
-from jlora.methods._lowering import START, Adapters, as_list, check, lowered
+from jlora.methods._lowering import INITIAL_SUFFIX, Adapters, as_adapters, check_fits, lower_updates
 
 _T = TypeVar("_T")
 
@@ -72,18 +72,18 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
         raise ValueError(f"on_dense is 'warn', 'error' or 'allow', not {on_dense!r}.")
 
     def adapted(params: Any, adapter: Adapters, *args: Any, **kwargs: Any) -> Any:
-        adapters = as_list(adapter)
+        adapters = as_adapters(adapter)
         params = jax.tree.map(lambda a: jax.lax.stop_gradient(a) if isinstance(a, jax.Array) else a, params)
         program = stage(fun, params, args, kwargs)
         leaves = dict(zip(program.paths, program.params, strict=True))
-        check(adapters, leaves)
+        check_fits(adapters, leaves)
         touched = {path for one in adapters for path in one}
         formed: dict[str, None] = {}
         ctx = Context(_interpret.run, functools.partial(_on_dense, formed, on_dense))
         touched |= {path for path, leaf in leaves.items() if is_quantized(leaf)}
-        weights = [lowered(adapters, leaf, path) if path in touched else leaf for path, leaf in leaves.items()]
+        weights = [lower_updates(adapters, leaf, path) if path in touched else leaf for path, leaf in leaves.items()]
         out = _interpret.run(ctx, program.jaxpr, program.consts, [*weights, *program.args])
-        out = [ctx.form(None, v) if isinstance(v, Factored) else v for v in out]
+        out = [ctx.materialize(None, v) if isinstance(v, AdaptedWeight) else v for v in out]
         if formed:
             warnings.warn(
                 "jlora formed weights, at the cost of a dense update. jlora.explain shows all of it; "
@@ -117,8 +117,8 @@ def _signature(fun: Callable[..., Any]) -> inspect.Signature:
     return given.replace(parameters=[new[0].replace(annotation=annotation), new[1], *rest])
 
 
-def _on_dense(formed: dict[str, None], action: str, f: Factored, eqn: Any) -> None:
-    use = f"{eqn.primitive.name} at {_compat.where(eqn)}" if eqn else "the program's output"
+def _on_dense(formed: dict[str, None], action: str, f: AdaptedWeight, eqn: Any) -> None:
+    use = f"{eqn.primitive.name} at {_compat.source_line(eqn)}" if eqn else "the program's output"
     what = f"{', '.join(f.paths)}: {use}"
     if eqn and any(n.key is not None for n in f.networks):
         raise ValueError(
@@ -163,27 +163,27 @@ def init(key: jax.Array, sites: Sites, targets: Targets, *, params: Any = None, 
 
 
 def _update(key: jax.Array, site: Site, method: Method, dtype: Any, base: jax.Array | None) -> Update:
-    refusal = method.refusal(site)
+    refusal = method.unsupported_reason(site)
     if refusal:
         other = " Or give it jlora.Full(), which adapts any shape." if site.is_trainable else ""
         raise ValueError(
             f"{type(method).__name__} cannot adapt {site.path} {site.shape}: {refusal}. "
             f"Narrow the pattern, or exclude the path with an earlier pattern and None.{other}"
         )
-    if method.offset and method.scales_base:
+    if method.offset and method.is_multiplicative:
         name = type(method).__name__
         raise ValueError(f"{name} scales the weight and starts from the base anyhow: leave out offset at {site.path}.")
-    if method.starts_from_base and base is None:
+    if method.init_needs_weight and base is None:
         raise ValueError(f"{method} starts from the weight {site.path}: pass jlora.init(..., params=params).")
     if base is not None and base.shape != site.shape:
         raise ValueError(f"{site.path} has shape {base.shape} in params, and {site.shape} in the traced program.")
-    base = plain(base) if method.starts_from_base else None
+    base = as_array(base) if method.init_needs_weight else None
     arrays = method.init(jax.random.fold_in(key, path_number(site.path)), site, dtype, base)
-    settled = method.settled()
+    settled = method.without_init_fields()
     factors = {name: array for name, array in arrays.items() if name not in settled.frozen}
     frozen = {name: arrays[name] for name in settled.frozen}
     if settled.offset:
-        frozen |= {name + START: jnp.copy(array) for name, array in factors.items()}
+        frozen |= {name + INITIAL_SUFFIX: jnp.copy(array) for name, array in factors.items()}
     return Update(factors, settled, site.roles, site.shape, frozen)
 
 
@@ -218,8 +218,8 @@ def choose_paths(sites: Sites, targets: Mapping[str, _T | None]) -> dict[str, _T
             raise ValueError(f"{pattern!r} is no regular expression ({error}); '.*' stands for anything.") from error
         if not matched:
             raise ValueError(
-                f"The pattern {pattern!r} matches no parameter; {near(pattern, sites)}. Patterns are regular "
-                "expressions for the whole path; print(sites) shows all."
+                f"The pattern {pattern!r} matches no parameter; {closest_matches(pattern, sites)}. Patterns are "
+                "regular expressions for the whole path; print(sites) shows all."
             )
         if all(path in first for path in matched):
             raise ValueError(

@@ -10,7 +10,7 @@ from jlora._adapter.merge import merge
 from jlora._interpreter.site import Site
 from jlora._trace.trace import Sites
 from jlora.methods._base import Adapter, Method
-from jlora.methods._lowering import one
+from jlora.methods._lowering import as_single
 from jlora.methods.full import Full
 
 _SUMS = {"add", "sub", "add_any"}
@@ -68,6 +68,6 @@ def restart(key: jax.Array, sites: Sites, params: Any, adapter: Adapter) -> tupl
 
     Lialin et al. 2023, ReLoRA: High-Rank Training Through Low-Rank Updates, arXiv:2307.05695.
     """
-    targets = {re.escape(path): update.method for path, update in one(adapter).items()}
+    targets = {re.escape(path): update.method for path, update in as_single(adapter).items()}
     merged = merge(params, adapter, requantize=True)
     return merged, init(key, sites, targets, params=merged)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jlora._adapter.adapt import path_number
 from jlora.methods._base import Adapter, Update
-from jlora.methods._lowering import one
+from jlora.methods._lowering import as_single
 
 
 def with_dropout(adapter: Adapter, key: jax.Array) -> Adapter:
@@ -32,7 +32,7 @@ def with_dropout(adapter: Adapter, key: jax.Array) -> Adapter:
         key = jax.random.wrap_key_data(key)
     return {
         path: _keyed(update, jax.random.fold_in(key, path_number(path))) if update.method.dropout else update
-        for path, update in one(adapter).items()
+        for path, update in as_single(adapter).items()
     }
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.methods._base import Adapter, Update
-from jlora.methods._lowering import one
+from jlora.methods._lowering import as_single
 from jlora.methods.lora import LoRA
 
 
@@ -79,6 +79,6 @@ def _cut(update: Update, rank: int) -> Update:
 
 
 def _some_lora(adapter: Adapter) -> None:
-    if not any(isinstance(update.method, LoRA) for update in one(adapter).values()):
+    if not any(isinstance(update.method, LoRA) for update in as_single(adapter).values()):
         kinds = ", ".join(sorted({type(update.method).__name__ for update in adapter.values()})) or "nothing"
         raise ValueError(f"Ranks can be left out of LoRA updates, and the adapter has none: it holds {kinds}.")

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from jlora._ir.weight import delta, dense, spanned, widened
+from jlora._ir.weight import accumulation_dtype, broadcast_network, delta, dense
 from jlora._tree import leaves as _quantized
 from jlora._tree.paths import flatten, is_array, named_leaves
 from jlora.methods._base import Adapter
-from jlora.methods._lowering import Adapters, as_list, check, lowered, one
+from jlora.methods._lowering import Adapters, as_adapters, as_single, check_fits, lower_updates
 
 
 def merge(params: Any, adapter: Adapters, *, donate: bool = False, requantize: bool = False) -> Any:
@@ -33,7 +33,7 @@ def merge(params: Any, adapter: Adapters, *, donate: bool = False, requantize: b
     Raises:
         ValueError: where the adapter does not fit the parameters, with every misfit.
     """
-    merged = _fold(params, as_list(adapter), _merged_again if requantize else _merged, donate)
+    merged = _fold(params, as_adapters(adapter), _merged_again if requantize else _merged, donate)
     if requantize:
         return merged
     return jax.tree.map(
@@ -54,25 +54,25 @@ def unmerge(params: Any, adapter: Adapters) -> Any:
         ValueError: where the adapter does not fit the parameters, or depends on the base itself and so cannot be
             taken out of what it became; keep the base instead.
     """
-    adapters = as_list(adapter)
+    adapters = as_adapters(adapter)
     for path, update in (item for each in adapters for item in each.items()):
-        if update.method.reads_base:
+        if update.method.depends_on_weight:
             raise ValueError(
                 f"{path} has the method {type(update.method).__name__}, whose update depends on the base, "
                 "so it cannot be taken out again. Keep the base parameters: jlora.merge leaves them as they are."
             )
     for path, leaf in named_leaves(params):
-        if _quantized.is_quantized(leaf) and any(path in one for one in adapters):
+        if _quantized.is_quantized(leaf) and any(path in adapter for adapter in adapters):
             raise ValueError(
                 f"{path} is quantised, and what was rounded cannot be taken out. Keep the base parameters."
             )
     return _fold(params, adapters, _unmerged, False)
 
 
-def _fold(params: Any, adapters: list[Adapter], one: Callable[..., jax.Array], donate: bool) -> Any:
+def _fold(params: Any, adapters: list[Adapter], fold_one: Callable[..., jax.Array], donate: bool) -> Any:
     leaves, structure = named_leaves(params), flatten(params)[1]
-    check(adapters, {path: leaf for path, leaf in leaves if is_array(leaf)})
-    plain, donating = jax.jit(one), jax.jit(one, donate_argnums=(0,))
+    check_fits(adapters, {path: leaf for path, leaf in leaves if is_array(leaf)})
+    plain, donating = jax.jit(fold_one), jax.jit(fold_one, donate_argnums=(0,))
     new, times = [], collections.Counter(id(leaf) for _, leaf in leaves)
     for path, leaf in leaves:  # under one name for all, so that weights of one shape share a compiled program
         mine = [{"": dataclasses.replace(a[path], key=None)} for a in adapters if path in a]
@@ -85,7 +85,7 @@ def _fold(params: Any, adapters: list[Adapter], one: Callable[..., jax.Array], d
 
 
 def _merged(w: jax.Array, adapters: list[Adapter]) -> jax.Array:
-    return dense(lowered(adapters, w, ""))
+    return dense(lower_updates(adapters, w, ""))
 
 
 def _merged_again(w: Any, adapters: list[Adapter]) -> Any:
@@ -94,10 +94,10 @@ def _merged_again(w: Any, adapters: list[Adapter]) -> Any:
 
 
 def _unmerged(w: jax.Array, adapters: list[Adapter]) -> jax.Array:
-    value = w.astype(widened(w.dtype))
+    value = w.astype(accumulation_dtype(w.dtype))
     for adapter in reversed(adapters):
-        f = lowered([adapter], value, "")
-        gains = [spanned(gain, f, value.dtype) for gain in f.gains]
+        f = lower_updates([adapter], value, "")
+        gains = [broadcast_network(gain, f, value.dtype) for gain in f.axis_scales]
         value = functools.reduce(jax.numpy.divide, gains, value - delta(f, value.dtype))
     return value.astype(w.dtype)
 
@@ -110,4 +110,6 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
         factor: a Python number; it is part of the adapter's structure, not of its arrays.
     """
     factor = float(factor)
-    return {path: dataclasses.replace(update, scale=update.scale * factor) for path, update in one(adapter).items()}
+    return {
+        path: dataclasses.replace(update, scale=update.scale * factor) for path, update in as_single(adapter).items()
+    }

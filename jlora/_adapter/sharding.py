@@ -13,7 +13,7 @@ from jlora._interpreter.site import Site
 from jlora._tree.leaves import sharding
 from jlora._tree.paths import is_array, named_leaves
 from jlora.methods._base import Adapter, Method, Update
-from jlora.methods._lowering import START, check
+from jlora.methods._lowering import INITIAL_SUFFIX, check_fits
 
 
 def shardings(adapter: Adapter, params: Any) -> Any:
@@ -34,7 +34,7 @@ def shardings(adapter: Adapter, params: Any) -> Any:
         ValueError: where the adapter does not fit the parameters, with every misfit.
     """
     leaves = {path: leaf for path, leaf in named_leaves(params) if is_array(leaf)}
-    check([adapter], leaves)
+    check_fits([adapter], leaves)
     return {path: _of(update, sharding(leaves[path])) for path, update in adapter.items()}
 
 
@@ -49,7 +49,7 @@ def _of(update: Update, weight: jax.sharding.Sharding | None) -> Update:
         parts = PartitionSpec(*(None if axis is None else spec[axis] for axis in axes))
         return NamedSharding(weight.mesh, parts, memory_kind=weight.memory_kind)
 
-    follows = followed(update)
+    follows = infer_factor_axes(update)
     for group in ("factors", "frozen"):
         arrays = getattr(update, group)
         known = {name: along(follows[name]) for name in arrays if name in follows}
@@ -68,7 +68,7 @@ def _replicated(weight: jax.sharding.Sharding | None) -> jax.sharding.Sharding:
     return NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
 
 
-def followed(update: Update) -> dict[str, tuple[int | None, ...]]:
+def infer_factor_axes(update: Update) -> dict[str, tuple[int | None, ...]]:
     """For every axis of an update's arrays the axis of the weight that it follows, None where there is none.
 
     It follows the one whose size it has, and with which it grows: the method itself is asked for the arrays of a
@@ -86,7 +86,7 @@ def followed(update: Update) -> dict[str, tuple[int | None, ...]]:
             if grown and out[name][grown[0]] is None:
                 out[name][grown[0]] = axis
     found = {name: tuple(axes) for name, axes in out.items()}
-    return found | {name + START: axes for name, axes in found.items()}
+    return found | {name + INITIAL_SUFFIX: axes for name, axes in found.items()}
 
 
 @functools.lru_cache

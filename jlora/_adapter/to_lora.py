@@ -9,14 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._interpreter.context import side
-from jlora._ir.lazy import made
-from jlora._ir.weight import Factored, Network, delta, fresh, spanned, widened
-from jlora._tree.leaves import plain
+from jlora._interpreter.context import matrix_side
+from jlora._ir.lazy import materialize
+from jlora._ir.weight import AdaptedWeight, TensorNetwork, accumulation_dtype, broadcast_network, delta, fresh_indices
+from jlora._tree.leaves import as_array
 from jlora._tree.paths import named_leaves
 from jlora.methods._base import Adapter, Update
 from jlora.methods._common import axes as _axes
-from jlora.methods._lowering import lowered, one
+from jlora.methods._lowering import as_single, lower_updates
 from jlora.methods.lora import LoRA
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -46,19 +46,19 @@ def to_lora(
     """
     leaves = dict(named_leaves(params))
     out, errors = {}, {}
-    for path, update in one(adapter).items():
-        if _is_plain(update) or not {"in", "out"} <= set(map(side, update.roles)):
+    for path, update in as_single(adapter).items():
+        if _is_plain(update) or not {"in", "out"} <= set(map(matrix_side, update.roles)):
             out[path], errors[path] = update, 0.0
             continue
-        if update.method.reads_base or update.method.scales_base:
+        if update.method.depends_on_weight or update.method.is_multiplicative:
             if path not in leaves:
                 name = type(update.method).__name__
                 raise ValueError(f"{path}: what {name} adds depends on the base. Pass params, the base parameters.")
             if tuple(leaves[path].shape) != update.shape:
                 raise ValueError(f"{path} has shape {leaves[path].shape} in params, the adapter {update.shape}.")
-        leaf = plain(leaves[path]) if path in leaves else np.broadcast_to(np.float32(0), update.shape)
-        f = lowered([{path: dataclasses.replace(update, key=None)}], leaf, path)
-        has_factors = not f.gains and not any(map(f.is_filled_by, f.networks))
+        leaf = as_array(leaves[path]) if path in leaves else np.broadcast_to(np.float32(0), update.shape)
+        f = lower_updates([{path: dataclasses.replace(update, key=None)}], leaf, path)
+        has_factors = not f.axis_scales and not any(map(f.is_full_rank_network, f.networks))
         pairs = [_by_factors(f, network, update.roles) for network in f.networks] if has_factors else []
         width = sum(a.shape[-1] for a, _ in pairs)
         if pairs and _is_thin(width, update):
@@ -76,7 +76,7 @@ def _is_plain(update: Update) -> bool:
 
 
 def _sizes(update: Update, role: str) -> tuple[int, ...]:
-    return tuple(n for n, r in zip(update.shape, update.roles, strict=True) if side(r) == role)
+    return tuple(n for n, r in zip(update.shape, update.roles, strict=True) if matrix_side(r) == role)
 
 
 def _is_thin(rank: int, update: Update) -> bool:
@@ -84,21 +84,21 @@ def _is_thin(rank: int, update: Update) -> bool:
     return rank * (n_in + n_out) < n_in * n_out
 
 
-def _by_factors(f: Factored, network: Network, roles: Sequence[Any]) -> Pair:
+def _by_factors(f: AdaptedWeight, network: TensorNetwork, roles: Sequence[Any]) -> Pair:
     """A network as two matrices, `(*stack, in, rank)` and `(*stack, rank, out)`, of the least rank.
 
     A factor with letters of both sides goes to one of them, and its letters of the other become a rank.
     """
     stack, inner, outer = _axes.letters(f, roles)
-    sizes = {x.name: x.size for x in f.letters}
+    sizes = {x.name: x.size for x in f.indices}
     mixed = [k for k, t in enumerate(network.terms) if set(t) & set(inner) and set(t) & set(outer)]
     best: Pair | None = None
     for sides in itertools.product("io", repeat=len(mixed)):
         left, right = [], []
         for k, (factor, term) in enumerate(zip(network.factors, network.terms, strict=True)):
             is_out = bool(set(term) & set(outer))
-            side = sides[mixed.index(k)] if k in mixed else "o" if is_out else "i"
-            (right if side == "o" else left).append((np.asarray(factor, np.float32), term))
+            goes_to = sides[mixed.index(k)] if k in mixed else "o" if is_out else "i"
+            (right if goes_to == "o" else left).append((np.asarray(factor, np.float32), term))
         left, right = _linked(left, right, outer, f, network, sizes)
         right, left = _linked(right, left, inner, f, network, sizes)
         known = sizes | {c: n for a, t in (*left, *right) for c, n in zip(t, a.shape, strict=True)}
@@ -118,14 +118,14 @@ def _linked(
     one: list[tuple[np.ndarray, str]],
     other: list[tuple[np.ndarray, str]],
     foreign: str,
-    f: Factored,
-    network: Network,
+    f: AdaptedWeight,
+    network: TensorNetwork,
     sizes: dict[str, int],
 ) -> tuple[list[tuple[np.ndarray, str]], list[tuple[np.ndarray, str]]]:
     """Both sides, the letters in `one` that belong to the other replaced by ranks that an identity links to them."""
     shared = "".join(c for c in foreign if any(c in t for _, t in one))
     used = [f.used(), *network.terms, *(t for _, t in (*one, *other))]
-    table = dict(zip(shared, fresh(used, len(shared)), strict=True))
+    table = dict(zip(shared, fresh_indices(used, len(shared)), strict=True))
     renamed = [(a, t.translate(str.maketrans(table))) for a, t in one]
     return renamed, [*other, *((np.eye(sizes[c], dtype=np.float32), table[c] + c) for c in shared)]
 
@@ -144,14 +144,14 @@ def _side_by_side(pairs: Sequence[Pair], scales: Sequence[float]) -> tuple[np.nd
 
 
 def _by_svd(
-    path: str, f: Factored, update: Update, rank: int | None, tolerance: float
+    path: str, f: AdaptedWeight, update: Update, rank: int | None, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    dtype = widened(f.dtype)
-    base = made(f.base).astype(dtype)
+    dtype = accumulation_dtype(f.dtype)
+    base = materialize(f.base).astype(dtype)
     added = delta(f, dtype)
-    for k in range(len(f.gains)):
-        before = math.prod((spanned(g, f, dtype) for g in f.gains[:k]), start=base)
-        added = added + before * (spanned(f.gains[k], f, dtype) - 1)
+    for k in range(len(f.axis_scales)):
+        before = math.prod((broadcast_network(g, f, dtype) for g in f.axis_scales[:k]), start=base)
+        added = added + before * (broadcast_network(f.axis_scales[k], f, dtype) - 1)
     whole = np.asarray(_axes.as_matrix(jnp.asarray(added), update.roles), np.float64)
     u, s, vt = np.linalg.svd(whole, full_matrices=False)
     energy = np.square(s).sum(-1, keepdims=True)

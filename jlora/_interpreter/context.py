@@ -8,14 +8,14 @@ from typing import Any, Literal
 import jax
 
 from jlora import _compat
-from jlora._ir.weight import Factored, Network, dense
+from jlora._ir.weight import AdaptedWeight, TensorNetwork, dense
 
 # A window is what a convolution slides along: contracted as "in" is, and most methods do not tell the two apart.
 Role = Literal["in", "window", "out", "stack"]
 Value = Any  # an array, or a Factored where a weight was
 
 
-def side(role: Role) -> Role:
+def matrix_side(role: Role) -> Role:
     """The role, a window taken for what it is a part of."""
     return "in" if role == "window" else role
 
@@ -47,34 +47,34 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """The state of one run of the interpreter; children share all but `stack` and `times`.
+    """The state of one run of the interpreter; children share all but `stack` and `trip_count`.
 
     Arguments:
         run: evaluates a jaxpr: `run(ctx, jaxpr, consts, values) -> values`.
         uses: every use, by the equations that lead to it, so that a body which is traced twice counts once.
         on_dense: called with a weight and the equation that has no rule for it, None for an output of the program.
         stack: the equations around this one.
-        times: how often this equation runs, as far as loops say.
-        draws: how many uses of dropout each parameter has had, so that no two share a mask.
-        looking: whether nothing is computed and all that matters is what the program does with its weights.
+        trip_count: how often this equation runs, as far as loops say.
+        dropout_uses: how many uses of dropout each parameter has had, so that no two share a mask.
+        trace_only: whether nothing is computed and all that matters is what the program does with its weights.
     """
 
     run: "Callable[[Context, Any, Sequence[Any], Sequence[Value]], list[Value]]"
-    on_dense: Callable[[Factored, Any], None]
+    on_dense: Callable[[AdaptedWeight, Any], None]
     uses: dict[tuple[Any, ...], Use] = dataclasses.field(default_factory=dict)
     stack: tuple[int, ...] = ()
-    times: float = 1
-    draws: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    looking: bool = False
+    trip_count: float = 1
+    dropout_uses: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    trace_only: bool = False
 
-    def inside(self, eqn: Any, times: float = 1, branch: int = 0) -> "Context":
-        """The context of a program inside `eqn` that runs `times` for each run of `eqn`."""
-        return dataclasses.replace(self, stack=(*self.stack, id(eqn), branch), times=self.times * times)
+    def child(self, eqn: Any, trip_count: float = 1, branch: int = 0) -> "Context":
+        """The context of a program inside `eqn` that runs `trip_count` times for each run of `eqn`."""
+        return dataclasses.replace(self, stack=(*self.stack, id(eqn), branch), trip_count=self.trip_count * trip_count)
 
     def record(
         self,
         eqn: Any,
-        f: Factored,
+        f: AdaptedWeight,
         roles: Mapping[str, Role],
         *,
         factored: bool = True,
@@ -88,49 +88,49 @@ class Context:
         """
         for path in f.paths:
             axes: dict[int, Role] = {}
-            known = [x for x in f.letters if x.name in roles]
+            known = [x for x in f.indices if x.name in roles]
             for letter in sorted(known, key=lambda x: ("stack", "out", "window", "in").index(roles[x.name])):
                 # An axis that was split may play several roles: the factors are shared along what is not contracted.
                 axes |= {axis: roles[letter.name] for p, axis in letter.origins if p == path}
             if primitive:
-                axes |= {axis: "in" for p, axis in f.read if p == path}
+                axes |= {axis: "in" for p, axis in f.gathered_axes if p == path}
             self.uses[*self.stack, id(eqn), path] = Use(
                 path=path,
                 primitive=primitive or (eqn.primitive.name if eqn else "output"),
-                where=_compat.where(eqn) if eqn else "",
+                where=_compat.source_line(eqn) if eqn else "",
                 roles=tuple(sorted(axes.items())),
                 factored=factored,
-                flops=flops * self.times,
-                added=added * self.times,
+                flops=flops * self.trip_count,
+                added=added * self.trip_count,
                 bytes=0 if factored else f.base.size * f.dtype.itemsize,
             )
 
-    def form(self, eqn: Any, f: Factored) -> jax.Array:
+    def materialize(self, eqn: Any, f: AdaptedWeight) -> jax.Array:
         """The weight itself, where `eqn` has no rule that keeps it factored, or where (None) it is an output.
 
         Rows that were looked up are no weight any more but an activation, which has to be there.
         """
-        if f.read:
-            roles: dict[str, Role] = {x.name: "out" for x in f.letters if x.origins}
+        if f.gathered_axes:
+            roles: dict[str, Role] = {x.name: "out" for x in f.indices if x.origins}
             self.record(eqn, f, roles, primitive="gather", added=f.base.size)
         else:
             self.record(eqn, f, {}, factored=False, added=f.base.size)
             self.on_dense(f, eqn)
         return dense(f)
 
-    def drop(self, f: Factored) -> Factored:
+    def with_dropout_keys(self, f: AdaptedWeight) -> AdaptedWeight:
         """The weight with dropout keys of their own for this use."""
         if not any(n.key is not None for n in f.networks):
             return f
-        number = self.draws[f.paths[0]]
-        self.draws[f.paths[0]] += 1
-        return fold(f, number)
+        number = self.dropout_uses[f.paths[0]]
+        self.dropout_uses[f.paths[0]] += 1
+        return fold_dropout_keys(f, number)
 
 
-def fold(f: Factored, number: int | jax.Array) -> Factored:
+def fold_dropout_keys(f: AdaptedWeight, number: int | jax.Array) -> AdaptedWeight:
     """The weight with a number folded into its dropout keys."""
 
-    def network(n: Network) -> Network:
+    def network(n: TensorNetwork) -> TensorNetwork:
         if n.key is None:
             return n
         folded = jax.numpy.vectorize(lambda k: jax.random.fold_in(k, number))(n.key)

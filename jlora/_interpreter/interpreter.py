@@ -7,7 +7,7 @@ from jlora import _compat
 from jlora._interpreter.context import Context, Value
 from jlora._interpreter.rules import RULES
 from jlora._interpreter.rules import control_flow as _control
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 
 _RULES = {**RULES, **_control.RULES}
 
@@ -31,8 +31,8 @@ def run(ctx: Context, jaxpr: Any, consts: Sequence[Any], values: Sequence[Value]
 
     for eqn, spent in zip(jaxpr.eqns, _spent(jaxpr), strict=True):
         operands = [read(atom) for atom in eqn.invars]
-        with _compat.at(eqn):
-            if any(isinstance(v, Factored) for v in operands):
+        with _compat.equation_context(eqn):
+            if any(isinstance(v, AdaptedWeight) for v in operands):
                 out = _apply(ctx, eqn, operands)
             else:
                 out = _compat.bind(eqn, *operands)
@@ -56,11 +56,12 @@ def _apply(ctx: Context, eqn: Any, operands: list[Value]) -> list[Value]:
     rule = _RULES.get(eqn.primitive.name)
     out = rule(ctx, eqn, *operands) if rule else None
     if out is None:
-        out = _compat.bind(eqn, *(ctx.form(eqn, v) if isinstance(v, Factored) else v for v in operands))
+        out = _compat.bind(eqn, *(ctx.materialize(eqn, v) if isinstance(v, AdaptedWeight) else v for v in operands))
     for var, value in zip(eqn.outvars, out, strict=True):
         if value.shape != var.aval.shape or value.dtype != var.aval.dtype:
             raise AssertionError(
-                f"jlora's rule for {eqn.primitive.name} at {_compat.where(eqn)} gave {value.dtype}{list(value.shape)} "
-                f"where the program has {var.aval.str_short()}. This is a fault in jlora; please report it."
+                f"jlora's rule for {eqn.primitive.name} at {_compat.source_line(eqn)} gave "
+                f"{value.dtype}{list(value.shape)} where the program has {var.aval.str_short()}. "
+                "This is a fault in jlora; please report it."
             )
     return out

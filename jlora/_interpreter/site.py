@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora._interpreter.context import Role, Use, side
+from jlora._interpreter.context import Role, Use, matrix_side
 
 _LOOKUPS = ("gather", "dynamic_slice")
 
@@ -48,7 +48,7 @@ class Site:
 
     def sizes(self, role: Role) -> tuple[int, ...]:
         """The sizes of the axes in a role; those of a window, which is contracted too, are among those of "in"."""
-        return tuple(n for n, r in zip(self.shape, self.roles, strict=True) if role in (r, side(r)))
+        return tuple(n for n, r in zip(self.shape, self.roles, strict=True) if role in (r, matrix_side(r)))
 
     @property
     def max_rank(self) -> int:
@@ -63,7 +63,7 @@ class Site:
     @property
     def is_product(self) -> bool:
         """Whether a product or a convolution consumes the weight."""
-        return self.refusal == "" and any(use.roles and use.primitive not in _LOOKUPS for use in self.uses)
+        return self.unsupported_reason == "" and any(use.roles and use.primitive not in _LOOKUPS for use in self.uses)
 
     @property
     def flops(self) -> float:
@@ -76,7 +76,7 @@ class Site:
         return bool(self.uses) and bool(jnp.issubdtype(self.dtype, jnp.floating))
 
     @property
-    def refusal(self) -> str:
+    def unsupported_reason(self) -> str:
         """Why a low-rank method cannot adapt the weight; empty where it can."""
         if not jnp.issubdtype(self.dtype, jnp.floating):
             return f"its dtype is {self.dtype}, and only floating-point weights can be adapted"
@@ -85,6 +85,6 @@ class Site:
         if not self.roles:
             used = ", ".join(sorted({use.primitive for use in self.uses}))
             return f"no product, convolution or lookup uses it (only {used})"
-        if not {"in", "out"} <= set(map(side, self.roles)):
+        if not {"in", "out"} <= set(map(matrix_side, self.roles)):
             return f"its axes are all {self.roles[0]!r}, so it has no low-rank form"
         return ""

@@ -36,7 +36,7 @@ class _Step:
     jax.tree_util.register_dataclass, data_fields=["operands"], meta_fields=["step", "number", "shape", "dtype"]
 )
 @dataclasses.dataclass(frozen=True)
-class Deferred:
+class LazyArray:
     """An array to be made: a quantised leaf, or one result of an equation on such arrays and others.
 
     Arguments:
@@ -61,70 +61,70 @@ class Deferred:
         return math.prod(self.shape)
 
 
-def leaf(node: Any) -> Deferred:
+def lazy_leaf(node: Any) -> LazyArray:
     """A quantised leaf of the parameters, which is not made yet."""
-    return Deferred((node,), None, 0, tuple(node.shape), jnp.dtype(node.dtype))
+    return LazyArray((node,), None, 0, tuple(node.shape), jnp.dtype(node.dtype))
 
 
-def made(array: Any) -> Any:
+def materialize(array: Any) -> Any:
     """The array itself."""
-    if not isinstance(array, Deferred):
+    if not isinstance(array, LazyArray):
         return array
     if array.step is None:
         return _quantized.dequantize(array.operands[0])
-    return _compat.bind(array.step.eqn, *map(made, array.operands))[array.number]
+    return _compat.bind(array.step.eqn, *map(materialize, array.operands))[array.number]
 
 
 def bind(eqn: Any, *operands: Any) -> list[Any]:
     """An equation that leaves a weight a weight: put off where an operand is."""
-    if not any(isinstance(v, Deferred) for v in operands):
+    if not any(isinstance(v, LazyArray) for v in operands):
         return _compat.bind(eqn, *operands)
     return [
-        Deferred(operands, _Step(eqn), number, tuple(var.aval.shape), var.aval.dtype)
+        LazyArray(operands, _Step(eqn), number, tuple(var.aval.shape), var.aval.dtype)
         for number, var in enumerate(eqn.outvars)
     ]
 
 
 def consume(eqn: Any, *operands: Any) -> list[Any]:
     """An equation that needs its operands now; what was put off is made here and, for the gradient, made again."""
-    if not any(isinstance(v, Deferred) for v in operands):
+    if not any(isinstance(v, LazyArray) for v in operands):
         return _compat.bind(eqn, *operands)
-    return jax.checkpoint(lambda operands: _compat.bind(eqn, *map(made, operands)))(operands)
+    return jax.checkpoint(lambda operands: _compat.bind(eqn, *map(materialize, operands)))(operands)
 
 
-def rows(array: Deferred, indices: jax.Array) -> jax.Array | None:
+def gather_rows(array: LazyArray, indices: jax.Array) -> jax.Array | None:
     """The entries along the first axis at indices within bounds, made of their own parts alone.
 
     None where the array has no such parts.
     """
-    whole = stacked(array, array.shape[0])
+    whole = with_leading_axis(array, array.shape[0])
     if whole is None:
         return None
 
-    def make(one: Deferred) -> jax.Array:
-        return made(cut(one))
+    def make(one: LazyArray) -> jax.Array:
+        return materialize(slice_leading(one))
 
     for _ in range(indices.ndim):
         make = jax.vmap(make)
     return make(jax.tree.map(lambda part: part.at[indices].get(mode="promise_in_bounds"), whole))
 
 
-def stacked(array: Any, length: int) -> Any:
+def with_leading_axis(array: Any, length: int) -> Any:
     """The array in a form that a loop can cut along its first axis, None where it has none."""
-    if not isinstance(array, Deferred):
+    if not isinstance(array, LazyArray):
         return array
     if array.step is None:
-        whole = _quantized.stacked(array.operands[0], length)
+        whole = _quantized.with_leading_axis(array.operands[0], length)
         return None if whole is None else dataclasses.replace(array, operands=(whole,))
     if array.step.eqn.primitive.name not in _ELEMENTWISE:
         return None
-    inner = stacked(array.operands[0], length)
+    inner = with_leading_axis(array.operands[0], length)
     return None if inner is None else dataclasses.replace(array, operands=(inner,))
 
 
-def cut(array: Any) -> Any:
+def slice_leading(array: Any) -> Any:
     """What a loop's step finds of a stacked array: its parts were cut, and its shape has to follow."""
-    if not isinstance(array, Deferred):
+    if not isinstance(array, LazyArray):
         return array
-    operands: Sequence[Any] = array.operands if array.step is None else tuple(map(cut, array.operands))
+    operands: Sequence[Any] = array.operands if array.step is None else tuple(map(slice_leading, array.operands))
     return dataclasses.replace(array, operands=operands, shape=array.shape[1:])

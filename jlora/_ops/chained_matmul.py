@@ -19,13 +19,13 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jlora import _compat
-from jlora._ops.matmul import eager, product
+from jlora._ops.matmul import eager, rank_matmul
 
 Terms = tuple[str, str, str, str]  # of h, C, B and y
 _JOINT, _TURNED = "+-"  # stand for both letters of C, one after the other, before and after the product
 
 
-def through(h: jax.Array, c: jax.Array, b: jax.Array, terms: Terms, **params: Any) -> jax.Array:
+def chained_matmul(h: jax.Array, c: jax.Array, b: jax.Array, terms: Terms, **params: Any) -> jax.Array:
     """Contracts an activation with a matrix, and then with a factor that has none of the matrix's letters.
 
     Arguments:
@@ -35,7 +35,7 @@ def through(h: jax.Array, c: jax.Array, b: jax.Array, terms: Terms, **params: An
             that of the result.
     """
     static = functools.partial(_through, terms, tuple(params.items()))
-    return static(h, c, b) if _compat.is_plain(h, c, b) else _plain(h, c, b, terms=terms, **params)
+    return static(h, c, b) if _compat.has_no_mesh(h, c, b) else _plain(h, c, b, terms=terms, **params)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -64,7 +64,7 @@ def _pair(x: Any, xs: str, t: Any, ts: str, *, first: bool, **params: Any) -> tu
     left, ls, right, rs = (x, xs, t, ts) if first else (t, ts, x, xs)
     inner = [c for c in xs if c in ts]
     contracted = tuple(ls.index(c) for c in inner), tuple(rs.index(c) for c in inner)
-    return product(left, right, contracted, **params), "".join(c for c in ls + rs if c not in inner)
+    return rank_matmul(left, right, contracted, **params), "".join(c for c in ls + rs if c not in inner)
 
 
 def _arranged(x: jax.Array, letters: str, out: Sequence[str]) -> jax.Array:

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jlora._ir.weight import Network, scalar
-from jlora._ops.chained_matmul import through
-from jlora._ops.matmul import product
+from jlora._ir.weight import TensorNetwork, scalar
+from jlora._ops.chained_matmul import chained_matmul
+from jlora._ops.matmul import rank_matmul
 
 
-def apply(
+def apply_network(
     x: jax.Array,
     letters: str,
-    network: Network,
+    network: TensorNetwork,
     out: str,
     *,
     dtype: jnp.dtype,
@@ -37,7 +37,7 @@ def apply(
         precision: as in `jax.lax.dot_general`.
         groups: for a ragged product, the letter of the groups and their sizes along the only free axis of `x`.
     """
-    x = drop(x, letters, network)
+    x = apply_dropout(x, letters, network)
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else dtype
     x = x.astype(compute)
     terms = _ordered(_absorbed(list(zip(network.factors, network.terms, strict=True))), letters, out)
@@ -47,7 +47,7 @@ def apply(
     terms = [(factor.astype(compute), term) for factor, term in terms]
     done = 0
     while done < len(terms):
-        x = named(x) if done else x
+        x = name_intermediate(x) if done else x
         (factor, term), *rest = terms[done:]
         later = "".join([out, groups[0] if groups else "", *(t for _, t in rest)])
         two = done > 0 and not groups and _apart(letters, [term, *(t for _, t in rest)], out)
@@ -57,10 +57,10 @@ def apply(
             (other, end), *rest = rest
             later = "".join([out, *(t for _, t in rest)])
             reached = "".join(c for c in letters + term + end if c in later)
-            x, letters = through(x, factor, other, (letters, term, end, reached), **options), reached
+            x, letters = chained_matmul(x, factor, other, (letters, term, end, reached), **options), reached
         else:
-            x, letters = pair(x, letters, factor, term, later, groups=groups, **options)
-    return spread(x.astype(dtype), letters, out)
+            x, letters = contract_pair(x, letters, factor, term, later, groups=groups, **options)
+    return align_axes(x.astype(dtype), letters, out)
 
 
 def _apart(letters: str, terms: Sequence[str], out: str) -> bool:
@@ -73,12 +73,12 @@ def _apart(letters: str, terms: Sequence[str], out: str) -> bool:
     return all(met) and len(met[0]) == 1 and not (met[0] | met[1]) & later and new <= later
 
 
-def named(x: jax.Array) -> jax.Array:
+def name_intermediate(x: jax.Array) -> jax.Array:
     """An activation between two factors, under the name by which policies of `jax.checkpoint` know it."""
     return checkpoint_name(x, "jlora")
 
 
-def drop(x: jax.Array, letters: str, network: Network) -> jax.Array:
+def apply_dropout(x: jax.Array, letters: str, network: TensorNetwork) -> jax.Array:
     """Dropout of a branch's input, one mask for every key of a stacked weight."""
     if network.key is None:
         return x
@@ -93,11 +93,13 @@ def drop(x: jax.Array, letters: str, network: Network) -> jax.Array:
     return jnp.where(mask, x / scalar(1 - network.rate, x.dtype), jnp.zeros_like(x))
 
 
-def gain(x: jax.Array, letters: str, sizes: Mapping[str, int], gains: Sequence[Network]) -> jax.Array:
+def apply_axis_scales(
+    x: jax.Array, letters: str, sizes: Mapping[str, int], gains: Sequence[TensorNetwork]
+) -> jax.Array:
     """`x` times every gain, in the shape that it came in; `letters` spell it out."""
     for g in gains:
         wide = x.reshape([sizes[c] for c in letters])
-        x = (wide * spread(g.factors[0].astype(x.dtype), g.terms[0], letters)).reshape(x.shape)
+        x = (wide * align_axes(g.factors[0].astype(x.dtype), g.terms[0], letters)).reshape(x.shape)
     return x
 
 
@@ -113,7 +115,7 @@ def _absorbed(terms: list[tuple[jax.Array, str]]) -> list[tuple[jax.Array, str]]
         if at is None:
             out.append((factor, term))
         else:
-            out[at] = (out[at][0] * spread(factor, term, out[at][1]), out[at][1])
+            out[at] = (out[at][0] * align_axes(factor, term, out[at][1]), out[at][1])
     return out
 
 
@@ -145,7 +147,7 @@ def _growth(factor: jax.Array, term: str, letters: set[str]) -> float:
     )
 
 
-def pair(
+def contract_pair(
     x: jax.Array,
     xs: str,
     t: jax.Array,
@@ -164,7 +166,7 @@ def pair(
         return _ragged(x, xs, t, ts, keep, groups, dtype=dtype, precision=precision)
     inner = [c for c in xs if c in ts and c not in keep]
     if not inner and set(ts) <= set(xs):
-        return x * spread(t, ts, xs), xs
+        return x * align_axes(t, ts, xs), xs
     batch = [c for c in xs if c in ts and c in keep]
     rest = "".join(batch)
     x_free, t_free = ("".join(c for c in s if c not in batch and c not in inner) for s in (xs, ts))
@@ -174,7 +176,7 @@ def pair(
         dims = contracted, (tuple(ls.index(c) for c in batch), tuple(rs.index(c) for c in batch))
         y = lax.dot_general(left, right, dims, precision=precision, preferred_element_type=dtype)
     else:
-        y = product(left, right, contracted, precision=precision, dtype=dtype)
+        y = rank_matmul(left, right, contracted, precision=precision, dtype=dtype)
     return y, rest + (x_free + t_free if first else t_free + x_free)
 
 
@@ -209,7 +211,7 @@ def _ragged(
     return y, "".join([*batch, rows, *(c for c in ts if c not in (*batch, *inner, name))])
 
 
-def spread(x: jax.Array, letters: str, out: str) -> jax.Array:
+def align_axes(x: jax.Array, letters: str, out: str) -> jax.Array:
     """Transposes to the order of `out`, with axes of size one for the letters that `x` lacks."""
     order = [letters.index(c) for c in out if c in letters]
     if order != sorted(order):

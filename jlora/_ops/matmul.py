@@ -20,11 +20,11 @@ from jlora import _compat
 Dims = tuple[tuple[int, ...], tuple[int, ...]]  # the contracted axes of both operands, pairwise
 
 
-def product(x: jax.Array, w: jax.Array, contracted: Dims, *, precision: Any, dtype: Any) -> jax.Array:
+def rank_matmul(x: jax.Array, w: jax.Array, contracted: Dims, *, precision: Any, dtype: Any) -> jax.Array:
     """Contracts axes of `x` with axes of `w`; the result has the free axes of `x`, then those of `w`."""
-    if not _compat.is_plain(x, w):
+    if not _compat.has_no_mesh(x, w):
         return lax.dot_general(x, w, (contracted, ((), ())), precision=precision, preferred_element_type=dtype)
-    return product_p.bind(x, w, contracted=contracted, precision=precision, dtype=dtype)
+    return rank_matmul_p.bind(x, w, contracted=contracted, precision=precision, dtype=dtype)
 
 
 def _plain(x: jax.Array, w: jax.Array, *, contracted: Dims, precision: Any, dtype: Any) -> jax.Array:
@@ -61,7 +61,7 @@ def _transpose_x(g: jax.Array, x: Any, w: jax.Array, *, contracted: Dims, precis
     shape = x.aval.shape
     w_free = tuple(k for k in range(w.ndim) if k not in wc)
     g_free = tuple(range(g.ndim - len(w_free), g.ndim))
-    y = product(g, w, (g_free, w_free), precision=precision, dtype=x.aval.dtype)
+    y = rank_matmul(g, w, (g_free, w_free), precision=precision, dtype=x.aval.dtype)
     # The axes of y: the free ones of x, then the contracted ones in the order of w.
     order = [k for k in range(len(shape)) if k not in xc] + [xc[wc.index(k)] for k in sorted(wc)]
     return _arrange(y, order)
@@ -71,7 +71,7 @@ def _transpose_w(g: jax.Array, x: jax.Array, w: Any, *, contracted: Dims, precis
     xc, wc = contracted
     shape = w.aval.shape
     x_free = tuple(k for k in range(x.ndim) if k not in xc)
-    y = product(x, g, (x_free, tuple(range(len(x_free)))), precision=precision, dtype=w.aval.dtype)
+    y = rank_matmul(x, g, (x_free, tuple(range(len(x_free)))), precision=precision, dtype=w.aval.dtype)
     order = [wc[xc.index(k)] for k in sorted(xc)] + [k for k in range(len(shape)) if k not in wc]
     return _arrange(y, order)
 
@@ -91,7 +91,7 @@ def _abstract(x: Any, w: Any, *, contracted: Dims, precision: Any, dtype: Any) -
 
 
 def _lowered(ctx: Any, x: Any, w: Any, **params: Any) -> Any:
-    fun = _joined if _compat.is_one_device(ctx) else _plain
+    fun = _joined if _compat.is_single_device(ctx) else _plain
     return mlir.lower_fun(fun, multiple_results=False)(ctx, x, w, **params)
 
 
@@ -106,10 +106,10 @@ def eager(primitive: Primitive, plain: Callable[..., Any], static: Sequence[str]
     return run
 
 
-product_p = Primitive("jlora_product")
-product_p.def_impl(eager(product_p, _plain, ("contracted", "precision", "dtype")))
-product_p.def_abstract_eval(_abstract)
-ad.defbilinear(product_p, _transpose_x, _transpose_w)
-batching.primitive_batchers[product_p] = _batched
-mlir.register_lowering(product_p, mlir.lower_fun(_plain, multiple_results=False))
-mlir.register_lowering(product_p, _lowered, platform="cpu")
+rank_matmul_p = Primitive("jlora_product")
+rank_matmul_p.def_impl(eager(rank_matmul_p, _plain, ("contracted", "precision", "dtype")))
+rank_matmul_p.def_abstract_eval(_abstract)
+ad.defbilinear(rank_matmul_p, _transpose_x, _transpose_w)
+batching.primitive_batchers[rank_matmul_p] = _batched
+mlir.register_lowering(rank_matmul_p, mlir.lower_fun(_plain, multiple_results=False))
+mlir.register_lowering(rank_matmul_p, _lowered, platform="cpu")

@@ -12,13 +12,13 @@ from jlora import _compat
 from jlora._interpreter import interpreter as _interpret
 from jlora._interpreter.context import Context, Use
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora._pretty import table
 from jlora._trace.flops import flops
 from jlora._trace.stage import Program, stage
 from jlora._tree.leaves import is_quantized, sharding
 from jlora.methods._base import Adapter
-from jlora.methods._lowering import Adapters, as_list, check, lowered
+from jlora.methods._lowering import Adapters, as_adapters, check_fits, lower_updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Sites(Mapping[str, Site]):
             axes = ", ".join(f"{r} {n}" for r, n in zip(site.roles, site.shape, strict=True)) if site.roles else ""
             shape = "x".join(map(str, site.shape)) or "scalar"
             share = f"{100 * site.flops / self.flops:.1f}%" if self.flops and site.flops else ""
-            verdict = "no: " + site.refusal if site.refusal else "yes"
+            verdict = "no: " + site.unsupported_reason if site.unsupported_reason else "yes"
             rows.append((site.path, shape, str(site.dtype), axes, used, share, verdict))
         head = ("path", "shape", "dtype", "axes", "consumed by", "FLOPs", "adaptable")
         count = sum(math.prod(site.shape) for site in self.sites.values())
-        good = sum(not site.refusal for site in self.sites.values())
+        good = sum(not site.unsupported_reason for site in self.sites.values())
         foot = (
             f"{len(self.sites)} parameters, {count:,} numbers; {good} can be adapted with low rank; "
             f"a forward pass takes {self.flops:.3g} FLOPs in products"
@@ -110,7 +110,7 @@ def trace(fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Si
         the sites, a mapping from path to `Site`.
     """
     program = stage(fun, params, args, kwargs)
-    found = _uses(program, [], looking=True)
+    found = _uses(program, [], trace_only=True)
     sites = {}
     for path, leaf in zip(program.paths, program.params, strict=True):
         uses = tuple(use for use in found if use.path == path)
@@ -132,25 +132,25 @@ def explain(fun: Callable[..., Any], params: Any, adapter: Adapters, *args: Any,
         args, kwargs: as for `fun`.
     """
     program = stage(fun, params, args, kwargs)
-    adapters = as_list(adapter)
-    check(adapters, dict(zip(program.paths, program.params, strict=True)))
+    adapters = as_adapters(adapter)
+    check_fits(adapters, dict(zip(program.paths, program.params, strict=True)))
     return Explanation(tuple(_uses(program, adapters)), flops(program.jaxpr))
 
 
-def _uses(program: Program, adapters: list[Adapter], *, looking: bool = False) -> list[Use]:
-    """Every use of the adapted weights, or of all where one is looking."""
-    paths = set(program.paths) if looking else {path for adapter in adapters for path in adapter}
-    ctx = Context(_interpret.run, lambda f, eqn: None, looking=looking)
+def _uses(program: Program, adapters: list[Adapter], *, trace_only: bool = False) -> list[Use]:
+    """Every use of the adapted weights, or of all where one is trace_only."""
+    paths = set(program.paths) if trace_only else {path for adapter in adapters for path in adapter}
+    ctx = Context(_interpret.run, lambda f, eqn: None, trace_only=trace_only)
 
     def abstract(params: list[Any], args: list[Any], adapters: list[Adapter]) -> None:
         weights = [
-            lowered(adapters, leaf, path) if path in paths or is_quantized(leaf) else leaf
+            lower_updates(adapters, leaf, path) if path in paths or is_quantized(leaf) else leaf
             for path, leaf in zip(program.paths, params, strict=True)
         ]
         out = _interpret.run(ctx, program.jaxpr, program.consts, [*weights, *args])
         for v in out:
-            if isinstance(v, Factored):
-                ctx.form(None, v)
+            if isinstance(v, AdaptedWeight):
+                ctx.materialize(None, v)
 
     jax.eval_shape(abstract, program.params, program.args, adapters)
     return list(ctx.uses.values())

@@ -47,7 +47,7 @@ def dequantize(leaf: Any) -> jax.Array:
     return leaf.dequantize() if isinstance(leaf, Quantized) else sys.modules["qwix"].dequantize(_qwix(leaf))
 
 
-def plain(leaf: Any) -> jax.Array:
+def as_array(leaf: Any) -> jax.Array:
     """A parameter as an array, quantised or not."""
     return dequantize(leaf) if is_quantized(leaf) else jnp.asarray(leaf)
 
@@ -68,7 +68,7 @@ def requantize(leaf: Any, weight: jax.Array) -> Any:
     return new if leaf is array else dataclasses.replace(leaf, array=new)
 
 
-def stacked(leaf: Any, length: int) -> Any:
+def with_leading_axis(leaf: Any, length: int) -> Any:
     """The leaf with the weight's first axis as the first of every part, None where it has no such form."""
 
     def whole(part: jax.Array) -> jax.Array:

@@ -54,7 +54,7 @@ def _is_leaf(node: Any) -> bool:
     return nnx is not None and isinstance(node, nnx.Variable)
 
 
-def near(path: str, known: Iterable[str]) -> str:
+def closest_matches(path: str, known: Iterable[str]) -> str:
     """A phrase with the known paths that look most like one that is not there."""
     known = list(known)
     close = difflib.get_close_matches(path, known, n=3, cutoff=0.4) or known[:3]

@@ -10,7 +10,7 @@ from jax import lax
 
 from jlora._interpreter.context import Role
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._common import hyperparameters as _hyperparameters
 
 
@@ -70,8 +70,8 @@ class Method(abc.ABC):
     """
 
     offset: bool = False
-    reads_base: ClassVar[bool] = False
-    scales_base: ClassVar[bool] = False
+    depends_on_weight: ClassVar[bool] = False
+    is_multiplicative: ClassVar[bool] = False
     dropout = 0.0  # a field where a method has dropout
 
     def __post_init__(self) -> None:
@@ -83,15 +83,15 @@ class Method(abc.ABC):
         return ()
 
     @property
-    def starts_from_base(self) -> bool:
+    def init_needs_weight(self) -> bool:
         """Whether `init` needs the weight's value."""
         return False
 
-    def refusal(self, site: Site) -> str:
+    def unsupported_reason(self, site: Site) -> str:
         """Why the method cannot adapt a site, with the remedy; empty where it can."""
-        return site.refusal
+        return site.unsupported_reason
 
-    def settled(self) -> "Method":
+    def without_init_fields(self) -> "Method":
         """The method without what only `init` needs."""
         return self
 
@@ -100,5 +100,5 @@ class Method(abc.ABC):
         """New arrays for a site, those that are frozen included; `base` is the weight where it is known."""
 
     @abc.abstractmethod
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         """The weight with the update's networks and gains."""

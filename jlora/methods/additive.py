@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import choices as _check
@@ -41,8 +41,8 @@ class Additive(Method):
     rank_stabilized: bool = False
     dropout: float = 0.0
 
-    def refusal(self, site: Site) -> str:
-        return site.refusal or _repeat.refusal(site, self.rank, "rank")
+    def unsupported_reason(self, site: Site) -> str:
+        return site.unsupported_reason or _repeat.unsupported_reason(site, self.rank, "rank")
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         stack, inner, outer = (site.sizes(role) for role in ("stack", "in", "out"))
@@ -51,9 +51,9 @@ class Additive(Method):
             "b": jnp.zeros((*stack, self.rank, *outer), dtype),
         }
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         stack, inner, outer = _axes.letters(w, update.roles)
-        sizes = [w.letter(c).size for c in stack]
+        sizes = [w.index(c).size for c in stack]
         a, b = update["a"].reshape(*sizes, -1, self.rank), update["b"].reshape(*sizes, self.rank, -1)
         down, up = _repeat.product([a], [b])
         rank = _axes.ranks(w)

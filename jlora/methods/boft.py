@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import rotations as _rotation
@@ -34,8 +34,8 @@ class BOFT(Method):
     block: int = 8
     levels: int = 2
 
-    reads_base = True
-    scales_base = True
+    depends_on_weight = True
+    is_multiplicative = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,8 +47,8 @@ class BOFT(Method):
                 f"would do, not {self.block}."
             )
 
-    def refusal(self, site: Site) -> str:
-        return site.refusal or _rotation.refusal(_axes.counts(site)[0], self.block, self.levels)
+    def unsupported_reason(self, site: Site) -> str:
+        return site.unsupported_reason or _rotation.unsupported_reason(_axes.counts(site)[0], self.block, self.levels)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         stack, blocks = site.sizes("stack"), _axes.counts(site)[0] // self.block
@@ -57,7 +57,7 @@ class BOFT(Method):
             "s": jnp.ones((*stack, *site.sizes("out")), dtype),
         }
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         whole = turned = _axes.matrix(w, update.roles)
         for level in range(self.levels):
             numbers = update["q"][..., level, :, :] * update.scale

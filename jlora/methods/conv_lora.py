@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import choices as _check
@@ -42,10 +42,10 @@ class ConvLoRA(Method):
     alpha: float | None = None
     groups: int = 1
 
-    def refusal(self, site: Site) -> str:
-        window = site.sizes("window") if not site.refusal else ()
-        if site.refusal or not window:
-            return site.refusal or "it is no convolution's kernel; LoRA adapts it"
+    def unsupported_reason(self, site: Site) -> str:
+        window = site.sizes("window") if not site.unsupported_reason else ()
+        if site.unsupported_reason or not window:
+            return site.unsupported_reason or "it is no convolution's kernel; LoRA adapts it"
         rows = math.prod((*site.sizes("out"), *window[:-1]))
         return f"groups {self.groups} do not divide its {rows} rows" if rows % self.groups else ""
 
@@ -62,7 +62,7 @@ class ConvLoRA(Method):
         a = _start.stacked(_start.kaiming, key, stack, (n_in, rank), dtype)
         return {"a": a, "b": jnp.zeros((*stack, rank, n_out), dtype)}
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         stack, inner, outer = _axes.letters(w, update.roles)
         channels, window = _axes.within(w, update.roles)
         scale = _check.scale(self.alpha, self.rank, False) * update.scale

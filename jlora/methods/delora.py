@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import initializers as _start
@@ -37,10 +37,10 @@ class DeLoRA(Method):
     reach: float = 15.0
     dropout: float = 0.0
 
-    reads_base = True
+    depends_on_weight = True
 
-    def refusal(self, site: Site) -> str:
-        return site.refusal or _axes.rank_above(site, self.rank)
+    def unsupported_reason(self, site: Site) -> str:
+        return site.unsupported_reason or _axes.rank_above(site, self.rank)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         stack, inner, outer = (site.sizes(role) for role in ("stack", "in", "out"))
@@ -51,9 +51,9 @@ class DeLoRA(Method):
             "l": jnp.full(stack, self.reach, dtype),
         }
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         stack, inner, outer = _axes.letters(w, update.roles)
-        sizes = [w.letter(c).size for c in stack]
+        sizes = [w.index(c).size for c in stack]
         a = update["a"].reshape(*sizes, -1, self.rank)
         b = update["b"].reshape(*sizes, self.rank, -1)
         lengths = (jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(f), axis), 1e-8)) for f, axis in ((a, -2), (b, -1)))

@@ -9,7 +9,7 @@ from jax import lax
 from jax.nn.initializers import Initializer
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import norms as _norm
@@ -39,24 +39,24 @@ class DoRA(Method):
     a_init: Initializer | None = None
     b_init: Initializer | None = None
 
-    reads_base = True
-    scales_base = True
+    depends_on_weight = True
+    is_multiplicative = True
 
     @property
     def direction(self) -> LoRA:
         return LoRA(self.rank, self.alpha, self.rank_stabilized, self.dropout, self.a_init, self.b_init)
 
-    def refusal(self, site: Site) -> str:
-        return self.direction.refusal(site)
+    def unsupported_reason(self, site: Site) -> str:
+        return self.direction.unsupported_reason(site)
 
-    def settled(self) -> "DoRA":
+    def without_init_fields(self) -> "DoRA":
         return dataclasses.replace(self, a_init=None, b_init=None)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         start = jnp.zeros((*site.sizes("stack"), *site.sizes("out")), dtype)
         return {**self.direction.init(key, site, dtype, base), "m": start}
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         moved = self.direction.lower(update, w)
         stack, _, outer = _axes.letters(w, update.roles)
         before, after = (lax.stop_gradient(_norm.norm(f, stack + outer)) for f in (w, moved))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored, widened
+from jlora._ir.weight import AdaptedWeight, accumulation_dtype
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import random_matrices as _random
@@ -36,16 +36,16 @@ class FourierFT(Method):
     scaling: float = 150.0
     seed: int = 0
 
-    def refusal(self, site: Site) -> str:
-        return site.refusal or _axes.too_many(site, self.n)
+    def unsupported_reason(self, site: Site) -> str:
+        return site.unsupported_reason or _axes.too_many(site, self.n)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         return {"c": jnp.zeros((*site.sizes("stack"), self.n), dtype)}
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         _, inner, outer = _axes.letters(w, update.roles)
         spectrum = _random.scattered(update["c"], self.seed, w.size(inner), w.size(outer))
-        delta = jnp.fft.ifft2(spectrum.astype(widened(spectrum.dtype))).real
+        delta = jnp.fft.ifft2(spectrum.astype(accumulation_dtype(spectrum.dtype))).real
         # In partitioned programs XLA's CPU transform fails on a gradient that is laid out by columns: this one is not.
         delta = lax.optimization_barrier(delta.reshape(-1)).reshape(delta.shape)
         return _axes.add_matrix(w, delta, update.roles, self.scaling * update.scale)

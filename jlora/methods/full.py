@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 
@@ -26,11 +26,11 @@ class Full(Method):
     arXiv:2106.10199.
     """
 
-    def refusal(self, site: Site) -> str:
-        return "" if site.is_trainable else site.refusal
+    def unsupported_reason(self, site: Site) -> str:
+        return "" if site.is_trainable else site.unsupported_reason
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         return {"d": jnp.zeros(site.shape, dtype)}
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         return _axes.add(w, [(update["d"], "".join(w.axes))], {}, update.scale)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import choices as _check
@@ -76,15 +76,15 @@ class Hadamard(Method):
     def _is_dense(self, n_in: int, n_out: int) -> bool:
         return self.of in ("tanh", "sigmoid") or self._rank() * (n_in + n_out) >= n_in * n_out
 
-    def refusal(self, site: Site) -> str:
-        if site.refusal:
-            return site.refusal
+    def unsupported_reason(self, site: Site) -> str:
+        if site.unsupported_reason:
+            return site.unsupported_reason
         n_in, n_out = _axes.counts(site)
         if self.part > min(n_in, n_out):
             return f"rank / k = {self.part} is above the smaller of its in size {n_in} and out size {n_out}"
         if self.dropout and self._is_dense(n_in, n_out):
             return "its update would be dense here, and dropout needs a branch; lower rank or k, or set dropout to 0"
-        return _repeat.refusal(site, self.part, "rank / k =") if self.of == "additive" else ""
+        return _repeat.unsupported_reason(site, self.part, "rank / k =") if self.of == "additive" else ""
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         stack, inner, outer = (site.sizes(role) for role in ("stack", "in", "out"))
@@ -103,9 +103,9 @@ class Hadamard(Method):
             arrays |= {f"a{j}": a.reshape(*stack, *inner, -1), f"b{j}": b.reshape(*stack, -1, *outer)}
         return arrays
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         stack, inner, outer = _axes.letters(w, update.roles)
-        sizes = [w.letter(c).size for c in stack]
+        sizes = [w.index(c).size for c in stack]
         n_in, n_out = w.size(inner), w.size(outer)
         downs = [update[f"a{j}"].reshape(*sizes, n_in, self.part) for j in range(self.k)]
         ups = [update[f"b{j}"].reshape(*sizes, self.part, n_out) for j in range(self.k)]
@@ -155,11 +155,11 @@ class LoHa(Method):
         alpha = None if self.alpha is None else 2 * self.alpha
         return Hadamard(2 * self.rank, 2, "lora", alpha, dropout=self.dropout)
 
-    def refusal(self, site: Site) -> str:
-        return self.product.refusal(site)
+    def unsupported_reason(self, site: Site) -> str:
+        return self.product.unsupported_reason(site)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         return self.product.init(key, site, dtype, base)
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         return self.product.lower(update, w)

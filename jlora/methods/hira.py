@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import choices as _check
@@ -31,10 +31,10 @@ class HiRA(Method):
     rank: int = 32
     alpha: float | None = None
 
-    reads_base = True
+    depends_on_weight = True
 
-    def refusal(self, site: Site) -> str:
-        return site.refusal or _axes.rank_above(site, self.rank)
+    def unsupported_reason(self, site: Site) -> str:
+        return site.unsupported_reason or _axes.rank_above(site, self.rank)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         stack, inner, outer = (site.sizes(role) for role in ("stack", "in", "out"))
@@ -44,7 +44,7 @@ class HiRA(Method):
             "b": jnp.zeros((*stack, self.rank, *outer), dtype),
         }
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         stack = [n for n, r in zip(update.shape, update.roles, strict=True) if r == "stack"]
         a, b = update["a"].reshape(*stack, -1, self.rank), update["b"].reshape(*stack, self.rank, -1)
         product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import initializers as _start
-from jlora.methods._common.linalg import identity
+from jlora.methods._common.linalg import identity_like
 
 
 @final
@@ -35,7 +35,7 @@ class HRA(Method):
 
     rank: int = 8
 
-    reads_base = True
+    depends_on_weight = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,10 +45,10 @@ class HRA(Method):
                 f"not {self.rank}."
             )
 
-    def refusal(self, site: Site) -> str:
-        n_in, _ = _axes.counts(site) if not site.refusal else (0, 0)
-        if site.refusal or self.rank // 2 <= n_in:
-            return site.refusal
+    def unsupported_reason(self, site: Site) -> str:
+        n_in, _ = _axes.counts(site) if not site.unsupported_reason else (0, 0)
+        if site.unsupported_reason or self.rank // 2 <= n_in:
+            return site.unsupported_reason
         return f"{self.rank // 2} pairs of reflections are more than its in size {n_in}; lower the rank"
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
@@ -56,14 +56,14 @@ class HRA(Method):
         half = _start.stacked(_start.normal(1.0), key, stack, (_axes.counts(site)[0], self.rank // 2), dtype)
         return {"u": jnp.repeat(half, 2, axis=-1).reshape(*stack, *inner, self.rank)}
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         stack, inner, outer = _axes.letters(w, update.roles)
-        sizes = [w.letter(c).size for c in stack]
+        sizes = [w.index(c).size for c in stack]
         u = update["u"].reshape(*sizes, -1, self.rank)
         u = u / jnp.linalg.norm(u, axis=-2, keepdims=True)
         with jax.default_matmul_precision("highest"):
             gram = u.mT @ u
-            one = identity(gram)
+            one = identity_like(gram)
             t = lax.linalg.triangular_solve(jnp.tril(gram, -1) + 0.5 * one, one, left_side=True, lower=True)
             image = u.mT @ _axes.matrix(w, update.roles).astype(u.dtype)
             u = u @ t

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import choices as _check
@@ -32,7 +32,7 @@ class IA3(Method):
 
     axis: str = "out"
 
-    scales_base = True
+    is_multiplicative = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,7 +42,7 @@ class IA3(Method):
         along = site.sizes("out") if self.axis == "out" else _axes.channels(site)
         return {"l": jnp.ones((*site.sizes("stack"), *along), dtype)}
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         stack, _, outer = _axes.letters(w, update.roles)
         along = outer if self.axis == "out" else _axes.within(w, update.roles)[0]
         vector = update["l"]

@@ -7,7 +7,7 @@ from typing import Any, final
 import jax
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import choices as _check
@@ -37,8 +37,8 @@ class LoCon(Method):
     alpha: float | None = None
     dropout: float = 0.0
 
-    def refusal(self, site: Site) -> str:
-        return site.refusal or _axes.rank_above(site, self.rank)
+    def unsupported_reason(self, site: Site) -> str:
+        return site.unsupported_reason or _axes.rank_above(site, self.rank)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         keys = jax.random.split(key)
@@ -55,7 +55,7 @@ class LoCon(Method):
             arrays["core"] = core.reshape(*stack, *window, self.rank, self.rank)
         return arrays
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         stack, _, outer = _axes.letters(w, update.roles)
         channels, window = _axes.within(w, update.roles)
         one, two = _axes.ranks(w, 2)

@@ -7,7 +7,7 @@ from typing import Any, final
 import jax
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import initializers as _start
@@ -75,10 +75,10 @@ class LoKr(Method):
             return arrays | {"a": wide(2, self.rank or 0), "b": make(3, (self.rank or 0, d), _start.zeros)}
         return arrays | {"d": wide(2, d, _start.zeros)}
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         stack, _, outer = _axes.letters(w, update.roles)
         inner, window = _axes.within(w, update.roles)
-        sizes = [tuple(w.letter(c).size for c in cs) for cs in (inner, outer)]
+        sizes = [tuple(w.index(c).size for c in cs) for cs in (inner, outer)]
         w, inner, row = _axes.blocks(w, inner, self._split(sizes[0])[1])
         w, outer, column = _axes.blocks(w, outer, self._split(sizes[1])[1])
         one, two = _axes.ranks(w, 2)

@@ -11,7 +11,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored, split_letter
+from jlora._ir.weight import AdaptedWeight, split_index
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import choices as _check
@@ -89,12 +89,12 @@ class LoRA(Method):
         return ("a",) if self.freeze_a else ()
 
     @property
-    def starts_from_base(self) -> bool:
+    def init_needs_weight(self) -> bool:
         return bool(re.fullmatch(_start.FROM_BASE, self.start or ""))
 
-    def refusal(self, site: Site) -> str:
-        if site.refusal:
-            return site.refusal
+    def unsupported_reason(self, site: Site) -> str:
+        if site.unsupported_reason:
+            return site.unsupported_reason
         n_in, n_out = _axes.counts(site)
         if self.groups > 1:
             axis = self._axis(site.shape, site.roles)
@@ -122,8 +122,8 @@ class LoRA(Method):
     def _enabled(self) -> tuple[int, ...]:
         return tuple(k for k in range(self.groups) if self.enable is None or self.enable[k])
 
-    def settled(self) -> "LoRA":
-        offset = self.offset or self.starts_from_base
+    def without_init_fields(self) -> "LoRA":
+        offset = self.offset or self.init_needs_weight
         return dataclasses.replace(self, a_init=None, b_init=None, start=None, offset=offset)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
@@ -132,7 +132,7 @@ class LoRA(Method):
         if self.start:
             weight = None if base is None else _axes.as_matrix(base, site.roles)
             a, b = _start.pair(self.start, key, weight, (*stack, n_in, n_out), self.rank)
-            if self.starts_from_base and self.scale != 1:
+            if self.init_needs_weight and self.scale != 1:
                 a, b = (f / math.sqrt(self.scale) for f in (a, b))
             a, b = a.astype(dtype), b.astype(dtype)
         else:
@@ -155,7 +155,7 @@ class LoRA(Method):
         b = _start.stacked(self.b_init or up, b_key, stack, (self.rank, n_out), dtype)
         return a, b
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         pairs: list[_axes.Pair] = []
         group = kept = ""
         if self.groups > 1:
@@ -175,12 +175,12 @@ class LoRA(Method):
         sizes = {rank: self.rank, kept: len(self._enabled())} if kept else {rank: self.rank}
         return _axes.add(w, pairs, sizes, self.scale * update.scale, **_axes.dropout(update, stack))
 
-    def _grouped(self, update: Update, w: Factored) -> tuple[Factored, str, str]:
+    def _grouped(self, update: Update, w: AdaptedWeight) -> tuple[AdaptedWeight, str, str]:
         """The weight with a letter for the groups, and a letter for those that are adapted."""
         axis = self._axis(update.shape, update.roles)
         assert axis is not None
         group = w.axes[axis][0]
-        size = w.letter(group).size
+        size = w.index(group).size
         if size != self.groups:
-            w = split_letter(w, group, (self.groups, size // self.groups))
+            w = split_index(w, group, (self.groups, size // self.groups))
         return w, group, _axes.ranks(w)

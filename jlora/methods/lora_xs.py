@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import choices as _check
@@ -39,11 +39,11 @@ class LoRAXS(Method):
         return ("a", "b")
 
     @property
-    def starts_from_base(self) -> bool:
+    def init_needs_weight(self) -> bool:
         return True
 
-    def refusal(self, site: Site) -> str:
-        return site.refusal or _axes.rank_above(site, self.rank)
+    def unsupported_reason(self, site: Site) -> str:
+        return site.unsupported_reason or _axes.rank_above(site, self.rank)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         assert base is not None
@@ -56,7 +56,7 @@ class LoRAXS(Method):
             "b": vt[..., : self.rank, :].reshape(*stack, self.rank, *outer).astype(dtype),
         }
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         stack, inner, outer = _axes.letters(w, update.roles)
         one, two = _axes.ranks(w, 2)
         pairs = [

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import tiling as _repeat
@@ -33,13 +33,13 @@ class MiSS(Method):
     rank: int = 64
     dropout: float = 0.0
 
-    def refusal(self, site: Site) -> str:
-        return site.refusal or _repeat.refusal(site, self.rank, "rank", both=False)
+    def unsupported_reason(self, site: Site) -> str:
+        return site.unsupported_reason or _repeat.unsupported_reason(site, self.rank, "rank", both=False)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         return {"b": jnp.zeros((*site.sizes("stack"), self.rank, *site.sizes("out")), dtype)}
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         stack, inner, outer = _axes.letters(w, update.roles)
         rank = _axes.ranks(w)
         rows = _repeat.identities(self.rank, w.size(inner), update["b"].dtype)

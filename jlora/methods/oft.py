@@ -6,7 +6,7 @@ from typing import Any, final
 import jax
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import rotations as _rotation
@@ -27,21 +27,21 @@ class OFT(Method):
 
     block: int = 32
 
-    reads_base = True
+    depends_on_weight = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block < 2:
             raise ValueError("OFT's block is at least 2: a block of one cannot be turned.")
 
-    def refusal(self, site: Site) -> str:
-        return site.refusal or _rotation.refusal(_axes.counts(site)[0], self.block)
+    def unsupported_reason(self, site: Site) -> str:
+        return site.unsupported_reason or _rotation.unsupported_reason(_axes.counts(site)[0], self.block)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         blocks = _axes.counts(site)[0] // self.block
         return {"q": _rotation.start((*site.sizes("stack"), blocks), self.block, dtype)}
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         whole = _axes.matrix(w, update.roles)
         turned = _rotation.turned(whole, update["q"] * update.scale, self.block)
         return _axes.add_matrix(w, turned - whole, update.roles, 1.0)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import choices as _check
@@ -37,8 +37,8 @@ class RandLoRA(Method):
     alpha: float | None = None
     seed: int = 0
 
-    def refusal(self, site: Site) -> str:
-        return site.refusal or _axes.rank_above(site, self.rank)
+    def unsupported_reason(self, site: Site) -> str:
+        return site.unsupported_reason or _axes.rank_above(site, self.rank)
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         stack, small = site.sizes("stack"), min(_axes.counts(site))
@@ -48,7 +48,7 @@ class RandLoRA(Method):
             "b": jnp.full((*stack, count, small), 1 / max(count, small), dtype),
         }
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         _, inner, outer = _axes.letters(w, update.roles)
         n_in, n_out = w.size(inner), w.size(outer)
         small, large = sorted((n_in, n_out))

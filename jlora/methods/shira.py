@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import random_matrices as _random
@@ -33,13 +33,13 @@ class SHiRA(Method):
     rank: int = 8
     seed: int = 0
 
-    def refusal(self, site: Site) -> str:
-        return site.refusal or _axes.too_many(site, self.rank * sum(_axes.counts(site)))
+    def unsupported_reason(self, site: Site) -> str:
+        return site.unsupported_reason or _axes.too_many(site, self.rank * sum(_axes.counts(site)))
 
     def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
         return {"s": jnp.zeros((*site.sizes("stack"), self.rank * sum(_axes.counts(site))), dtype)}
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         _, inner, outer = _axes.letters(w, update.roles)
         delta = _random.scattered(update["s"], self.seed, w.size(inner), w.size(outer))
         return _axes.add_matrix(w, delta, update.roles, update.scale)

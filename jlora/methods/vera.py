@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import random_matrices as _random
@@ -42,7 +42,7 @@ class VeRA(Method):
         stack, outer = site.sizes("stack"), site.sizes("out")
         return {"d": jnp.full((*stack, self.rank), self.d_initial, dtype), "b": jnp.zeros((*stack, *outer), dtype)}
 
-    def lower(self, update: Update, w: Factored) -> Factored:
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         stack, inner, outer = _axes.letters(w, update.roles)
         a, b = shared(self.seed, w.size(inner), w.size(outer), self.rank)
         rank = _axes.ranks(w)

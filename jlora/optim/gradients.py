@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora._ir.weight import widened
+from jlora._ir.weight import accumulation_dtype
 from jlora.methods._base import Update
-from jlora.methods._common.linalg import identity, inverse
+from jlora.methods._common.linalg import identity_like, inverse
 from jlora.methods.lora import LoRA
 
 
@@ -113,10 +113,10 @@ def _matrices(update: Update, arrays: dict[str, jax.Array]) -> tuple[jax.Array, 
 
 def _solve(factor: jax.Array, right: jax.Array, damping: float) -> jax.Array:
     """(F^T F + damping I)^-1 right, with F: (*stack, n, rank) and right: (*stack, rank, k)."""
-    wide = factor.astype(widened(factor.dtype))
+    wide = factor.astype(accumulation_dtype(factor.dtype))
     with jax.default_matmul_precision("highest"):
         gram = wide.mT @ wide
-        solved = inverse(gram + damping * identity(gram)) @ right.astype(gram.dtype)
+        solved = inverse(gram + damping * identity_like(gram)) @ right.astype(gram.dtype)
     return solved.astype(right.dtype)
 
 

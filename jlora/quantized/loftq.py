@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._ir.weight import delta, widened
-from jlora._tree.leaves import is_quantized, plain, requantize
+from jlora._ir.weight import accumulation_dtype, delta
+from jlora._tree.leaves import as_array, is_quantized, requantize
 from jlora._tree.paths import flatten, named_leaves
 from jlora.methods import LoRA
 from jlora.methods._base import Adapter, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import initializers as _start
-from jlora.methods._lowering import check, lowered
+from jlora.methods._lowering import check_fits, lower_updates
 
 
 def loftq(adapter: Adapter, params: Any, quantized: Any, *, steps: int = 5) -> tuple[Any, Adapter]:
@@ -41,8 +41,8 @@ def loftq(adapter: Adapter, params: Any, quantized: Any, *, steps: int = 5) -> t
     if steps < 1:
         raise ValueError(f"LoftQ takes at least one step, not {steps}.")
     weights, leaves = dict(named_leaves(params)), dict(named_leaves(quantized))
-    check([adapter], weights)
-    check([adapter], leaves)
+    check_fits([adapter], weights)
+    check_fits([adapter], leaves)
     found, out = dict(leaves), {}
     for path, update in adapter.items():
         method = update.method
@@ -57,11 +57,11 @@ def loftq(adapter: Adapter, params: Any, quantized: Any, *, steps: int = 5) -> t
 def _turns(update: Update, weight: jax.Array, leaf: Any, steps: int) -> tuple[Any, Update]:
     @jax.jit
     def run(weight: jax.Array, leaf: Any) -> tuple[Any, Update]:
-        wide, last = weight.astype(widened(weight.dtype)), update
+        wide, last = weight.astype(accumulation_dtype(weight.dtype)), update
         for step in range(steps):
             if step:
-                leaf = requantize(leaf, wide - delta(lowered([{"": last}], wide, ""), wide.dtype))
-            last = _fitted(update, wide - plain(leaf).astype(wide.dtype))
+                leaf = requantize(leaf, wide - delta(lower_updates([{"": last}], wide, ""), wide.dtype))
+            last = _fitted(update, wide - as_array(leaf).astype(wide.dtype))
         return leaf, last
 
     return run(weight, leaf)

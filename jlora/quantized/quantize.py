@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._adapter.adapt import choose_paths
-from jlora._interpreter.context import side
+from jlora._interpreter.context import matrix_side
 from jlora._interpreter.site import Site
 from jlora._trace.trace import Sites
 from jlora._tree.leaves import is_quantized
@@ -52,8 +52,10 @@ def quantize(params: Any, sites: Sites, targets: Mapping[str, Form | None]) -> A
 def _rounded(leaf: Any, site: Site, form: Form) -> Any:
     if is_quantized(leaf):
         raise ValueError(f"{site.path} is quantised already: dequantise it first, or exclude it with None.")
-    if site.refusal:
-        raise ValueError(f"{site.path} {site.shape} cannot be quantised: {site.refusal}. Exclude it with None.")
+    if site.unsupported_reason:
+        raise ValueError(
+            f"{site.path} {site.shape} cannot be quantised: {site.unsupported_reason}. Exclude it with None."
+        )
     if isinstance(form, str) and form not in FORMS:
         raise ValueError(f"{form!r} is no form for {site.path}: {', '.join(FORMS)}, or a function of weight and site.")
     run = FORMS[form] if isinstance(form, str) else form
@@ -71,7 +73,7 @@ def _qwix(weight: jax.Array, site: Site, qtype: Any, block: int | None = None) -
         raise ImportError("This form is qwix's: pip install 'jlora[quant]'.") from None
     last = _blocked(site)
     tiled = {} if block is None or weight.shape[last] % block else {last: block}
-    shared = {axis for axis, role in enumerate(site.roles) if side(role) == side(site.roles[last])}
+    shared = {axis for axis, role in enumerate(site.roles) if matrix_side(role) == matrix_side(site.roles[last])}
     apart = [axis for axis in range(weight.ndim) if axis not in shared]
     return qwix.quantize(weight, qtype, channelwise_axes=apart, tiled_axes=tiled)
 
@@ -79,7 +81,7 @@ def _qwix(weight: jax.Array, site: Site, qtype: Any, block: int | None = None) -
 def _blocked(site: Site) -> int:
     """The last axis that products contract, or of a table whose rows are looked up the last within a row."""
     wanted = "out" if site.is_lookup else "in"
-    return max(axis for axis, role in enumerate(site.roles) if side(role) == wanted)
+    return max(axis for axis, role in enumerate(site.roles) if matrix_side(role) == wanted)
 
 
 FORMS: dict[str, Callable[[jax.Array, Site], Any]] = {

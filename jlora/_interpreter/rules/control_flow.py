@@ -9,29 +9,29 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _compat
-from jlora._interpreter.context import Context, Value, fold
+from jlora._interpreter.context import Context, Value, fold_dropout_keys
 from jlora._ir import lazy as _deferred
-from jlora._ir.partition import arrays_of, cuts, share
-from jlora._ir.weight import Factored, Letter, Network, barrier, fresh, respell
+from jlora._ir.partition import index_axes, num_shards, specs_like
+from jlora._ir.weight import AdaptedWeight, Index, TensorNetwork, barrier, fresh_indices, relabel
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, Factored)
+    return isinstance(value, AdaptedWeight)
 
 
-def _made(f: Factored) -> Factored:
+def _made(f: AdaptedWeight) -> AdaptedWeight:
     """The weight with its base at hand, where a quantised one cannot be handed on in parts."""
-    return dataclasses.replace(f, base=_deferred.made(f.base))
+    return dataclasses.replace(f, base=_deferred.materialize(f.base))
 
 
 def _form(ctx: Context, eqn: Any, values: Sequence[Value]) -> list[Value]:
     """Forms every weight among the values, and says so."""
-    return [ctx.form(eqn, v) if _is_weight(v) else v for v in values]
+    return [ctx.materialize(eqn, v) if _is_weight(v) else v for v in values]
 
 
 def jit(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
     p = eqn.params
-    inner = ctx.inside(eqn)
+    inner = ctx.child(eqn)
 
     def fun(*values: Value) -> list[Value]:
         constrained = [_constrain(v, s) for v, s in zip(values, p["in_shardings"], strict=True)]
@@ -46,14 +46,14 @@ def _constrain(value: Value, sharding: Any) -> Value:
     if not isinstance(sharding, jax.sharding.Sharding):
         return value
     if _is_weight(value):
-        if isinstance(value.base, _deferred.Deferred):  # its parts lie where they lie
+        if isinstance(value.base, _deferred.LazyArray):  # its parts lie where they lie
             return value
         return dataclasses.replace(value, base=lax.with_sharding_constraint(value.base, sharding))
     return lax.with_sharding_constraint(value, sharding)
 
 
 def inline(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
-    return ctx.run(ctx.inside(eqn), *_compat.open_jaxpr(eqn.params["call_jaxpr"]), values)
+    return ctx.run(ctx.child(eqn), *_compat.open_jaxpr(eqn.params["call_jaxpr"]), values)
 
 
 def custom(ctx: Context, eqn: Any, *values: Value) -> list[Value] | None:
@@ -61,15 +61,15 @@ def custom(ctx: Context, eqn: Any, *values: Value) -> list[Value] | None:
 
     So they are formed, but what the function does with them is looked at: it says what their axes are.
     """
-    if not ctx.looking:
+    if not ctx.trace_only:
         return None
     body = eqn.params["call"] if eqn.primitive.name == "custom_vmap_call" else eqn.params["call_jaxpr"]
-    return ctx.run(ctx.inside(eqn), *_compat.open_jaxpr(body), values)
+    return ctx.run(ctx.child(eqn), *_compat.open_jaxpr(body), values)
 
 
 def checkpoint(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
     p = eqn.params
-    inner = ctx.inside(eqn)
+    inner = ctx.child(eqn)
     jaxpr, consts = _compat.open_jaxpr(p["jaxpr"])
     if p["differentiated"]:  # the second pass of a program that was differentiated before: it runs as it stands
         return ctx.run(inner, jaxpr, consts, barrier(values) if p["prevent_cse"] else values)
@@ -82,7 +82,7 @@ def checkpoint(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
 
 def cond(ctx: Context, eqn: Any, index: Value, *values: Value) -> list[Value]:
     def branch(k: int, jaxpr: Any) -> Callable[..., list[Value]]:
-        inner = ctx.inside(eqn, branch=k)
+        inner = ctx.child(eqn, branch=k)
         return lambda *values: _form(inner, eqn, ctx.run(inner, *_compat.open_jaxpr(jaxpr), values))
 
     if _is_weight(index):
@@ -101,7 +101,7 @@ def scan(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
     n_consts, n_carry = _compat.scan_counts(eqn, values)
     consts, init, xs = values[:n_consts], list(values[n_consts : n_consts + n_carry]), values[n_consts + n_carry :]
     length = p["length"]
-    inner = ctx.inside(eqn, times=length)
+    inner = ctx.child(eqn, trip_count=length)
 
     xs = [_Scanned.of(x, length) if _is_weight(x) else x for x in xs]
     formed = _form(ctx, eqn, [x for x in xs if _is_weight(x)])
@@ -119,7 +119,7 @@ def scan(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
         number, slices = step
         fixed = [*consts, *kept.values()]
         if number is not None:
-            fixed = [fold(v, number) if _is_weight(v) else v for v in fixed]
+            fixed = [fold_dropout_keys(v, number) if _is_weight(v) else v for v in fixed]
         whole = dict(zip(free, carry, strict=True)) | dict(zip(kept, fixed[n_consts:], strict=True))
         items = [x.rebuild(s) if isinstance(x, _Scanned) else s for x, s in zip(xs, slices, strict=True)]
         out = ctx.run(inner, jaxpr, outer, [*fixed[:n_consts], *(whole[k] for k in range(n_carry)), *items])
@@ -158,8 +158,8 @@ def _steady(ctx: Context, eqn: Any, carry: list[Value], body: Callable[..., list
     return carry
 
 
-def _settled(ctx: Context, eqn: Any, f: Factored) -> Value:
-    return _made(f) if isinstance(f.base, _deferred.Deferred) else _form(ctx, eqn, [f])[0]
+def _settled(ctx: Context, eqn: Any, f: AdaptedWeight) -> Value:
+    return _made(f) if isinstance(f.base, _deferred.LazyArray) else _form(ctx, eqn, [f])[0]
 
 
 def _type(a: Any) -> tuple[Any, Any]:
@@ -170,35 +170,35 @@ def _type(a: Any) -> tuple[Any, Any]:
 class _Scanned:
     """A weight whose first axis a loop runs over."""
 
-    weight: Factored
+    weight: AdaptedWeight
     name: str
     scanned: tuple[jax.Array, list[list[jax.Array | None]]]  # of the base, and of every network and gain
 
     @staticmethod
-    def of(f: Factored, length: int) -> "Factored | _Scanned":
+    def of(f: AdaptedWeight, length: int) -> "AdaptedWeight | _Scanned":
         """Moves the scanned letter of every factor to the front.
 
         A first axis of several letters cannot be scanned. A quantised base that cannot be cut along it is made.
         """
         if len(f.axes[0]) > 1:
             return f
-        name, base = f.axes[0], _deferred.stacked(f.base, length)
-        base = _deferred.made(f.base) if base is None else base
+        name, base = f.axes[0], _deferred.with_leading_axis(f.base, length)
+        base = _deferred.materialize(f.base) if base is None else base
 
         def front(a: jax.Array | None, term: str) -> jax.Array | None:
             return jnp.moveaxis(a, term.index(name), 0) if a is not None and name in term else None
 
         arrays = [
             [*(front(a, t) for a, t in zip(n.factors, n.terms, strict=True)), front(n.key, n.key_term)]
-            for n in (*f.networks, *f.gains)
+            for n in (*f.networks, *f.axis_scales)
         ]
         return _Scanned(f, name, (base, arrays))
 
-    def rebuild(self, slices: tuple[jax.Array, list[list[jax.Array | None]]]) -> Factored:
+    def rebuild(self, slices: tuple[jax.Array, list[list[jax.Array | None]]]) -> AdaptedWeight:
         base, arrays = slices
         step = iter(arrays)
 
-        def network(n: Network) -> Network:
+        def network(n: TensorNetwork) -> TensorNetwork:
             pairs = zip((*n.factors, n.key), next(step), strict=True)
             *factors, key = (old if new is None else new for old, new in pairs)
             return dataclasses.replace(
@@ -209,31 +209,31 @@ class _Scanned:
                 key_term=n.key_term.replace(self.name, ""),
             )
 
-        return respell(self.weight.map(network), _deferred.cut(base), self.weight.axes[1:])
+        return relabel(self.weight.map(network), _deferred.slice_leading(base), self.weight.axes[1:])
 
 
-def _stacked(f: Factored, length: int) -> Factored:
+def _stacked(f: AdaptedWeight, length: int) -> AdaptedWeight:
     """Weights that a loop hands out one a step: every array in `f` has a new first axis."""
-    name = fresh([f.used()])
+    name = fresh_indices([f.used()])
 
-    def network(n: Network) -> Network:
+    def network(n: TensorNetwork) -> TensorNetwork:
         key_term = "" if n.key is None else name + n.key_term
         return dataclasses.replace(n, terms=tuple(name + t for t in n.terms), key_term=key_term)
 
-    return respell(f.map(network), f.base, [name, *f.axes], [Letter(name, length)])
+    return relabel(f.map(network), f.base, [name, *f.axes], [Index(name, length)])
 
 
 def while_(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
     p = eqn.params
     a, b = p["cond_nconsts"], p["body_nconsts"]
     cond_consts, body_consts, init = values[:a], values[a : a + b], list(values[a + b :])
-    inner, test = ctx.inside(eqn), ctx.inside(eqn, branch=1)
+    inner, test = ctx.child(eqn), ctx.child(eqn, branch=1)
     random = any(n.key is not None for v in values if _is_weight(v) for n in v.networks)
 
     def body(carry: list[Value], number: Any = None) -> list[Value]:
         consts = body_consts
         if number is not None:
-            consts = [fold(v, number) if _is_weight(v) else v for v in consts]
+            consts = [fold_dropout_keys(v, number) if _is_weight(v) else v for v in consts]
         return ctx.run(inner, *_compat.open_jaxpr(p["body_jaxpr"]), [*consts, *carry])
 
     def step(state: tuple[Any, list[Value]]) -> tuple[Any, list[Value]]:
@@ -252,15 +252,15 @@ def while_(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
 def shard_map(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
     """Factors are cut as the weight is: each letter by the mesh axes of the weight's axis that it spells."""
     p = eqn.params
-    inner = ctx.inside(eqn)
+    inner = ctx.child(eqn)
     specs, operands = [], []
     for v, spec in zip(values, p["in_specs"], strict=True):
-        cut = cuts(v, spec, p["mesh"]) if _is_weight(v) else None
+        cut = index_axes(v, spec, p["mesh"]) if _is_weight(v) else None
         if _is_weight(v):
             v = _form(ctx, eqn, [v])[0] if cut is None else _made(v)
         operands.append(v)
-        specs.append(spec if cut is None else arrays_of(v, spec, cut))
-    known = [cuts(v, s, p["mesh"]) if _is_weight(v) else None for v, s in zip(values, p["in_specs"], strict=True)]
+        specs.append(spec if cut is None else specs_like(v, spec, cut))
+    known = [index_axes(v, s, p["mesh"]) if _is_weight(v) else None for v, s in zip(values, p["in_specs"], strict=True)]
 
     def fun(*values: Value) -> list[Value]:
         local = [_local(v, cut, p["mesh"]) if _is_weight(v) else v for v, cut in zip(values, known, strict=True)]
@@ -276,10 +276,10 @@ def shard_map(ctx: Context, eqn: Any, *values: Value) -> list[Value]:
     )(*operands)
 
 
-def _local(f: Factored, cut: dict[str, Any] | None, mesh: Any) -> Factored:
+def _local(f: AdaptedWeight, cut: dict[str, Any] | None, mesh: Any) -> AdaptedWeight:
     """The weight as one device sees it."""
-    letters = tuple(x._replace(size=x.size // share((cut or {}).get(x.name), mesh)) for x in f.letters)
-    return dataclasses.replace(f, letters=letters)
+    letters = tuple(x._replace(size=x.size // num_shards((cut or {}).get(x.name), mesh)) for x in f.indices)
+    return dataclasses.replace(f, indices=letters)
 
 
 RULES = {

@@ -11,8 +11,17 @@ from jax import lax
 
 from jlora._interpreter.context import Context, Role, Value
 from jlora._ir import lazy as _deferred
-from jlora._ir.explicit_mesh import auto
-from jlora._ir.weight import Factored, Network, einsum, folded, fresh, scalar, split_letter, unify
+from jlora._ir.explicit_mesh import under_auto_axes
+from jlora._ir.weight import (
+    AdaptedWeight,
+    TensorNetwork,
+    einsum,
+    fold_full_rank,
+    fresh_indices,
+    merge_indices,
+    scalar,
+    split_index,
+)
 from jlora._ops import contraction as _contract
 
 
@@ -23,10 +32,10 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Value, f: Value) -> list[Val
     the input, where the kernel stands the other way round, a matrix onto the rank and a kernel from there.
     """
     p = eqn.params
-    if isinstance(x, Factored) or p["batch_group_count"] != 1:
+    if isinstance(x, AdaptedWeight) or p["batch_group_count"] != 1:
         return None
     out_axis, in_axis, *spatial_axes = p["dimension_numbers"].rhs_spec
-    f, formed = folded(unify(ctx.drop(f)))
+    f, formed = fold_full_rank(merge_indices(ctx.with_dropout_keys(f)))
     split = _split_groups(f, out_axis, p["feature_group_count"])
     if split is None:
         return None
@@ -48,22 +57,24 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Value, f: Value) -> list[Val
     added = f.base.size if formed else added
     ctx.record(eqn, f, roles, factored=not formed, flops=2 * rows * math.prod(f.shape), added=added)
 
-    def branch(x: jax.Array, n: Network, part: _Parts) -> jax.Array:
-        return _branch(_contract.drop(x, fresh([f.used()], x.ndim), n), f, n, part, eqn, base)
+    def branch(x: jax.Array, n: TensorNetwork, part: _Parts) -> jax.Array:
+        return _branch(_contract.apply_dropout(x, fresh_indices([f.used()], x.ndim), n), f, n, part, eqn, base)
 
     for n, part in zip(f.networks, parts, strict=True):
-        base = base + auto(functools.partial(branch, part=part), base)(x, n)
+        base = base + under_auto_axes(functools.partial(branch, part=part), base)(x, n)
     return [base]
 
 
-def _factors(f: Factored) -> list[tuple[jax.Array, str]]:
+def _factors(f: AdaptedWeight) -> list[tuple[jax.Array, str]]:
     return [pair for n in f.networks for pair in zip(n.factors, n.terms, strict=True)]
 
 
-def _gains(f: Factored, out_axis: int, in_axis: int, groups: int) -> tuple[list[jax.Array], list[jax.Array]] | None:
+def _gains(
+    f: AdaptedWeight, out_axis: int, in_axis: int, groups: int
+) -> tuple[list[jax.Array], list[jax.Array]] | None:
     """The gains as vectors of the input's and of the output's channels; None where one is neither."""
     before, after = [], []
-    for g in f.gains:
+    for g in f.axis_scales:
         if set(g.terms[0]) <= set(f.axes[out_axis]):
             after.append(_vector(g, f, f.axes[out_axis]))
         elif set(g.terms[0]) <= set(f.axes[in_axis]):
@@ -73,26 +84,26 @@ def _gains(f: Factored, out_axis: int, in_axis: int, groups: int) -> tuple[list[
     return before, after
 
 
-def _vector(g: Network, f: Factored, axis: str) -> jax.Array:
-    value = _contract.spread(g.factors[0], g.terms[0], axis)
-    return jnp.broadcast_to(value, [f.letter(c).size for c in axis]).reshape(-1)
+def _vector(g: TensorNetwork, f: AdaptedWeight, axis: str) -> jax.Array:
+    value = _contract.align_axes(g.factors[0], g.terms[0], axis)
+    return jnp.broadcast_to(value, [f.index(c).size for c in axis]).reshape(-1)
 
 
 def _along(x: jax.Array, vectors: list[jax.Array], axis: int) -> jax.Array:
     for v in vectors:
         v = jnp.expand_dims(v.astype(x.dtype), [k for k in range(x.ndim) if k != axis])
-        x = auto(jnp.multiply, x)(x, v)
+        x = under_auto_axes(jnp.multiply, x)(x, v)
     return x
 
 
-def _split_groups(f: Factored, out_axis: int, groups: int) -> tuple[Factored, str] | None:
+def _split_groups(f: AdaptedWeight, out_axis: int, groups: int) -> tuple[AdaptedWeight, str] | None:
     """The weight with letters of their own, the first of the output axis, for the groups."""
     group, left = "", groups
     while left > 1:
         name = f.axes[out_axis][len(group)]
-        size = f.letter(name).size
+        size = f.index(name).size
         if size > left and size % left == 0:
-            f, size = split_letter(f, name, (left, size // left)), left
+            f, size = split_index(f, name, (left, size // left)), left
         if left % size:
             return None
         group, left = group + name, left // size
@@ -113,7 +124,7 @@ class _Parts:
     out_of: str
 
 
-def _parts(n: Network, spatial: str, inner: str, group: str, outer: str) -> _Parts | None:
+def _parts(n: TensorNetwork, spatial: str, inner: str, group: str, outer: str) -> _Parts | None:
     """Divides the factors, or gives None where the kernel would be as wide as the weight."""
 
     def touching(letters: str) -> set[int]:
@@ -146,7 +157,7 @@ def _parts(n: Network, spatial: str, inner: str, group: str, outer: str) -> _Par
     )
 
 
-def _branch(x: jax.Array, f: Factored, n: Network, part: _Parts, eqn: Any, base: jax.Array) -> jax.Array:
+def _branch(x: jax.Array, f: AdaptedWeight, n: TensorNetwork, part: _Parts, eqn: Any, base: jax.Array) -> jax.Array:
     p, spec = eqn.params, eqn.params["dimension_numbers"]
     groups = p["feature_group_count"]
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else base.dtype
@@ -155,7 +166,7 @@ def _branch(x: jax.Array, f: Factored, n: Network, part: _Parts, eqn: Any, base:
     if part.before:
         x = x.transpose([lhs_spec[0], *lhs_spec[2:], lhs_spec[1]])
         matrix = _einsum(n, part.before, f, part.group, part.inner, part.into)
-        x = _contract.named(_mix(x, matrix.astype(compute), groups, compute, p["precision"]))
+        x = _contract.name_intermediate(_mix(x, matrix.astype(compute), groups, compute, p["precision"]))
         lhs_spec = last
     y = lax.conv_general_dilated(
         x,
@@ -170,7 +181,7 @@ def _branch(x: jax.Array, f: Factored, n: Network, part: _Parts, eqn: Any, base:
     )
     if part.after:
         matrix = _einsum(n, part.after, f, part.group, part.out_of, part.outer)
-        y = _mix(_contract.named(y), matrix.astype(compute), groups, base.dtype, p["precision"])
+        y = _mix(_contract.name_intermediate(y), matrix.astype(compute), groups, base.dtype, p["precision"])
     elif not part.out_of:  # the same for all outputs of a group
         y = jnp.repeat(y, f.size(part.outer), axis=-1)
     y = y.astype(base.dtype)
@@ -179,31 +190,31 @@ def _branch(x: jax.Array, f: Factored, n: Network, part: _Parts, eqn: Any, base:
 
 def _mix(x: jax.Array, matrix: jax.Array, groups: int, dtype: Any, precision: Any) -> jax.Array:
     """A product of the channels, the last axis, with a matrix for each group, `(1 or groups, in, out)`."""
-    xs = fresh("gio", x.ndim - 1)
+    xs = fresh_indices("gio", x.ndim - 1)
     if groups == 1:
-        return _contract.pair(x, xs + "i", matrix[0], "io", xs + "o", dtype=dtype, precision=precision)[0]
+        return _contract.contract_pair(x, xs + "i", matrix[0], "io", xs + "o", dtype=dtype, precision=precision)[0]
     term = "gio" if matrix.shape[0] > 1 else "io"
     matrix = matrix if matrix.shape[0] > 1 else matrix[0]
     x = x.reshape(*x.shape[:-1], groups, -1)
-    y, ys = _contract.pair(x, xs + "gi", matrix, term, xs + "go", dtype=dtype, precision=precision)
-    y = _contract.spread(y, ys, xs + "go")
+    y, ys = _contract.contract_pair(x, xs + "gi", matrix, term, xs + "go", dtype=dtype, precision=precision)
+    y = _contract.align_axes(y, ys, xs + "go")
     return y.reshape(*y.shape[:-2], -1)
 
 
-def _einsum(n: Network, which: list[int], f: Factored, *axes: str) -> jax.Array:
+def _einsum(n: TensorNetwork, which: list[int], f: AdaptedWeight, *axes: str) -> jax.Array:
     """The product of some factors, each axis spelled by letters; of size one where no factor has any of them."""
     terms, factors = [n.terms[k] for k in which], [n.factors[k] for k in which]
     carried = {c: size for a, t in zip(factors, terms, strict=True) for c, size in zip(t, a.shape, strict=True)}
-    sizes = {x.name: x.size for x in f.letters} | carried
+    sizes = {x.name: x.size for x in f.indices} | carried
     axes = tuple(axis if set(axis) & set(carried) else "" for axis in axes)
     order = "".join(axes)
     present = "".join(c for c in order if c in carried)
-    value = _contract.spread(einsum(terms, factors, present, jnp.float32), present, order)
+    value = _contract.align_axes(einsum(terms, factors, present, jnp.float32), present, order)
     value = jnp.broadcast_to(value, [sizes[c] for c in order])
     return value.reshape([math.prod(sizes[c] for c in axis) for axis in axes])
 
 
-def _kernel(f: Factored, n: Network, part: _Parts, rhs_spec: tuple[int, ...], groups: int) -> jax.Array:
+def _kernel(f: AdaptedWeight, n: TensorNetwork, part: _Parts, rhs_spec: tuple[int, ...], groups: int) -> jax.Array:
     """The small kernel, laid out like the weight."""
     out_axis, in_axis, *spatial_axes = rhs_spec
     axes = [*(f.axes[k] for k in spatial_axes), part.into, part.group, part.out_of]

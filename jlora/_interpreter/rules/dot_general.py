@@ -8,34 +8,47 @@ import jax.numpy as jnp
 
 from jlora._interpreter.context import Context, Role, Value
 from jlora._ir import lazy as _deferred
-from jlora._ir.explicit_mesh import auto
-from jlora._ir.weight import Factored, Network, folded, fresh, unify, widened
+from jlora._ir.explicit_mesh import under_auto_axes
+from jlora._ir.weight import (
+    AdaptedWeight,
+    TensorNetwork,
+    accumulation_dtype,
+    fold_full_rank,
+    fresh_indices,
+    merge_indices,
+)
 from jlora._ops import contraction as _contract
 
 
 def dot_general(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value] | None:
-    if isinstance(left, Factored) and isinstance(right, Factored):  # one is formed: rows of a table, or the left
-        left, right = (left, ctx.form(eqn, right)) if right.read and not left.read else (ctx.form(eqn, left), right)
-    first = isinstance(right, Factored)
+    if isinstance(left, AdaptedWeight) and isinstance(
+        right, AdaptedWeight
+    ):  # one is formed: rows of a table, or the left
+        left, right = (
+            (left, ctx.materialize(eqn, right))
+            if right.gathered_axes and not left.gathered_axes
+            else (ctx.materialize(eqn, left), right)
+        )
+    first = isinstance(right, AdaptedWeight)
     x: Any = left if first else right
-    f, formed = folded(unify(ctx.drop(right if first else left)))
+    f, formed = fold_full_rank(merge_indices(ctx.with_dropout_keys(right if first else left)))
     (x_in, f_in), (x_batch, f_batch) = ((d if first else d[::-1]) for d in eqn.params["dimension_numbers"])
     inner = {c for k in f_in for c in f.axes[k]}
     shared = {c for k in (*f_in, *f_batch) for c in f.axes[k]}
-    before = [g for g in f.gains if set(g.terms[0]) & inner and set(g.terms[0]) <= shared]
-    after = [g for g in f.gains if not set(g.terms[0]) & inner]
-    if len(before) + len(after) < len(f.gains) or (before and not jnp.issubdtype(x.dtype, jnp.floating)):
+    before = [g for g in f.axis_scales if set(g.terms[0]) & inner and set(g.terms[0]) <= shared]
+    after = [g for g in f.axis_scales if not set(g.terms[0]) & inner]
+    if len(before) + len(after) < len(f.axis_scales) or (before and not jnp.issubdtype(x.dtype, jnp.floating)):
         return None
 
     spelled = {k: f.axes[j] for k, j in (*zip(x_in, f_in, strict=True), *zip(x_batch, f_batch, strict=True))}
     x_free = [k for k in range(x.ndim) if k not in spelled]
-    for k, c in zip(x_free, fresh([f.used()], len(x_free)), strict=True):
+    for k, c in zip(x_free, fresh_indices([f.used()], len(x_free)), strict=True):
         spelled[k] = c
     letters = "".join(spelled[k] for k in range(x.ndim))
     batch = [spelled[k] for k in x_batch]
     free = [[spelled[k] for k in x_free], [f.axes[j] for j in range(len(f.axes)) if j not in (*f_in, *f_batch)]]
     out = "".join([*batch, *free[not first], *free[first]])
-    known = {spelled[k]: x.shape[k] for k in x_free} | {c.name: c.size for c in f.letters}
+    known = {spelled[k]: x.shape[k] for k in x_free} | {c.name: c.size for c in f.indices}
 
     narrow = _gained(before, x, letters, known)
     (base,) = _deferred.consume(eqn, *((narrow, f.base) if first else (f.base, narrow)))
@@ -47,23 +60,29 @@ def dot_general(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value
     added = f.base.size if formed else 2 * x.size / max(depth, 1) * _width(f)
     ctx.record(eqn, f, roles, factored=not formed, flops=2 * base.size * depth, added=added)
 
-    def branch(x: jax.Array, n: Network) -> jax.Array:
+    def branch(x: jax.Array, n: TensorNetwork) -> jax.Array:
         x = x.reshape([known[c] for c in letters])
-        y = _contract.apply(x, letters, n, out, dtype=base.dtype, first=first, precision=eqn.params["precision"])
+        y = _contract.apply_network(
+            x, letters, n, out, dtype=base.dtype, first=first, precision=eqn.params["precision"]
+        )
         return jnp.broadcast_to(y, [known[c] for c in out]).reshape(base.shape)
 
     if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != f.dtype:  # a mixed product is as exact as its wider side
-        x = x.astype(max(widened(x.dtype), widened(f.dtype), key=lambda dtype: dtype.itemsize))
+        x = x.astype(max(accumulation_dtype(x.dtype), accumulation_dtype(f.dtype), key=lambda dtype: dtype.itemsize))
     for n in f.networks:
-        base = base + auto(branch, base)(x, n)
+        base = base + under_auto_axes(branch, base)(x, n)
     return [base]
 
 
-def _gained(gains: list[Network], x: jax.Array, letters: str, sizes: dict[str, int]) -> jax.Array:
-    return auto(lambda x, gains: _contract.gain(x, letters, sizes, gains), x)(x, gains) if gains else x
+def _gained(gains: list[TensorNetwork], x: jax.Array, letters: str, sizes: dict[str, int]) -> jax.Array:
+    return (
+        under_auto_axes(lambda x, gains: _contract.apply_axis_scales(x, letters, sizes, gains), x)(x, gains)
+        if gains
+        else x
+    )
 
 
-def _width(f: Factored) -> int:
+def _width(f: AdaptedWeight) -> int:
     """The FLOPs, halved, of one row through the factors."""
     return sum(a.size for n in f.networks for a in n.factors)
 
@@ -73,22 +92,22 @@ def ragged_dot_general(ctx: Context, eqn: Any, x: Value, f: Value, sizes: Value)
     dims = eqn.params["ragged_dot_dimension_numbers"]
     (x_in, f_in), (x_batch, f_batch) = dims.dot_dimension_numbers
     groups = tuple(dims.rhs_group_dimensions)
-    if isinstance(x, Factored) or isinstance(sizes, Factored) or len(groups) != 1:
+    if isinstance(x, AdaptedWeight) or isinstance(sizes, AdaptedWeight) or len(groups) != 1:
         return None
     free = tuple(k for k in range(x.ndim) if k not in (*x_in, *x_batch))
     if free != tuple(dims.lhs_ragged_dimensions):
         return None
-    f, formed = folded(unify(ctx.drop(f)))
+    f, formed = fold_full_rank(merge_indices(ctx.with_dropout_keys(f)))
     group, batch = f.axes[groups[0]], {f.axes[k] for k in f_batch}
     if any(len(axis) > 1 for axis in f.axes) or not all(_carries_groups(n, group, batch) for n in f.networks):
         return None
-    row = fresh([f.used()])
+    row = fresh_indices([f.used()])
     spelled = {k: f.axes[j] for k, j in (*zip(x_in, f_in, strict=True), *zip(x_batch, f_batch, strict=True))}
     letters = "".join(spelled.get(k, row) for k in range(x.ndim))
     rest = [a for k, a in enumerate(f.axes) if k not in (*f_batch, *f_in, *groups)]
     out = "".join([*(spelled[k] for k in x_batch), row, *rest])
-    known = {row: x.shape[free[0]]} | {c.name: c.size for c in f.letters}
-    gains = [_by_row(g, group, row, sizes, known[row]) for g in f.gains]
+    known = {row: x.shape[free[0]]} | {c.name: c.size for c in f.indices}
+    gains = [_by_row(g, group, row, sizes, known[row]) for g in f.axis_scales]
     inner = {f.axes[k] for k in f_in}
     before = [g for g in gains if set(g.terms[0]) & inner and set(g.terms[0]) <= set(letters)]
     after = [g for g in gains if not set(g.terms[0]) & inner]
@@ -104,24 +123,24 @@ def ragged_dot_general(ctx: Context, eqn: Any, x: Value, f: Value, sizes: Value)
     added = f.base.size if formed else 2 * x.size / max(depth, 1) * (_width(f) // max(f.shape[groups[0]], 1))
     ctx.record(eqn, f, roles, factored=not formed, flops=2 * base.size * depth, added=added)
 
-    def branch(x: jax.Array, sizes: jax.Array, n: Network) -> jax.Array:
-        y = _contract.apply(
+    def branch(x: jax.Array, sizes: jax.Array, n: TensorNetwork) -> jax.Array:
+        y = _contract.apply_network(
             x, letters, n, out, dtype=base.dtype, precision=eqn.params["precision"], groups=(group, sizes)
         )
         return jnp.broadcast_to(y, base.shape)
 
     for n in f.networks:
-        base = base + auto(branch, base)(x, sizes, n)
+        base = base + under_auto_axes(branch, base)(x, sizes, n)
     return [base]
 
 
-def _by_row(gain: Network, group: str, row: str, sizes: jax.Array, rows: int) -> Network:
+def _by_row(gain: TensorNetwork, group: str, row: str, sizes: jax.Array, rows: int) -> TensorNetwork:
     """A gain of each expert as one of each row."""
     expert = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=rows)
     return gain.map(group, lambda a, axis: jnp.take(a, expert, axis=axis), row)
 
 
-def _carries_groups(n: Network, group: str, batch: set[str]) -> bool:
+def _carries_groups(n: TensorNetwork, group: str, batch: set[str]) -> bool:
     """Whether some factor has the groups, and each that has them has the batch axes, as a ragged product needs."""
     terms = [t for t in n.terms if group in t]
     return bool(terms) and all(batch <= set(t) for t in terms)

@@ -11,16 +11,25 @@ from jax import lax
 
 from jlora._interpreter.context import Context, Role, Value
 from jlora._ir import lazy as _deferred
-from jlora._ir.explicit_mesh import auto
-from jlora._ir.weight import Factored, Letter, Network, fresh, map_letter, respell, scalar, unify
+from jlora._ir.explicit_mesh import under_auto_axes
+from jlora._ir.weight import (
+    AdaptedWeight,
+    Index,
+    TensorNetwork,
+    fresh_indices,
+    map_index,
+    merge_indices,
+    relabel,
+    scalar,
+)
 from jlora._ops import contraction as _contract
 
 
 def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | None:
-    if not isinstance(f, Factored) or isinstance(indices, Factored):
+    if not isinstance(f, AdaptedWeight) or isinstance(indices, AdaptedWeight):
         return None
     p, d = eqn.params, eqn.params["dimension_numbers"]
-    f = unify(f)
+    f = merge_indices(f)
     taken = (*d.collapsed_slice_dims, *d.operand_batching_dims)
     windows = [k for k in range(len(f.shape)) if k not in taken]
     cut = [k for k in range(len(f.shape)) if p["slice_sizes"][k] < f.shape[k]]
@@ -35,7 +44,7 @@ def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | No
         return None
     stays = sum(p["slice_sizes"][k] > 1 for k in windows) > 1  # a weight still, in which only zeros say what was filled
     carried = all(_carries(n, {f.axes[k] for k in touched}) for n in f.networks)
-    if fills and ((stays and not carried) or (rows and (stays or f.gains))):
+    if fills and ((stays and not carried) or (rows and (stays or f.axis_scales))):
         return None
     if fills:  # what is filled has no gain: each has to know where
         f = _with_letters(f, [f.axes[k] for k in touched])
@@ -43,38 +52,38 @@ def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | No
     base = _looked_up(f, eqn, indices, alone)
     starts = _starts(f, eqn, indices)
 
-    new = fresh([f.used()], indices.ndim - 1)
-    batch = [Letter(c, n) for c, n in zip(new, indices.shape[:-1], strict=True)]
+    new = fresh_indices([f.used()], indices.ndim - 1)
+    batch = [Index(c, n) for c, n in zip(new, indices.shape[:-1], strict=True)]
     window = {k: f.axes[k] for k in windows}
     networks = tuple(_gathered(n, f, eqn, starts, indices, "".join(new), fill=0) for n in f.networks)
-    gains = tuple(_gathered(n, f, eqn, starts, indices, "".join(new), fill=1) for n in f.gains)
+    gains = tuple(_gathered(n, f, eqn, starts, indices, "".join(new), fill=1) for n in f.axis_scales)
     axes = _place([window[k] for k in windows], [x.name for x in batch], d.offset_dims)
     letters = [
         x._replace(size=p["slice_sizes"][k])
         for k in windows
-        for x in f.letters
+        for x in f.indices
         if x.name in f.axes[k] and len(f.axes[k]) == 1
     ]
-    out = respell(dataclasses.replace(f, networks=networks, gains=gains), base, axes, (*batch, *letters))
+    out = relabel(dataclasses.replace(f, networks=networks, axis_scales=gains), base, axes, (*batch, *letters))
     inside = (_inside(f, eqn, indices), new) if fills and f.networks else None
     looked = [c for k in indexed for c in f.axes[k]]
     value = read(ctx, eqn, f, out, looked, [f.axes[k] for k in d.operand_batching_dims], inside=inside)
-    if isinstance(value, Factored) and not alone:
-        origins = dict.fromkeys(o for c in looked for o in f.letter(c).origins)
-        value = dataclasses.replace(value, read=(*value.read, *origins))
+    if isinstance(value, AdaptedWeight) and not alone:
+        origins = dict.fromkeys(o for c in looked for o in f.index(c).origins)
+        value = dataclasses.replace(value, gathered_axes=(*value.gathered_axes, *origins))
     return [value]
 
 
-def _looked_up(f: Factored, eqn: Any, indices: jax.Array, alone: bool) -> Any:
+def _looked_up(f: AdaptedWeight, eqn: Any, indices: jax.Array, alone: bool) -> Any:
     """The base's rows. Of a quantised table only these are made."""
     p, d = eqn.params, eqn.params["dimension_numbers"]
     last = tuple(range(indices.ndim - 1, indices.ndim + len(f.shape) - 2))
     first = (d.start_index_map, d.collapsed_slice_dims, d.offset_dims) == ((0,), (0,), last)
     whole = tuple(p["slice_sizes"][1:]) == tuple(f.shape[1:])
-    if isinstance(f.base, _deferred.Deferred) and first and whole and not (alone and len(f.shape) > 2):
+    if isinstance(f.base, _deferred.LazyArray) and first and whole and not (alone and len(f.shape) > 2):
         at = indices[..., 0]
         at = at.astype(jnp.int32) if at.dtype.itemsize < 4 else at  # the bounds may not fit narrow ones
-        found = _deferred.rows(f.base, jnp.clip(at, 0, f.base.shape[0] - 1))
+        found = _deferred.gather_rows(f.base, jnp.clip(at, 0, f.base.shape[0] - 1))
         if found is not None and p["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
             inside = _inside(f, eqn, indices).reshape(*indices.shape[:-1], *(1,) * (len(f.shape) - 1))
             fill = jnp.nan if p["fill_value"] is None else p["fill_value"]
@@ -84,7 +93,7 @@ def _looked_up(f: Factored, eqn: Any, indices: jax.Array, alone: bool) -> Any:
     return (_deferred.bind if alone else _deferred.consume)(eqn, f.base, indices)[0]
 
 
-def _inside(f: Factored, eqn: Any, indices: jax.Array) -> jax.Array:
+def _inside(f: AdaptedWeight, eqn: Any, indices: jax.Array) -> jax.Array:
     """Which rows lie within bounds."""
     index_map, sizes = list(eqn.params["dimension_numbers"].start_index_map), eqn.params["slice_sizes"]
     indices = indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices  # the bounds may not fit narrow ones
@@ -92,7 +101,7 @@ def _inside(f: Factored, eqn: Any, indices: jax.Array) -> jax.Array:
     return ((indices >= 0) & (indices <= last.reshape([1] * (indices.ndim - 1) + [-1]))).all(axis=-1)
 
 
-def _starts(f: Factored, eqn: Any, indices: jax.Array) -> dict[str, jax.Array]:
+def _starts(f: AdaptedWeight, eqn: Any, indices: jax.Array) -> dict[str, jax.Array]:
     """For every letter that is looked up, where: an axis of several letters has an index for each."""
     p, d, starts = eqn.params, eqn.params["dimension_numbers"], {}
     for j, k in enumerate(d.start_index_map):
@@ -103,29 +112,35 @@ def _starts(f: Factored, eqn: Any, indices: jax.Array) -> dict[str, jax.Array]:
             at = at.astype(jnp.int32)
             at = jnp.clip(at, 0, f.shape[k] - 1) if p["mode"] == lax.GatherScatterMode.CLIP else at
             for c in reversed(f.axes[k]):
-                starts[c], at = at % f.letter(c).size, at // f.letter(c).size
+                starts[c], at = at % f.index(c).size, at // f.index(c).size
     return starts
 
 
-def _carries(network: Network, names: set[str]) -> bool:
+def _carries(network: TensorNetwork, names: set[str]) -> bool:
     """Whether every letter stands in a term, so that an index out of bounds can put a zero there."""
     return all(any(name in t for t in network.terms) for name in names)
 
 
-def _with_letters(f: Factored, names: list[str]) -> Factored:
+def _with_letters(f: AdaptedWeight, names: list[str]) -> AdaptedWeight:
     """The same weight, every gain with an axis for every one of the letters."""
 
-    def gain(g: Network) -> Network:
+    def gain(g: TensorNetwork) -> TensorNetwork:
         new = [c for c in names if c not in g.terms[0]]
-        value = jnp.broadcast_to(g.factors[0], (*(f.letter(c).size for c in new), *g.factors[0].shape))
+        value = jnp.broadcast_to(g.factors[0], (*(f.index(c).size for c in new), *g.factors[0].shape))
         return dataclasses.replace(g, factors=(value,), terms=("".join(new) + g.terms[0],))
 
-    return dataclasses.replace(f, gains=tuple(map(gain, f.gains)))
+    return dataclasses.replace(f, axis_scales=tuple(map(gain, f.axis_scales)))
 
 
 def _gathered(
-    n: Network, f: Factored, eqn: Any, starts: dict[str, jax.Array], indices: jax.Array, batch: str, fill: int
-) -> Network:
+    n: TensorNetwork,
+    f: AdaptedWeight,
+    eqn: Any,
+    starts: dict[str, jax.Array],
+    indices: jax.Array,
+    batch: str,
+    fill: int,
+) -> TensorNetwork:
     """The same rows of every factor that has them; rows out of bounds are filled, as the base decides their value."""
     pairs = [_rows(a, t, f, eqn, starts, indices, batch, fill) for a, t in zip(n.factors, n.terms, strict=True)]
     key = None if n.key is None else n.key.reshape(-1)[0]  # one serves all rows: their inputs are drawn apart
@@ -137,7 +152,7 @@ def _gathered(
 def _rows(
     factor: jax.Array,
     term: str,
-    f: Factored,
+    f: AdaptedWeight,
     eqn: Any,
     starts: dict[str, jax.Array],
     indices: jax.Array,
@@ -180,9 +195,9 @@ def _place(windows: list[str], batch: list[str], offsets: tuple[int, ...]) -> li
 
 
 def dynamic_slice(ctx: Context, eqn: Any, f: Value, *starts: Value) -> list[Value] | None:
-    if not isinstance(f, Factored) or any(isinstance(s, Factored) for s in starts):
+    if not isinstance(f, AdaptedWeight) or any(isinstance(s, AdaptedWeight) for s in starts):
         return None
-    f = unify(f)
+    f = merge_indices(f)
     sizes = eqn.params["slice_sizes"]
     cut = [k for k in range(len(sizes)) if sizes[k] != f.shape[k]]
     if any(len(f.axes[k]) > 1 for k in cut):
@@ -190,17 +205,17 @@ def dynamic_slice(ctx: Context, eqn: Any, f: Value, *starts: Value) -> list[Valu
     (base,) = _deferred.bind(eqn, f.base, *starts)
     out = f
     for k in cut:
-        out = map_letter(
+        out = map_index(
             out, f.axes[k], lambda a, axis, k=k: lax.dynamic_slice_in_dim(a, starts[k], sizes[k], axis), sizes[k]
         )
-    return [read(ctx, eqn, f, respell(out, base, f.axes), [f.axes[k] for k in cut if sizes[k] == 1], [])]
+    return [read(ctx, eqn, f, relabel(out, base, f.axes), [f.axes[k] for k in cut if sizes[k] == 1], [])]
 
 
 def read(
     ctx: Context,
     eqn: Any,
-    f: Factored,
-    out: Factored,
+    f: AdaptedWeight,
+    out: AdaptedWeight,
     indexed: list[str],
     stacked: list[str],
     inside: tuple[jax.Array, str] | None = None,
@@ -215,36 +230,40 @@ def read(
         inside: which rows lie within bounds, and the letters of its axes. The others are filled, with not-a-number as a
             rule: their cotangent may be none either, and must not reach the factors.
     """
-    left = [axis for axis in out.axes if any(x.size > 1 and x.origins for x in out.letters if x.name in axis)]
+    left = [axis for axis in out.axes if any(x.size > 1 and x.origins for x in out.indices if x.name in axis)]
     if not indexed or len(left) > 1:
         return out
-    roles: dict[str, Role] = {x.name: "out" for x in f.letters}
+    roles: dict[str, Role] = {x.name: "out" for x in f.indices}
     roles.update({**dict.fromkeys(indexed, "in"), **dict.fromkeys(stacked, "stack")})
     ctx.record(eqn, f, roles, added=2 * sum(out.base.size * a.shape[-1] for n in out.networks for a in n.factors[:1]))
-    return auto(functools.partial(_value, letters=inside[1] if inside else ""), out.base)(out, inside and inside[0])
+    return under_auto_axes(functools.partial(_value, within_indices=inside[1] if inside else ""), out.base)(
+        out, inside and inside[0]
+    )
 
 
-def _value(out: Factored, inside: jax.Array | None, *, letters: str) -> jax.Array:
+def _value(out: AdaptedWeight, inside: jax.Array | None, *, within_indices: str) -> jax.Array:
     """The rows, with what the networks add to those within bounds."""
     spelled = "".join(out.axes)
-    value = _contract.gain(_deferred.made(out.base), spelled, {x.name: x.size for x in out.letters}, out.gains)
+    value = _contract.apply_axis_scales(
+        _deferred.materialize(out.base), spelled, {x.name: x.size for x in out.indices}, out.axis_scales
+    )
     for n in out.networks:
         order = sorted(range(len(n.terms)), key=lambda k: not any(c in n.terms[k] for c in _new(out)))
         n = dataclasses.replace(n, factors=tuple(n.factors[k] for k in order), terms=tuple(n.terms[k] for k in order))
-        head, rest = n.factors[0], Network(n.factors[1:], n.terms[1:], n.scale)
+        head, rest = n.factors[0], TensorNetwork(n.factors[1:], n.terms[1:], n.scale)
         if not rest.factors:
             head = head * scalar(n.scale, head.dtype)
-        head = _contract.named(head.astype(value.dtype))
-        y = _contract.apply(head, n.terms[0], rest, spelled, dtype=value.dtype)
+        head = _contract.name_intermediate(head.astype(value.dtype))
+        y = _contract.apply_network(head, n.terms[0], rest, spelled, dtype=value.dtype)
         y = jnp.broadcast_to(y, [out.size(c) for c in spelled])
         if inside is not None:
-            y = jnp.where(_contract.spread(inside, letters, spelled), y, jnp.zeros((), y.dtype))
+            y = jnp.where(_contract.align_axes(inside, within_indices, spelled), y, jnp.zeros((), y.dtype))
         value = value + y.reshape(value.shape)
     return value
 
 
-def _new(f: Factored) -> set[str]:
-    return {x.name for x in f.letters if not x.origins}
+def _new(f: AdaptedWeight) -> set[str]:
+    return {x.name for x in f.indices if not x.origins}
 
 
 RULES = {"gather": gather, "dynamic_slice": dynamic_slice}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._tree.leaves import is_quantized
-from jlora._tree.paths import is_array, named_leaves, near
+from jlora._tree.paths import closest_matches, is_array, named_leaves
 
 
 def fingerprint(params: Any, hashes: bool) -> dict[str, dict[str, Any]]:
@@ -34,7 +34,7 @@ def misfits(recorded: Mapping[str, Mapping[str, Any]], params: Any, *, whole: bo
     out = []
     for path, said in recorded.items():
         if path not in leaves:
-            out.append(f"{path}: no such parameter ({near(path, leaves)})")
+            out.append(f"{path}: no such parameter ({closest_matches(path, leaves)})")
             continue
         leaf = leaves[path]
         found: dict[str, Any] = {"shape": list(leaf.shape), "dtype": leaf.dtype.name}

@@ -20,7 +20,7 @@ from jlora.io.checkpoint import train_state as _state
 from jlora.io.checkpoint.checksums import sums
 from jlora.io.checkpoint.errors import CheckpointError as CheckpointError
 from jlora.methods._base import Adapter
-from jlora.methods._lowering import check, one
+from jlora.methods._lowering import as_single, check_fits
 
 ARRAYS, META = "arrays", "jlora"
 
@@ -81,13 +81,13 @@ def checkpoint_args(
         ValueError: as for `save`.
         TypeError: where the state has a leaf of another kind.
     """
-    arrays = _describe.arrays_of(one(adapter))
+    arrays = _describe.arrays_of(as_single(adapter))
     if not arrays:
         raise ValueError("The adapter is empty: there is nothing to save.")
     if hashes and params is None:
         raise ValueError("hashes are of the base parameters: pass params too.")
     if params is not None:
-        check([adapter], {path: leaf for path, leaf in named_leaves(params) if is_array(leaf)})
+        check_fits([adapter], {path: leaf for path, leaf in named_leaves(params) if is_array(leaf)})
     more, leaves = _state.split(state)
     arrays |= more
     rest = {

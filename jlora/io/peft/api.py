@@ -12,7 +12,7 @@ from jlora.io.peft import write as _peft_write
 from jlora.io.torch.module_names import Module as Module
 from jlora.io.torch.module_names import Names as Names
 from jlora.methods._base import Adapter
-from jlora.methods._lowering import one
+from jlora.methods._lowering import as_single
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -75,7 +75,7 @@ def save(
     path = Path(os.path.abspath(folder))
     if path.exists():
         raise FileExistsError(f"{path} exists. Save to another path, or remove it first.")
-    config, tensors, said = _peft_write.files(one(adapter), names, params, target)
+    config, tensors, said = _peft_write.files(as_single(adapter), names, params, target)
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     part.mkdir(parents=True)
     try:

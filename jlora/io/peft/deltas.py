@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jlora._interpreter.context import Role, side
-from jlora._tree.leaves import plain
+from jlora._interpreter.context import Role, matrix_side
+from jlora._tree.leaves import as_array
 from jlora._tree.paths import is_array, named_leaves
 from jlora.io.torch.module_names import Place, bias_of, owners_of
 from jlora.methods._base import Adapter, Update
@@ -39,14 +39,14 @@ class Base:
         return self.leaves[path]
 
     def value(self, path: str, shape: tuple[int, ...], why: str) -> np.ndarray:
-        array = np.asarray(plain(self.leaf(path, shape, why)))
+        array = np.asarray(as_array(self.leaf(path, shape, why)))
         return array.astype(np.promote_types(np.float32, array.dtype) if array.dtype == np.float64 else np.float32)
 
 
 def norms(weight: np.ndarray, roles: tuple[Role, ...]) -> np.ndarray:
     """The norms of a weight over its in axes, its stack axes first."""
     order = [k for role in ("stack", "out") for k, r in enumerate(roles) if r == role]
-    inner = tuple(k for k, r in enumerate(roles) if side(r) == "in")
+    inner = tuple(k for k, r in enumerate(roles) if matrix_side(r) == "in")
     square = np.square(weight.transpose([*order, *inner]).astype(np.float64))
     return np.sqrt(square.sum(tuple(range(len(order), weight.ndim)))).astype(weight.dtype)
 
@@ -96,7 +96,7 @@ _BIAS = "PEFT's IA3 scales a layer's bias with its weight"
 def unnamed_bias(path: str, update: Update, leaves: Mapping[str, Any], known: Collection[str]) -> str | None:
     """A parameter beside a weight that has its stack and out axes and no other, and that the names do not know."""
     parent = path.rpartition("/")[0]
-    sizes = sorted(n for n, r in zip(update.shape, update.roles, strict=True) if side(r) != "in")
+    sizes = sorted(n for n, r in zip(update.shape, update.roles, strict=True) if matrix_side(r) != "in")
     beside = (other for other in leaves if other.rpartition("/")[0] == parent and other not in (path, *known))
     return next((other for other in beside if sorted(leaves[other].shape) == sizes), None)
 

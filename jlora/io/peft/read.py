@@ -209,8 +209,8 @@ def _check_update(path: str, update: Update, sites: Sites, templates: dict[Any, 
         templates: those that sites of the same kind had, to which this one is added.
     """
     site, method = sites[path], update.method
-    if not isinstance(method, Full) and site.refusal:
-        raise ValueError(f"{type(method).__name__} cannot adapt {path} {site.shape}: {site.refusal}.")
+    if not isinstance(method, Full) and site.unsupported_reason:
+        raise ValueError(f"{type(method).__name__} cannot adapt {path} {site.shape}: {site.unsupported_reason}.")
     alike = (method, site.shape, site.roles)
     if alike not in templates:
         templates[alike] = jax.eval_shape(lambda: method.init(jax.random.key(0), site, jnp.float32, None))

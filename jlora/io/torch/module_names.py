@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, final
 
-from jlora._interpreter.context import Role, side
-from jlora._tree.paths import near
+from jlora._interpreter.context import Role, matrix_side
+from jlora._tree.paths import closest_matches
 
 KINDS = ("linear", "conv1d", "conv", "embedding", "parameter")
 Index = tuple[int, ...]
@@ -80,7 +80,7 @@ class Place:
         if not roles:
             first = range(self.loops)
             return tuple(first) if role == "stack" else tuple(range(len(shape)))[self.loops :] if role == "out" else ()
-        return tuple(k for k, r in enumerate(roles) if side(r) == role)
+        return tuple(k for k, r in enumerate(roles) if matrix_side(r) == role)
 
     def sizes(self, role: Role) -> tuple[int, ...]:
         return tuple(self.weight.shape[k] for k in self.axes(role))
@@ -192,7 +192,7 @@ def unmatched(names: Names, paths: Iterable[str]) -> list[str]:
 def misfit(head: str, missing: Mapping[str, Iterable[str]], names: Names, paths: Iterable[str]) -> ValueError:
     """The error for what found no partner: each with its near misses, and the patterns that matched nothing."""
     paths = list(paths)
-    lines = [f"{one}: {near(one, known)}" for one, known in missing.items()]
+    lines = [f"{one}: {closest_matches(one, known)}" for one, known in missing.items()]
     idle = unmatched(names, paths)
     if idle:
         lines.append(f"patterns of names that match no path: {', '.join(idle)}")

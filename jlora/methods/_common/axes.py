@@ -10,24 +10,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._interpreter.context import Role, side
+from jlora._interpreter.context import Role, matrix_side
 from jlora._interpreter.site import Site
-from jlora._ir.weight import Factored, Network, dense, fresh, split_letter, widened
+from jlora._ir.weight import AdaptedWeight, TensorNetwork, accumulation_dtype, dense, fresh_indices, split_index
 from jlora.methods._base import Update
 
 Pair = tuple[jax.Array, str]
 
 
-def letters(w: Factored, roles: Sequence[Role]) -> tuple[str, str, str]:
+def letters(w: AdaptedWeight, roles: Sequence[Role]) -> tuple[str, str, str]:
     """The letters of a weight's stack, in and out axes, those of a window among the in axes."""
     stack, inner, outer = (
-        "".join(axis for axis, r in zip(w.axes, roles, strict=True) if side(r) == role)
+        "".join(axis for axis, r in zip(w.axes, roles, strict=True) if matrix_side(r) == role)
         for role in ("stack", "in", "out")
     )
     return stack, inner, outer
 
 
-def within(w: Factored, roles: Sequence[Role]) -> tuple[str, str]:
+def within(w: AdaptedWeight, roles: Sequence[Role]) -> tuple[str, str]:
     """The letters of a weight's in axes, divided into channels and window."""
     channels, window = (
         "".join(axis for axis, r in zip(w.axes, roles, strict=True) if r == role) for role in ("in", "window")
@@ -45,17 +45,19 @@ def counts(site: Site) -> tuple[int, int]:
     return math.prod(site.sizes("in")), math.prod(site.sizes("out"))
 
 
-def name(w: Factored) -> str:
+def name(w: AdaptedWeight) -> str:
     """A weight's path for an error; a merge knows none."""
     return ", ".join(w.paths) or "the weight"
 
 
-def ranks(w: Factored, count: int = 1) -> str:
+def ranks(w: AdaptedWeight, count: int = 1) -> str:
     """Letters for ranks."""
-    return fresh([w.used()], count)
+    return fresh_indices([w.used()], count)
 
 
-def add(w: Factored, pairs: Sequence[Pair], sizes: Mapping[str, int], scale: float, **options: Any) -> Factored:
+def add(
+    w: AdaptedWeight, pairs: Sequence[Pair], sizes: Mapping[str, int], scale: float, **options: Any
+) -> AdaptedWeight:
     """The weight with one more network.
 
     Arguments:
@@ -68,13 +70,13 @@ def add(w: Factored, pairs: Sequence[Pair], sizes: Mapping[str, int], scale: flo
     Raises:
         ValueError: where a factor's axes are no parts of its letters' axes, nor joined from them.
     """
-    known = {x.name: x.size for x in w.letters} | dict(sizes)
+    known = {x.name: x.size for x in w.indices} | dict(sizes)
     factors = tuple(_spelled(a, [known[c] for c in term], w) for a, term in pairs)
-    network = Network(factors, tuple(term for _, term in pairs), scale, **options)
+    network = TensorNetwork(factors, tuple(term for _, term in pairs), scale, **options)
     return dataclasses.replace(w, networks=(*w.networks, network))
 
 
-def _spelled(factor: jax.Array, sizes: Sequence[int], w: Factored) -> jax.Array:
+def _spelled(factor: jax.Array, sizes: Sequence[int], w: AdaptedWeight) -> jax.Array:
     """A factor with one axis a letter, axes split and joined only."""
     borders, wanted = (set(itertools.accumulate(shape, operator.mul)) for shape in (factor.shape, sizes))
     if factor.size != math.prod(sizes) or not (borders <= wanted or wanted <= borders):
@@ -92,15 +94,15 @@ def dropout(update: Update, stack: str) -> dict[str, Any]:
     return {"key": update.key, "key_term": stack, "rate": update.method.dropout}
 
 
-def multiply(w: Factored, vector: jax.Array, term: str) -> Factored:
+def multiply(w: AdaptedWeight, vector: jax.Array, term: str) -> AdaptedWeight:
     """The weight, base and networks, times a vector along some letters."""
     vector = vector.reshape([w.size(c) for c in term])
-    gain = Network((vector,), (term,))
+    gain = TensorNetwork((vector,), (term,))
     networks = tuple(dataclasses.replace(n, factors=(*n.factors, vector), terms=(*n.terms, term)) for n in w.networks)
-    return dataclasses.replace(w, networks=networks, gains=(*w.gains, gain))
+    return dataclasses.replace(w, networks=networks, axis_scales=(*w.axis_scales, gain))
 
 
-def add_matrix(w: Factored, matrix: jax.Array, roles: Sequence[Role], scale: float) -> Factored:
+def add_matrix(w: AdaptedWeight, matrix: jax.Array, roles: Sequence[Role], scale: float) -> AdaptedWeight:
     """The weight plus a difference of its own size, given as a matrix `(*stack, in, out)`."""
     stack, inner, outer = letters(w, roles)
     return add(w, [(matrix, stack + inner + outer)], {}, scale)
@@ -108,15 +110,15 @@ def add_matrix(w: Factored, matrix: jax.Array, roles: Sequence[Role], scale: flo
 
 def as_matrix(array: jax.Array, roles: Sequence[Role]) -> jax.Array:
     """A weight's value as `(*stack, in, out)`, each joined, in float32 or wider."""
-    order = [k for role in ("stack", "in", "out") for k, r in enumerate(roles) if side(r) == role]
+    order = [k for role in ("stack", "in", "out") for k, r in enumerate(roles) if matrix_side(r) == role]
     shape = [n for n, r in zip(array.shape, roles, strict=True) if r == "stack"]
-    n_in = math.prod(n for n, r in zip(array.shape, roles, strict=True) if side(r) == "in")
+    n_in = math.prod(n for n, r in zip(array.shape, roles, strict=True) if matrix_side(r) == "in")
     return array.transpose(order).reshape(*shape, n_in, -1).astype(max(array.dtype, jnp.dtype(jnp.float32), key=_bits))
 
 
-def matrix(w: Factored, roles: Sequence[Role]) -> jax.Array:
+def matrix(w: AdaptedWeight, roles: Sequence[Role]) -> jax.Array:
     """The whole weight, as `as_matrix` gives it."""
-    return as_matrix(jnp.asarray(dense(w, widened(w.dtype))), roles)
+    return as_matrix(jnp.asarray(dense(w, accumulation_dtype(w.dtype))), roles)
 
 
 def rank_above(site: Site, rank: int) -> str:
@@ -137,7 +139,7 @@ def _bits(dtype: Any) -> int:
     return jnp.finfo(dtype).bits
 
 
-def blocks(w: Factored, names: str, minor: int) -> tuple[Factored, str, str]:
+def blocks(w: AdaptedWeight, names: str, minor: int) -> tuple[AdaptedWeight, str, str]:
     """Divides the joint axis of some letters into a major and a minor part, `(n / minor, minor)`.
 
     Returns the weight, with a letter split where the border runs through one, and the letters of both parts.
@@ -145,13 +147,13 @@ def blocks(w: Factored, names: str, minor: int) -> tuple[Factored, str, str]:
     part, reach = "", 1
     while reach < minor:
         name = names[-1]
-        size = w.letter(name).size
+        size = w.index(name).size
         if reach * size <= minor:
             part, names, reach = name + part, names[:-1], reach * size
         else:
-            known = {x.name for x in w.letters}
-            w = split_letter(w, name, (size * reach // minor, minor // reach))
-            (new,) = (x.name for x in w.letters if x.name not in known)
+            known = {x.name for x in w.indices}
+            w = split_index(w, name, (size * reach // minor, minor // reach))
+            (new,) = (x.name for x in w.indices if x.name not in known)
             part, reach = new + part, minor
     return w, names, part
 

@@ -35,6 +35,6 @@ def _inverse_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[jax.Array, 
         return found, -(found @ tangents[0] @ found)
 
 
-def identity(like: jax.Array) -> jax.Array:
+def identity_like(like: jax.Array) -> jax.Array:
     """The identity in place of each matrix of a stack."""
     return jnp.broadcast_to(jnp.eye(like.shape[-1], dtype=like.dtype), like.shape)

@@ -6,28 +6,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._ir.lazy import Deferred, made
-from jlora._ir.weight import Factored, Network, einsum, fresh, widened
+from jlora._ir.lazy import LazyArray, materialize
+from jlora._ir.weight import AdaptedWeight, TensorNetwork, accumulation_dtype, einsum, fresh_indices
 
 
-def norm(f: Factored, along: str) -> jax.Array:
+def norm(f: AdaptedWeight, along: str) -> jax.Array:
     """The norm of a weight over all letters but some, without forming it; never zero."""
-    if isinstance(f.base, Deferred):  # its gradient makes the base again
-        return jax.checkpoint(lambda f: _norm(dataclasses.replace(f, base=made(f.base)), along))(f)
+    if isinstance(f.base, LazyArray):  # its gradient makes the base again
+        return jax.checkpoint(lambda f: _norm(dataclasses.replace(f, base=materialize(f.base)), along))(f)
     return _norm(f, along)
 
 
-def _norm(f: Factored, along: str) -> jax.Array:
-    dtype = widened(f.dtype)
-    base = made(f.base).reshape([f.size(c) for axis in f.axes for c in axis]).astype(dtype)
+def _norm(f: AdaptedWeight, along: str) -> jax.Array:
+    dtype = accumulation_dtype(f.dtype)
+    base = materialize(f.base).reshape([f.size(c) for axis in f.axes for c in axis]).astype(dtype)
     letters = "".join(f.axes)
-    for gain in f.gains:
+    for gain in f.axis_scales:
         order = [gain.terms[0].index(c) for c in letters if c in gain.terms[0]]
         missing = [k for k, c in enumerate(letters) if c not in gain.terms[0]]
         base = base * jnp.expand_dims(gain.factors[0].transpose(order).astype(dtype), missing)
     total = jnp.square(base).sum([k for k, c in enumerate(letters) if c not in along])
     order = "".join(c for c in letters if c in along)
-    whole = Network((base,), (letters,))
+    whole = TensorNetwork((base,), (letters,))
     for k, one in enumerate(f.networks):
         total = total + 2 * _inner(f, one, whole, order, dtype)
         for j, other in enumerate(f.networks[: k + 1]):
@@ -35,10 +35,10 @@ def _norm(f: Factored, along: str) -> jax.Array:
     return jnp.sqrt(jnp.maximum(total, jnp.finfo(dtype).tiny)).transpose([order.index(c) for c in along])
 
 
-def _inner(f: Factored, one: Network, other: Network, along: str, dtype: Any) -> jax.Array:
+def _inner(f: AdaptedWeight, one: TensorNetwork, other: TensorNetwork, along: str, dtype: Any) -> jax.Array:
     """The inner product of two networks over all letters of the weight but some."""
     own = [c for c in dict.fromkeys("".join(other.terms)) if c not in "".join(f.axes)]
-    table = str.maketrans(dict(zip(own, fresh([f.used(), *one.terms, *other.terms], len(own)), strict=True)))
+    table = str.maketrans(dict(zip(own, fresh_indices([f.used(), *one.terms, *other.terms], len(own)), strict=True)))
     terms = [*one.terms, *(t.translate(table) for t in other.terms)]
     factors = [*one.factors, *other.factors]
     missing = "".join(c for axis in f.axes for c in axis if not any(c in t for t in terms))

@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.methods._common.linalg import identity, inverse
+from jlora.methods._common.linalg import identity_like, inverse
 
 
-def refusal(n_in: int, block: int, levels: int = 1) -> str:
+def unsupported_reason(n_in: int, block: int, levels: int = 1) -> str:
     """Why blocks do not fit an in space; empty where they do."""
     if n_in % (block * 2 ** (levels - 1)) == 0:
         return ""
@@ -45,5 +45,5 @@ def _cayley(numbers: jax.Array, block: int) -> jax.Array:
     rows, columns = jnp.triu_indices(block, 1)
     q = jnp.zeros((*numbers.shape[:-1], block, block), numbers.dtype).at[..., rows, columns].set(numbers)
     q = q - q.mT
-    one = identity(q)
+    one = identity_like(q)
     return 2 * inverse(one + q) - one  # I - Q is 2 I - (I + Q)

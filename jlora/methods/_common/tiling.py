@@ -55,7 +55,7 @@ def every_row(x: jax.Array, y: jax.Array) -> jax.Array:
     return out.reshape(*out.shape[:-3], -1, out.shape[-1])
 
 
-def refusal(site: Site, rank: int, name: str, *, both: bool = True) -> str:
+def unsupported_reason(site: Site, rank: int, name: str, *, both: bool = True) -> str:
     """Why matrices of a rank do not fill a site's in (and out) axes, with the nearest that do; empty where they do."""
     sizes = dict(zip(("in", "out"), _axes.counts(site), strict=True))
     for side, size in sizes.items() if both else [("in", sizes["in"])]:
