@@ -22,8 +22,8 @@ import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 
-from tests import peft_exports
-from tests.peft_models import KV, MODELS, D, E, F, H, L, T, V
+from tests.support import peft_exports
+from tests.support.peft_models import KV, MODELS, D, E, F, H, L, T, V
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 SIZES: dict[str, Any] = {

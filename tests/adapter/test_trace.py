@@ -1,0 +1,112 @@
+"""What `trace` and `explain` say, and how they show it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from tests.support import toy_model
+
+
+def test_sites_say_all_of_a_weight():
+    sites = toy_model.sites()
+    assert list(sites) == ["embed", "layers/bias", "layers/down", "layers/up", "mix/bias", "mix/kernel"]
+    up = sites["layers/up"]
+    assert up.shape == (3, 8, 12)
+    assert up.dtype == jnp.float32
+    assert up.roles == ("stack", "in", "out")
+    assert [use.primitive for use in up.uses] == ["dot_general"]
+    assert up.flops == 3 * 2 * 10 * 8 * 12
+    assert sites["embed"].is_lookup
+    assert sites["embed"].is_product
+    assert [use.primitive for use in sites["embed"].uses] == ["gather", "dot_general"]
+    assert sites["mix/bias"].unsupported_reason == "no product, convolution or lookup uses it (only add)"
+    assert sites.flops == sum(site.flops for site in sites.values())
+
+
+def test_the_table_is_for_people():
+    text = str(toy_model.sites())
+    lines = text.splitlines()
+    assert lines[0].split() == ["path", "shape", "dtype", "axes", "consumed", "by", "FLOPs", "adaptable"]
+    row = next(line for line in lines if line.startswith("layers/up"))
+    for word in ("3x8x12", "float32", "stack 3, in 8, out 12", "dot_general", "yes"):
+        assert word in row
+    shares = [float(word[:-1]) for line in lines for word in line.split() if word.endswith("%")]
+    assert abs(sum(shares) - 100) < 0.5
+    assert "6 parameters, 760 numbers; 4 can be adapted" in lines[-1]
+    assert repr(toy_model.sites()) == text
+
+
+def test_explain_counts_what_the_adapter_adds():
+    params, adapter = toy_model.params(), toy_model.adapter()
+    explained = jlora.explain(toy_model.model, params, adapter, toy_model.tokens())
+    assert explained.dense == ()
+    up = next(use for use in explained.uses if use.path == "layers/up")
+    assert up.added == 3 * 2 * 10 * 2 * (8 + 12)
+    assert "toy_model.py" in up.where
+    assert "0 dense" in str(explained).splitlines()[-1]
+
+
+def test_a_weight_that_is_handed_out_is_formed_there_alone():
+    params = {"w": jnp.ones((4, 3))}
+
+    def f(p, x):
+        return x @ p["w"], p["w"].T
+
+    x = jnp.ones((2, 4))
+    sites = jlora.trace(f, params, x)
+    assert [use.primitive for use in sites["w"].uses] == ["dot_general", "output"]
+    adapter = toy_model.nonzero(jlora.init(jax.random.key(0), sites, jlora.LoRA(rank=1, dropout=0.5)))
+    explained = jlora.explain(f, params, adapter, x)
+    assert [(use.primitive, use.bytes) for use in explained.dense] == [("output", 4 * 3 * 4)]
+    with pytest.warns(jlora.DenseWarning, match="w: the program's output"):
+        y, w = jlora.adapt(f)(params, jlora.with_dropout(adapter, jax.random.key(1)), x)
+    np.testing.assert_array_equal(w.T, jlora.merge(params, adapter)["w"])
+    assert not np.allclose(y, x @ w.T)  # the product alone drops its input
+    with pytest.raises(jlora.DenseError, match="w: the program's output"):
+        jlora.adapt(f, on_dense="error")(params, adapter, x)
+
+
+def test_abstract_parameters_give_the_same_sites():
+    shapes = jax.eval_shape(toy_model.params)
+    sites = jlora.trace(toy_model.model, shapes, jax.ShapeDtypeStruct((2, 5), jnp.int32))
+    assert str(sites) == str(toy_model.sites())
+
+
+def test_a_branch_and_a_loop_count_as_often_as_they_run():
+    params = {"w": jnp.ones((4, 4))}
+
+    def f(p, x):
+        x = jax.lax.fori_loop(0, 5, lambda _, x: x @ p["w"], x)
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ p["w"], lambda: x)
+
+    sites = jlora.trace(f, params, jnp.ones((2, 4)))
+    assert sites["w"].flops == 6 * 2 * 2 * 4 * 4 == sites.flops
+
+
+def test_shardings_are_kept():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    w = jax.device_put(np.ones((8, 4), np.float32), sharding)
+    sites = jlora.trace(lambda p, x: x @ p["w"], {"w": w}, jnp.ones((2, 8)))
+    assert sites["w"].sharding == sharding
+
+
+def test_arguments_that_are_no_arrays_pass_through():
+    params = {"w": jnp.ones((4, 4))}
+
+    def f(p, x, n, *, train, name=None, options=()):
+        assert isinstance(n, int)
+        assert train is True
+        y = x
+        for _ in range(n):
+            y = y @ p["w"]
+        return {"y": y, "name": name, "options": options, "n": n}
+
+    adapter = toy_model.nonzero(
+        jlora.init(jax.random.key(0), jlora.trace(f, params, jnp.ones((2, 4)), 2, train=True), {"w": jlora.LoRA(2)})
+    )
+    out = jlora.adapt(f)(params, adapter, jnp.ones((2, 4)), 2, train=True, name="left", options=("a", 1))
+    assert (out["name"], out["options"], out["n"]) == ("left", ("a", 1), 2)
+    assert jlora.adapt(f).__name__ == "f"

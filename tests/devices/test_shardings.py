@@ -1,0 +1,200 @@
+"""Adapters on meshes: where their arrays lie, and checkpoints that go from one mesh to another."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jlora
+from jlora.io.checkpoint import checksums as _pieces
+from tests.support import processes, toy_model
+from tests.support.checkpoints import same
+from tests.support.methods import METHODS, fitting
+
+SHAPES = {"4x2": (4, 2), "2x4": (2, 4), "8x1": (8, 1)}
+SPECS = {
+    "embed": PartitionSpec(None, "y"),
+    "layers/up": PartitionSpec(None, "x", "y"),
+    "layers/down": PartitionSpec("x"),
+    "mix/kernel": PartitionSpec(("x", "y"), None),
+}
+
+
+def model(p, x):
+    """A stacked kernel that is scanned, and a matrix: sizes that eight devices divide."""
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w["up"]) @ w["down"], None), x @ p["mix"]["kernel"], p["layers"])
+    return x @ p["embed"].T
+
+
+def params():
+    rng = np.random.default_rng(0)
+    sizes = {"layers/up": (8, 16, 24), "layers/down": (8, 24, 16), "mix/kernel": (16, 16), "embed": (5, 16)}
+    flat = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in sizes.items()}
+    return {
+        "embed": flat["embed"],
+        "layers": {"up": flat["layers/up"], "down": flat["layers/down"]},
+        "mix": {"kernel": flat["mix/kernel"]},
+    }
+
+
+def on_mesh(tree, name):
+    mesh = jax.make_mesh(SHAPES[name], ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def put(keys, leaf):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        return jax.device_put(leaf, NamedSharding(mesh, SPECS[path]))
+
+    return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def adapter(method=None):
+    sites = jlora.trace(model, params(), jnp.ones((3, 16)))
+    return toy_model.nonzero(jlora.init(jax.random.key(0), sites, method or jlora.DoRA(rank=2)))
+
+
+def test_factors_follow_their_weight():
+    on = on_mesh(params(), "4x2")
+    found = jlora.shardings(adapter(), on)
+    spec = {path: {name: s.spec for name, s in update.factors.items()} for path, update in found.items()}
+    assert spec["layers/up"]["a"] == PartitionSpec(None, "x", None)
+    assert spec["layers/up"]["b"] == PartitionSpec(None, None, "y")
+    assert spec["layers/up"]["m"] == PartitionSpec(None, "y")
+    assert spec["layers/down"]["a"] == PartitionSpec("x", None, None)
+    assert spec["layers/down"]["b"] == PartitionSpec("x", None, None)
+    assert spec["mix/kernel"]["a"] == PartitionSpec(("x", "y"), None)
+    assert spec["mix/kernel"]["b"] == PartitionSpec(None, None)
+    assert spec["embed"]["a"] == PartitionSpec("y", None)  # the head contracts the embedding's width
+    assert jax.tree.structure(found) == jax.tree.structure(adapter())
+
+
+def test_weights_on_one_device_or_nowhere():
+    device = jax.devices()[3]
+    there = jax.device_put(params(), device)
+    assert {s.device_set == {device} for s in jax.tree.leaves(jlora.shardings(adapter(), there))} == {True}
+    assert jax.tree.leaves(jlora.shardings(adapter(), jax.tree.map(np.asarray, params())))
+    with pytest.raises(ValueError, match="no such parameter"):
+        jlora.shardings(adapter(), {"embed": there["embed"]})
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_is_divided_where_it_can_be(name):
+    """What is as long as a divided axis of the weight, and along it, is divided alike; nothing is divided unevenly."""
+    sites = jlora.trace(model, params(), jnp.ones((3, 16)))
+    targets = {path: fitting(name, site) for path, site in sites.items()}
+    made = jax.eval_shape(lambda p: jlora.init(jax.random.key(0), sites, targets, params=p), params())
+    found = jlora.shardings(made, on_mesh(params(), "4x2"))
+    for array, sharding in zip(jax.tree.leaves(made), jax.tree.leaves(found), strict=True):
+        sharding.shard_shape(array.shape)
+    if name == "full":
+        assert found["layers/up"].factors["d"].spec == SPECS["layers/up"]
+    if name == "vera":
+        assert found["layers/up"].factors["b"].spec == PartitionSpec(None, "y")
+        assert found["layers/up"].factors["d"].spec == PartitionSpec(None, None)
+
+
+def test_adapted_programs_keep_the_shardings():
+    """A step on placed factors computes what it does on one device."""
+    made = adapter(jlora.LoRA(rank=2))
+    apply = jax.jit(jlora.adapt(model))
+    expected = apply(params(), made, jnp.ones((3, 16)))
+    on = on_mesh(params(), "4x2")
+    found = apply(on, jax.device_put(made, jlora.shardings(made, on)), jnp.ones((3, 16)))
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected).max()))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    on = on_mesh(params(), "4x2")
+    placed = jax.device_put(adapter(), jlora.shardings(adapter(), on))
+    folder = tmp_path_factory.mktemp("sharded") / "a"
+    jlora.save(folder, placed, params=on)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["4x2", "2x4", "8x1"])
+def test_from_one_mesh_to_another(saved, name):
+    on = on_mesh(params(), name)
+    loaded = jlora.load(saved, params=on)
+    same(jax.device_get(loaded), jax.device_get(adapter()))
+    for found, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(jlora.shardings(loaded, on)), strict=True):
+        assert found.sharding.is_equivalent_to(expected, found.ndim)
+        assert found.committed
+
+
+def test_from_a_mesh_to_one_device(saved):
+    loaded = jlora.load(saved, params=params())
+    same(loaded, adapter())
+    assert {a.committed for a in jax.tree.leaves(loaded)} == {False}
+    there = jlora.load(saved, params=jax.device_put(params(), jax.devices()[5]))
+    assert {a.device for a in jax.tree.leaves(there)} == {jax.devices()[5]}
+    same(jlora.load(saved), adapter())
+
+
+def test_abstract_parameters_say_where(saved):
+    on = on_mesh(params(), "2x4")
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), on)
+    loaded = jlora.load(saved, params=abstract)
+    assert loaded["layers/up"].factors["a"].sharding.spec == PartitionSpec(None, "x", None)
+
+
+def test_from_one_device_to_a_mesh(tmp_path):
+    """Pieces that the targets cut are read, checked and divided."""
+    jlora.save(tmp_path / "a", adapter())
+    on = on_mesh(params(), "2x4")
+    same(jax.device_get(jlora.load(tmp_path / "a", params=on)), jax.device_get(adapter()))
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (5, 6), (3, 4, 5), (0, 3)])
+@pytest.mark.parametrize("limit", [1, 40, 4 << 20])
+def test_pieces_tile_an_array(shape, limit, monkeypatch):
+    monkeypatch.setattr(_pieces, "_BYTES", limit)
+    shard = tuple(-(-n // 2) for n in shape)
+    seen = np.zeros(shape, int)
+    for box in _pieces.grid(shape, shard, _pieces.piece_shape(shard, 4)):
+        seen[(*box, ...)] += 1
+        assert seen[(*box, ...)].size * 4 <= max(limit, 4)
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("size", [1, 100, 4072, 10_000, 100_003])
+def test_a_sum_changes_with_every_bit(size):
+    data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    before = _pieces.checksum(data)
+    for at in {0, size // 3, size // 2, size - 1}:
+        for bit in range(8):
+            altered = data.copy()
+            altered[at] ^= 1 << bit
+            assert _pieces.checksum(altered) != before
+    if size > 8192:  # blocks of a disk in each other's place
+        moved = np.concatenate([data[4096:8192], data[:4096], data[8192:]])
+        assert _pieces.checksum(moved) != before
+
+
+def test_many_pieces_and_shards(tmp_path, monkeypatch):
+    """Arrays of many pieces, compressed ones too, go from mesh to mesh; any byte that changes is told."""
+    monkeypatch.setattr(_pieces, "_BYTES", 64)
+    on = on_mesh(params(), "4x2")
+    placed = jax.device_put(adapter(), jlora.shardings(adapter(), on))
+    jlora.save(tmp_path / "raw", placed, params=on)
+    other = on_mesh(params(), "2x4")
+    same(jax.device_get(jlora.load(tmp_path / "raw", params=other)), jax.device_get(adapter()))
+
+
+def test_two_processes_read_their_own_shards(tmp_path):
+    """Each writes and reads what its devices hold, and no array is whole anywhere."""
+    command = [sys.executable, "-m", processes.__name__, str(tmp_path / "a"), str(processes.free_port())]
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    options = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([*command, str(rank)], **options) for rank in range(2)]
+    ended = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ended
+    read = [json.loads(out.splitlines()[-1]) for out, _ in ended]
+    both = [["w:factors:b", [[0, 2], [0, 12]]], ["w:factors:b", [[0, 2], [12, 24]]]]
+    assert read[0] == [["w:factors:a", [[0, 4], [0, 2]]], ["w:factors:a", [[4, 8], [0, 2]]], *both]
+    assert read[1] == [["w:factors:a", [[8, 12], [0, 2]]], ["w:factors:a", [[12, 16], [0, 2]]], *both]

@@ -1,0 +1,63 @@
+"""The encoder of the examples against embeddings that torch operations made: see `golden/minilm.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import assets
+import minilm
+import reviews
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "minilm.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return assets.minilm()
+
+
+@pytest.fixture(scope="module")
+def embeddings(folder: Path) -> np.ndarray:
+    model, variables = minilm.load(folder)
+    ids, mask = reviews.encode(folder / "tokenizer.json", GOLDEN["sentences"], GOLDEN["length"])
+    return np.asarray(jax.jit(model.apply)(variables, ids, mask))
+
+
+def test_tokens_are_those_of_the_golden_file(folder: Path) -> None:
+    ids, mask = reviews.encode(folder / "tokenizer.json", GOLDEN["sentences"], GOLDEN["length"])
+    for row, real, expected in zip(ids, mask, GOLDEN["ids"], strict=True):
+        assert row[: real.sum()].tolist() == expected
+        assert not row[real.sum() :].any()
+    assert mask.sum(axis=1).max() == GOLDEN["length"], "no sentence is cut: the cut is not tested"
+
+
+def test_embeddings_agree_with_torch(embeddings: np.ndarray) -> None:
+    # The golden sentences were embedded one at a time: agreement says that padding changes nothing, too.
+    expected = np.array(GOLDEN["embeddings"])
+    assert embeddings.shape == expected.shape == (len(GOLDEN["sentences"]), 384)
+    np.testing.assert_allclose(embeddings, expected, rtol=0, atol=1e-5)
+
+
+def test_a_paraphrase_is_near_and_an_unrelated_sentence_is_not(embeddings: np.ndarray) -> None:
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    assert unit[0] @ unit[1] == pytest.approx(0.755, abs=1e-3)
+    assert unit[0] @ unit[2] == pytest.approx(0.0, abs=1e-2)
+    assert unit[0] @ unit[1] == pytest.approx(GOLDEN["cosines"]["paraphrase"], abs=1e-5)
+    assert unit[0] @ unit[2] == pytest.approx(GOLDEN["cosines"]["unrelated"], abs=1e-5)
+
+
+def test_variables_are_what_the_model_would_initialise(folder: Path) -> None:
+    model, variables = minilm.load(folder)
+    tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    expected = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)
+    assert jax.tree.structure(variables) == jax.tree.structure(expected)
+    described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), variables)
+    assert described == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), expected)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == 22_565_376

@@ -1,0 +1,118 @@
+"""Adapters of PEFT in jlora and of jlora in PEFT: the outputs that `golden/exchange.py` recorded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from tests.support import peft_exports
+from tests.support.peft_files import BOUND, FILES, content, error, golden, program, unpack
+from tests.support.peft_models import MODELS
+
+LIBRARIES = ("torch", "transformers", "peft")
+FORMS = ("llama decoder", "llama decoder_dora", "llama head")  # those that are read into every form of Llama
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_models_are_those_of_torch(model):
+    params, _, run = program(model)
+    assert error(run(params), golden()["input"][MODELS[model].torch]["y"]) <= BOUND
+
+
+def imports() -> list[tuple[str, str]]:
+    """Every adapter of PEFT for its model, and some for the scanned and fused forms of Llama."""
+    return [
+        (name, model)
+        for name in golden()["adapter"]
+        for model in MODELS
+        if MODELS[model].torch == name.split()[0] and (model in (name.split()[0], "mixtral_scanned") or name in FORMS)
+    ]
+
+
+@pytest.mark.parametrize(("name", "model"), imports())
+def test_from_peft(name, model, tmp_path):
+    """What PEFT wrote computes the same here; and saving what was read, and reading that, changes no byte."""
+    files = golden()["adapter"][name]
+    params, sites, run = program(model)
+    folder = unpack(files, tmp_path / "given")
+    adapter = jlora.peft.load(folder, sites, MODELS[model].names, params=params)
+    assert error(run(jlora.merge(params, adapter)), files["y"]) <= BOUND
+    jlora.peft.save(tmp_path / "one", adapter, MODELS[model].names, params=params)
+    again = jlora.peft.load(tmp_path / "one", sites, MODELS[model].names, params=params)
+    jlora.peft.save(tmp_path / "two", again, MODELS[model].names, params=params)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    if name.split()[1] not in REWRITTEN and model != "llama_fused":
+        assert jax.tree.structure(adapter) == jax.tree.structure(again)
+        assert content(tmp_path / "one")[FILES[1]] == files[FILES[1]].tobytes()
+
+
+# Those that are not written as they were read: VeRA with torch's matrices becomes LoRA, a base embedding is left
+# out, and experts get one rank.
+REWRITTEN = ("vera", "with_base", "tied", "experts")
+
+
+@pytest.mark.parametrize("name", peft_exports.EXPORTS)
+def test_to_peft(name, tmp_path):
+    """What jlora writes is what PEFT loaded without a warning, and computes what PEFT computed with it.
+
+    Reading it and writing that changes no byte.
+    """
+    want, model = golden()["export"][name], peft_exports.EXPORTS[name].model
+    params, sites, run = program(model)
+    adapter = peft_exports.adapter(name, sites)
+    assert error(run(jlora.merge(params, adapter)), want["y"]) <= BOUND
+    peft_exports.save(name, tmp_path / "a", params, sites)
+    got = content(tmp_path / "a")
+    assert got == {file: want[file].tobytes() for file in FILES}
+    again = jlora.peft.load(tmp_path / "a", sites, MODELS[model].names, params=params)
+    jlora.peft.save(tmp_path / "b", again, MODELS[model].names, params=params)
+    assert content(tmp_path / "b") == got
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("bert dora", "bert"), ("llama decoder", "llama_fused"), ("mixtral experts", "mixtral_scanned")],
+)
+def test_without_merging(name, model, tmp_path):
+    """An adapter of PEFT computes the same where it stays beside the weights."""
+    params, sites, _ = program(model)
+    given = golden()["adapter"][name]
+    adapter = jlora.peft.load(unpack(given, tmp_path / "a"), sites, MODELS[model].names, params=params)
+    x = jnp.asarray(golden()["input"][MODELS[model].torch]["x"])
+    y = jax.jit(jlora.adapt(MODELS[model].apply, on_dense="error"))(params, adapter, x)
+    assert error(y, given["y"]) <= BOUND
+
+
+if all(importlib.util.find_spec(library) for library in LIBRARIES):
+
+    def test_live():
+        """The golden file holds what its script makes."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from tests.golden import exchange
+        made = exchange.records()
+        flat = {
+            f"{s}/{n}/{k}": a for s, names in golden().items() for n, arrays in names.items() for k, a in arrays.items()
+        }
+        assert set(made) == set(flat)
+        for key, want in flat.items():
+            if key.endswith(FILES[0]):
+                assert settled(made[key]) == settled(want), key
+            elif key.endswith(FILES[1]):
+                assert made[key].tobytes() == want.tobytes(), key
+            else:
+                assert error(made[key], want) <= BOUND, key
+
+
+def settled(config: np.ndarray) -> dict[str, Any]:
+    """A configuration with its lists in order: PEFT writes some of them from sets."""
+    fields = json.loads(config.tobytes())
+    return {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in fields.items()}

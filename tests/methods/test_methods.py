@@ -1,0 +1,248 @@
+"""What every method owes: the base at its start, a gradient there, a place on disk, and the same on eight devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jlora
+from tests.support import toy_model
+from tests.support.methods import METHODS, fitting, shapes_of_adapter
+from tests.support.weight_uses import KINDS
+
+KEY = jax.random.key(0)
+PATHS = ("embed", "layers/down", "layers/up", "mix/kernel")
+NAMES = sorted(METHODS)
+
+# One method of every nature; the others by night.
+NATURES = {"lora", "additive", "delora", "dora", "full", "hadamard_sigmoid", "hra", "ia3_in", "lokr_both", "oft"}
+BY_NIGHT = [pytest.param(name, marks=[] if name in NATURES else [pytest.mark.nightly]) for name in NAMES]
+
+
+def targets_of(name: str, **changes: object) -> dict[str, jlora.Method]:
+    sites = toy_model.sites()
+    return {path: dataclasses.replace(fitting(name, sites[path]), **changes) for path in PATHS}
+
+
+def adapter_of(name: str, **changes: object) -> dict:
+    """A new adapter, made in one compiled call."""
+    return jax.jit(lambda params: jlora.init(KEY, toy_model.sites(), targets_of(name, **changes), params=params))(
+        toy_model.params()
+    )
+
+
+@jax.jit
+def run(params: dict, adapter: dict) -> jax.Array:
+    return jlora.adapt(toy_model.model, on_dense="allow")(params, adapter, toy_model.tokens())
+
+
+@jax.jit
+def derivative(params: dict, adapter: dict) -> tuple[jax.Array, dict]:
+    """The output, and the gradient of a sum of it."""
+    y, pull = jax.vjp(lambda adapter: run(params, adapter), adapter)
+    (gradient,) = pull(jnp.cos(jnp.arange(float(y.size))).reshape(y.shape))
+    return y, gradient
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_start_is_the_base_and_can_be_left(name):
+    params, adapter = toy_model.params(), adapter_of(name)
+    base = toy_model.model(params, toy_model.tokens())
+    y, gradient = derivative(params, adapter)
+    np.testing.assert_allclose(y, base, atol=3e-6 * float(jnp.abs(base).max()))
+    for path, update in gradient.items():
+        assert any(float(jnp.abs(g).max()) > 1e-7 for g in update.factors.values()), path
+        assert all(not g.any() for g in jax.tree.leaves(update.frozen)), path
+
+
+@pytest.mark.parametrize("name", BY_NIGHT)
+def test_an_offset_starts_anywhere(name):
+    if fitting(name, toy_model.sites()["mix/kernel"]).is_multiplicative:
+        with pytest.raises(ValueError, match="leave out offset"):
+            adapter_of(name, offset=True)
+        return
+    params = toy_model.params()
+    adapter = adapter_of(name, offset=True)
+    moved = {
+        path: dataclasses.replace(
+            update,
+            factors=toy_model.nonzero(update.factors),
+            frozen=update.frozen | {f"{k}_at_start": v for k, v in toy_model.nonzero(update.factors).items()},
+        )
+        for path, update in adapter.items()
+    }
+    base = toy_model.model(params, toy_model.tokens())
+    np.testing.assert_allclose(run(params, moved), base, atol=2e-4 * float(jnp.abs(base).max()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_survives_the_disk(name, tmp_path):
+    params, adapter = toy_model.params(), toy_model.nonzero(adapter_of(name))
+    jlora.save(tmp_path / "adapter", adapter)
+    again = jlora.load(tmp_path / "adapter")
+    assert jax.tree.structure(again) == jax.tree.structure(adapter)
+    np.testing.assert_array_equal(run(params, again), run(params, adapter))
+
+
+@pytest.mark.parametrize("name", BY_NIGHT)
+def test_it_comes_out_again_unless_it_reads_the_base(name):
+    params, adapter = toy_model.params(), toy_model.nonzero(adapter_of(name))
+    merged = jlora.merge(params, adapter)
+    if any(update.method.depends_on_weight for update in adapter.values()):
+        with pytest.raises(ValueError, match="Keep the base parameters"):
+            jlora.unmerge(merged, adapter)
+        return
+    again = jlora.unmerge(merged, adapter)
+    scale = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(merged))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * scale, rtol=1e-3), again, params)
+
+
+@pytest.mark.parametrize("name", BY_NIGHT)
+def test_eight_devices_compute_the_same(name):
+    params, adapter = toy_model.params(), toy_model.nonzero(adapter_of(name))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = {
+        "embed": PartitionSpec(None, "model"),
+        "layers": {"up": PartitionSpec(None, "data", "model"), "down": PartitionSpec(None, "model"), "bias": None},
+        "mix": {"kernel": PartitionSpec("data"), "bias": PartitionSpec("model")},
+    }
+    cut = jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s or PartitionSpec())), params, specs)
+    whole = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec())), adapter)
+    (want, right), (got, left) = derivative(params, adapter), derivative(cut, whole)
+    np.testing.assert_allclose(got, want, atol=2e-5 * float(jnp.abs(want).max()))
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(right))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), left, right)
+
+
+@pytest.mark.parametrize("second", BY_NIGHT)
+@pytest.mark.parametrize("first", ["ia3", "lokr"])
+def test_two_adapters_apply_in_order(first, second):
+    params = toy_model.params()
+    both = [toy_model.nonzero(adapter_of(first), 1), toy_model.nonzero(adapter_of(second), 2)]
+    merged = jlora.merge(jlora.merge(params, both[0]), both[1])
+    want = toy_model.model(merged, toy_model.tokens())
+    np.testing.assert_allclose(run(params, both), want, atol=3e-5 * float(jnp.abs(want).max()))
+    together = toy_model.model(jlora.merge(params, both), toy_model.tokens())
+    np.testing.assert_allclose(together, want, atol=3e-5 * float(jnp.abs(want).max()))
+
+
+def test_sixty_adapters_are_one_product():
+    params = toy_model.params()
+    many = [toy_model.nonzero(adapter_of("lora"), seed) for seed in range(60)]
+    want = toy_model.model(jlora.merge(params, many), toy_model.tokens())
+    np.testing.assert_allclose(run(params, many), want, atol=3e-5 * float(jnp.abs(want).max()))
+    programs = [str(jax.make_jaxpr(run)(params, adapters)) for adapters in (many[:1], many)]
+    assert len({(text.count("dot_general"), text.count("jlora_product")) for text in programs}) == 1
+
+
+# Of the kinds of weight, those that a method with networks or gains forms after all, and says so.
+FORMED = {
+    "lora_groups": {"ragged_experts", "conv_grouped", "axes_split", "concatenated", "stacked", "interpolated"},
+    "dora": {"padded_and_rolled", "interpolated", "added_to_a_frozen_kernel"},
+    "ia3": {"padded_and_rolled", "interpolated", "added_to_a_frozen_kernel"},
+    "ia3_in": {
+        "padded_and_rolled",
+        "interpolated",
+        "added_to_a_frozen_kernel",
+        "axes_regrouped",
+        "concatenated",
+        "stacked",
+    },
+    "lokr": {
+        *("ragged_experts", "conv_depthwise_wide", "axes_split", "axes_regrouped", "sliced", "padded_and_rolled"),
+        *("concatenated", "stacked", "interpolated", "conv_of_composite_channels"),
+    },
+}
+FACTORED = {
+    "additive",
+    "miss",
+    "locon",
+    "lora",
+    "lora_offset",
+    "lora_fa",
+    "adalora",
+    "delora",
+    "hra",
+    "lora_xs",
+    "vera",
+}
+
+
+@pytest.mark.parametrize("name", sorted(FACTORED | set(FORMED)))
+def test_what_is_formed(name):
+    formed = set()
+    for kind in KINDS:
+        params, x = kind.values(np.random.default_rng(0))
+        adapter = shapes_of_adapter(kind, kind.use, params, x, name)
+        if jlora.explain(kind.use, params, adapter, x).dense:
+            formed.add(kind.name)
+    assert formed == FORMED.get(name, set())
+
+
+@pytest.mark.parametrize(("rank", "k", "m", "n"), [(4, 2, 24, 36), (8, 2, 48, 48), (6, 2, 12, 15)])
+def test_a_product_of_additive_terms_in_all_its_forms(rank, k, m, n):
+    """One product of low rank, networks with repeated blocks, and dense: each is the formula."""
+    rng = np.random.default_rng(0)
+    part = rank // k
+    shapes = {f"a{j}": (m, part) for j in range(k)} | {f"b{j}": (part, n) for j in range(k)}
+    factors = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    w, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((m, n), (3, m)))
+    terms = [np.tile(factors[f"a{j}"], n // part) + np.tile(factors[f"b{j}"], (m // part, 1)) for j in range(k)]
+    want = x @ (w + 3 / rank * np.prod(terms, axis=0))
+    update = jlora.init(KEY, jlora.trace(lambda w, x: x @ w, w, x), {"": jlora.Hadamard(rank, k, "additive", 3.0)})[""]
+    adapter = {"": dataclasses.replace(update, factors=factors)}
+    got = jlora.adapt(lambda w, x: x @ w, on_dense="allow")(w, adapter, x)
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    np.testing.assert_allclose(x @ jlora.merge(w, adapter), want, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_reshaped_convolution_is_factored_where_that_is_cheaper():
+    def program(w, x):
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    w, x = jax.ShapeDtypeStruct((3, 3, 64, 64), jnp.float32), jax.ShapeDtypeStruct((1, 8, 8, 64), jnp.float32)
+    for rank, dense in ((4, 0), (8, 1)):
+        adapter = jlora.init(KEY, jlora.trace(program, w, x), jlora.ConvLoRA(rank))
+        assert len(jlora.explain(program, w, adapter, x).dense) == dense
+
+
+def test_lora_xs_moves_between_the_leading_singular_vectors():
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(9, 7)).astype(np.float32)
+    sites = jlora.trace(lambda w, x: x @ w, w, w.T)
+    update = jlora.init(KEY, sites, {"": jlora.LoRAXS(3, alpha=6.0)}, params=w)[""]
+    r = rng.normal(size=(3, 3)).astype(np.float32)
+    u, s, vt = np.linalg.svd(w, full_matrices=False)
+    sign = np.sign(np.diag(u[:, :3].T @ update.frozen["a"]))
+    want = w + 2 * (u[:, :3] * s[:3] * sign) @ r @ (sign[:, None] * vt[:3])
+    got = jlora.merge(w, {"": dataclasses.replace(update, factors={"r": r})})
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(("groups", "window"), [(1, (3,)), (1, (2, 2)), (2, (2, 2)), (3, (2, 2, 2)), (1, (3, 1))])
+def test_a_convolution_the_original_librarys_way(groups, window):
+    """The product, read in the order (out, in / groups, *window), against the same in NumPy."""
+    n_in, n_out, last = 3, 12, window[-1]
+    rng = np.random.default_rng(0)
+    layout = ("NCHWD"[: len(window) + 2], "HWD"[: len(window)] + "IO", "NCHWD"[: len(window) + 2])
+    w = rng.normal(size=(*window, n_in, n_out)).astype(np.float32)
+    x = rng.normal(size=(2, n_in * groups, *[5] * len(window))).astype(np.float32)
+
+    def program(w, x):
+        return jax.lax.conv_general_dilated(
+            x, w, [1] * len(window), "SAME", dimension_numbers=layout, feature_group_count=groups
+        )
+
+    update = jlora.init(KEY, jlora.trace(program, w, x), {"": jlora.ConvLoRA(2, 6.0, groups)})[""]
+    assert update.factors["a"].shape == (n_in * groups * last, 2 * last)
+    assert update.factors["b"].shape == (2 * last, n_out * np.prod(window[:-1], dtype=int) // groups)
+    factors = {name: rng.normal(size=f.shape).astype(np.float32) for name, f in update.factors.items()}
+    kernel = (factors["b"].T @ factors["a"].T).reshape(n_out, n_in, *window)
+    want = w + 3 * np.moveaxis(kernel, (0, 1), (-1, -2))
+    adapter = {"": dataclasses.replace(update, factors=factors)}
+    np.testing.assert_allclose(jlora.merge(w, adapter), want, atol=1e-5 * np.abs(want).max())
+    y = program(want, x)
+    np.testing.assert_allclose(jlora.adapt(program, on_dense="allow")(w, adapter, x), y, atol=1e-5 * np.abs(y).max())

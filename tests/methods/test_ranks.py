@@ -1,0 +1,145 @@
+"""Ranks: what the methods reach, what is left of them, and how AdaLoRA's budget shares them out."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jlora
+from tests.support import toy_model
+
+KEY = jax.random.key(0)
+
+
+def update_of(method: jlora.Method, m: int, n: int, seed: int = 0) -> np.ndarray:
+    """The update of one `(m, n)` kernel, with Gaussian factors."""
+    with jax.enable_x64(True):
+        params = {"w": jnp.zeros((m, n), jnp.float64)}
+        sites = jlora.trace(lambda p, x: x @ p["w"], params, jnp.zeros((1, m), jnp.float64))
+        adapter = jlora.init(KEY, sites, {"w": method}, params=params, dtype=jnp.float64)
+        rng = np.random.default_rng(seed)
+        adapter = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), adapter)
+        return np.asarray(jlora.merge(params, adapter)["w"])
+
+
+def expanded(m: int, n: int, part: int, k: int) -> int:
+    """Of a product of k additive terms, each of width `part`."""
+    return min(m, n, 2 * part + (2**k - 2) * part**2)
+
+
+@pytest.mark.parametrize(
+    ("method", "m", "n", "rank"),
+    [
+        (jlora.LoRA(5), 40, 60, 5),
+        (jlora.LoRA(5, 3.0, rank_stabilized=True), 40, 60, 5),
+        (jlora.Additive(5), 40, 60, 10),
+        (jlora.Hadamard(6, 2), 40, 60, 9),
+        (jlora.Hadamard(9, 3), 40, 60, 27),
+        (jlora.Hadamard(16, 2), 40, 60, 40),
+        (jlora.Hadamard(16, 4), 768, 1024, 256),
+        (jlora.Hadamard(4, 2, "additive"), 40, 60, expanded(40, 60, 2, 2)),
+        (jlora.Hadamard(8, 2, "additive"), 80, 120, expanded(80, 120, 4, 2)),
+        (jlora.Hadamard(6, 3, "additive"), 80, 120, expanded(80, 120, 2, 3)),
+        (jlora.Hadamard(3, 1, "tanh"), 100, 100, 100),
+        (jlora.Hadamard(3, 1, "sigmoid"), 100, 100, 100),
+        (jlora.LoHa(3), 40, 60, 9),
+        (jlora.MiSS(5), 40, 60, 5),
+        (jlora.VeRA(7), 40, 60, 7),
+        (jlora.AdaLoRA(5), 40, 60, 5),
+        (jlora.RandLoRA(8), 40, 60, 40),
+    ],
+    ids=str,
+)
+def test_the_rank_of_an_update(method, m, n, rank):
+    assert np.linalg.matrix_rank(update_of(method, m, n)) == rank
+
+
+@pytest.mark.nightly
+def test_the_rank_of_a_product_of_eleven_additive_terms():
+    assert np.linalg.matrix_rank(update_of(jlora.Hadamard(11, 11, "additive"), 2048, 2048)) == 2048
+
+
+def test_a_truncation_keeps_the_leading_ranks_at_the_same_scale():
+    adapter = toy_model.adapter(jlora.LoRA(4, 3.0, rank_stabilized=True))
+    cut = jlora.truncate(adapter, 2)
+    for path, update in adapter.items():
+        ranks = (jnp.arange(4) < 2).astype(jnp.float32)
+        masked = dataclasses.replace(update, factors={**update.factors, "a": update.factors["a"] @ jnp.diag(ranks)})
+        want = jlora.merge(toy_model.params(), {path: masked})
+        got = jlora.merge(toy_model.params(), {path: cut[path]})
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), got, want)
+        assert cut[path].method.rank == 2
+    assert jlora.truncate(adapter, 9)["mix/kernel"].factors["a"].shape == (8, 4)
+    with pytest.raises(ValueError, match="rank is a whole number from 1 on, not 0"):
+        jlora.truncate(adapter, 0)
+    with pytest.raises(ValueError, match="holds Full"):
+        jlora.truncate(toy_model.adapter(jlora.Full()), 1)
+
+
+def test_a_rank_is_drawn_for_every_step():
+    params, x = toy_model.params(), toy_model.tokens()
+    adapter = toy_model.adapter(jlora.LoRA(4, 3.0))
+    cuts = [jlora.adapt(toy_model.model)(params, jlora.truncate(adapter, b), x) for b in (1, 2, 3, 4)]
+
+    @jax.jit
+    def f(adapter, key):
+        return jlora.adapt(toy_model.model)(params, jlora.with_rank(adapter, key), x)
+
+    seen = set()
+    for k in range(24):
+        y = f(adapter, jax.random.key(k))
+        gaps = [float(jnp.abs(y - cut).max()) for cut in cuts]
+        assert min(gaps) < 1e-5
+        seen.add(gaps.index(min(gaps)))
+    assert seen == {0, 1, 2, 3}
+    grads = jax.grad(lambda a: toy_model.loss(f(a, jax.random.key(3))))(adapter)
+    assert not any(jnp.isnan(g).any() for g in jax.tree.leaves(grads))
+    with pytest.raises(ValueError, match="has none"):
+        jlora.with_rank(toy_model.adapter(jlora.Full()), KEY)
+
+
+def test_adalora_ends_with_the_target_rank_where_it_matters():
+    params = {"plain": jnp.zeros((12, 12)), "busy": jnp.zeros((3, 12, 12))}
+    x = jax.random.normal(KEY, (3, 64, 12))
+    goal = jax.random.normal(jax.random.key(1), (3, 12, 12))
+
+    def f(p, x):
+        return x @ p["plain"], jnp.einsum("lbi,lio->lbo", x, p["busy"])
+
+    adapter = jlora.init(KEY, jlora.trace(f, params, x), jlora.AdaLoRA(4))
+
+    def loss(adapter):
+        plain, busy = jlora.adapt(f)(params, adapter, x)
+        fit = jnp.mean(jnp.square(busy - jnp.einsum("lbi,lio->lbo", x, goal))) + jnp.mean(jnp.square(plain))
+        return fit + 1e-3 * jlora.orthogonality(adapter)
+
+    tx = jlora.rank_budget(optax.adam(3e-2), target_rank=2, total_steps=60, warmup=10, final=20, interval=3)
+    state = tx.init(adapter)
+
+    @jax.jit
+    def step(adapter, state):
+        gradients = jax.grad(loss)(adapter)
+        with jax.numpy_dtype_promotion("standard"):  # as optax needs it
+            updates, state = tx.update(gradients, state, adapter)
+        return optax.apply_updates(adapter, updates), state
+
+    left = []
+    for _ in range(60):
+        adapter, state = step(adapter, state)
+        left.append(sum(int(jnp.sum(keep)) for keep in state.keep))
+    assert left[:10] == [16] * 10
+    assert left == sorted(left, reverse=True)
+    assert left[-20:] == [8] * 20
+    ranks = {path: int(jnp.sum(update.factors["e"] != 0)) for path, update in adapter.items()}
+    assert ranks["busy"] + ranks["plain"] == 8
+    assert ranks["busy"] > ranks["plain"] * 3
+
+
+def test_a_budget_that_cannot_be():
+    with pytest.raises(ValueError, match="leave no step of 10"):
+        jlora.rank_budget(optax.sgd(1.0), target_rank=2, total_steps=10, warmup=6, final=4)
+    with pytest.raises(ValueError, match="there are none"):
+        jlora.rank_budget(optax.sgd(1.0), target_rank=2, total_steps=10).init(toy_model.adapter())

@@ -1,0 +1,107 @@
+"""The product that joins leading axes on one CPU device: values, derivatives, and the programs it leaves alone."""
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jlora
+from jlora._ops.matmul import rank_matmul
+from tests.support.agreement import close
+
+SHAPES = [
+    ((2, 3, 4), (4, 5), ((2,), (0,))),
+    ((4, 5), (2, 3, 5), ((1,), (2,))),
+    ((2, 3, 4), (2, 3, 5), ((0, 1), (0, 1))),
+    ((2, 3, 4, 5), (5, 4, 6), ((3, 2), (0, 1))),
+    ((2, 3, 4, 5), (4, 5, 6), ((2, 3), (0, 1))),
+    ((2, 3, 4), (3, 6), ((1,), (0,))),
+    ((3,), (3,), ((0,), (0,))),
+    ((2, 3), (4,), ((), ())),
+]
+
+
+@pytest.mark.parametrize(("left", "right", "dims"), SHAPES)
+def test_it_is_dot_general(left, right, dims):
+    x, w = (jax.random.normal(jax.random.key(k), s) for k, s in enumerate((left, right)))
+
+    def ours(x, w):
+        return rank_matmul(x, w, dims, precision=None, dtype=jnp.dtype(jnp.float32))
+
+    def plain(x, w):
+        return lax.dot_general(x, w, (dims, ((), ())))
+
+    def all_of(f):
+        def loss(x, w):
+            return jnp.sum(jnp.square(jnp.sin(f(x, w))))
+
+        return (
+            jax.jit(f)(x, w),
+            f(x, w),
+            jax.jit(jax.grad(loss, (0, 1)))(x, w),
+            jax.jit(jax.hessian(loss, (0, 1)))(x, w),
+            jax.jvp(f, (x, w), (w.sum() * x, x.sum() * w)),
+            jax.vmap(f, (0, None))(jnp.stack([x, 2 * x]), w),
+            jax.vmap(f, (None, 0))(x, jnp.stack([w, 2 * w])),
+            jax.vmap(f)(jnp.stack([x, 2 * x]), jnp.stack([w, 2 * w])),
+        )
+
+    close(all_of(ours), all_of(plain), 1e-5)
+
+
+def step():
+    """The gradient of one adapted layer, and its abstract arguments."""
+    params = {"w": jax.ShapeDtypeStruct((64, 32), jnp.float32)}
+    x = jax.ShapeDtypeStruct((4, 6, 64), jnp.float32)
+
+    def f(p, x):
+        return jnp.tanh(x @ p["w"])
+
+    sites = jlora.trace(f, params, x)
+    adapter = jax.eval_shape(lambda: jlora.init(jax.random.key(0), sites, jlora.LoRA(rank=5)))
+
+    def grad(params, adapter, x):
+        return jax.grad(lambda a: jnp.sum(jlora.adapt(f)(params, a, x)))(adapter)
+
+    return grad, (params, adapter, x)
+
+
+def joined(text: str) -> bool:
+    """Whether a lowered program joins batch and time, 4 x 6, into 24."""
+    return "tensor<24x" in text
+
+
+def test_a_program_for_one_cpu_joins_and_others_are_untouched():
+    grad, args = step()
+    traced = jax.jit(grad).trace(*args)
+    assert joined(traced.lower(lowering_platforms=("cpu",)).as_text())
+    assert not joined(traced.lower(lowering_platforms=("tpu",)).as_text())
+    assert not joined(traced.lower(lowering_platforms=("cuda",)).as_text())
+
+
+def test_no_sharded_axis_is_joined():
+    grad, (params, adapter, x) = step()
+    mesh = jax.make_mesh((2, 2, 2), ("data", "seq", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+    def on(spec, tree):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+    lowered = jax.jit(grad).lower(on((), params), on((), adapter), on(("data", "seq"), x))
+    assert not joined(lowered.as_text())
+    assert "all-gather" not in lowered.compile().as_text()
+
+
+def test_the_gradient_makes_no_copy_of_a_cotangent():
+    """XLA's slow path copies the (out, batch * time) cotangent; the joined product needs no temporary of its size."""
+    batch, time, width, rank = 4, 64, 256, 4
+    x, b = jnp.ones((batch, time, rank)), jnp.ones((rank, width))
+    g = jnp.ones((batch, time, width))
+
+    def temporary(f):
+        return jax.jit(lambda x, b, g: jax.vjp(lambda b: f(x, b), b)[1](g)).lower(x, b, g).compile().memory_analysis()
+
+    ours = temporary(lambda x, b: rank_matmul(x, b, ((2,), (0,)), precision=None, dtype=jnp.dtype(jnp.float32)))
+    assert ours.temp_size_in_bytes < np.prod(g.shape) * 4 / 8

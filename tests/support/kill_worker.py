@@ -1,0 +1,70 @@
+"""Saves again and again, and is killed at random moments: a program for `tests/io/test_durability.py`.
+
+    python -m tests.support.kill_worker FOLDER ROUNDS SEED
+
+Every round is a process of its own, which saves to `FOLDER/<round>/0`, `1`, ... (odd rounds through Orbax's
+`CheckpointManager`) until it gets SIGKILL. It is forked from this one, which has imported all and started nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+import jlora
+
+
+def adapter(number: int) -> dict:
+    """A few KiB that tell which save they are from."""
+    update = jlora.Update(
+        factors={"a": np.full((64, 2), number, np.float32), "b": np.full((2, 48), -number, np.float32)},
+        method=jlora.LoRA(rank=2),
+        roles=("in", "out"),
+        shape=(64, 48),
+    )
+    return {"first": update, "second": update}
+
+
+def save_forever(folder: Path, ready: int) -> None:
+    """Saves until it is killed, and writes to `ready` once the first adapter is there."""
+    jlora.save(folder / "0", adapter(0))
+    os.write(ready, b"x")
+    for number in itertools.count(1):
+        jlora.save(folder / str(number), adapter(number))
+
+
+def manage_forever(folder: Path, ready: int) -> None:
+    """The same in the background, with old ones removed."""
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
+        for number in itertools.count():
+            items = jlora.checkpoint_args(adapter(number), {"step": number})
+            manager.save(number, args=ocp.args.Composite(**items))
+            if number == 1:  # the first is there
+                os.write(ready, b"x")
+
+
+def main() -> None:
+    folder, rounds, rng = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
+    for number in range(rounds):
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            (manage_forever if number % 2 else save_forever)(folder / str(number), write)
+        os.close(write)
+        assert os.read(read, 1) == b"x", "the process ended by itself"
+        time.sleep(rng.uniform(0, 0.15))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(read)
+
+
+if __name__ == "__main__":
+    main()

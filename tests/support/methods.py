@@ -1,0 +1,74 @@
+"""Every method, with hyper-parameters for tiny weights.
+
+For each there are a few candidates, of which a weight takes the first that fits it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+import jlora
+from tests.support.weight_uses import Kind
+
+Tree = Any
+
+ALPHA = 3.0  # a scale that is forgotten shows
+
+
+def _blocks(method: type, *sizes: int, **options: float) -> list[jlora.Method]:
+    return [method(size, **options) for size in sizes]
+
+
+METHODS: dict[str, list[jlora.Method]] = {
+    "lora": [jlora.LoRA(2, ALPHA)],
+    "lora_of_rank_1": [jlora.LoRA(1, ALPHA)],
+    "lora_offset": [jlora.LoRA(2, ALPHA, rank_stabilized=True, start="gaussian", offset=True)],
+    "lora_fa": [jlora.LoRA(2, ALPHA, freeze_a=True)],
+    "lora_pissa": [jlora.LoRA(2, ALPHA, start="pissa")],
+    "lora_groups": [
+        jlora.LoRA(1, ALPHA, groups=3, enable=(True, False, True), group_axis=-1),
+        jlora.LoRA(1, ALPHA, groups=2, enable=(False, True), group_axis=-1),
+        jlora.LoRA(1, ALPHA),
+    ],
+    "adalora": [jlora.AdaLoRA(2, ALPHA)],
+    "additive": _blocks(jlora.Additive, 2, 3, 5, 1, alpha=ALPHA),
+    "conv_lora": [jlora.ConvLoRA(1, ALPHA), jlora.LoRA(1, ALPHA)],
+    "delora": [jlora.DeLoRA(2)],
+    "dora": [jlora.DoRA(2, ALPHA)],
+    "fourierft": [jlora.FourierFT(5)],
+    "full": [jlora.Full()],
+    "hadamard": [jlora.Hadamard(2, 2, alpha=ALPHA)],
+    "hadamard_additive": [jlora.Hadamard(4, 2, "additive", ALPHA), jlora.Hadamard(2, 2, "additive", ALPHA)],
+    "hadamard_tanh": [jlora.Hadamard(4, 2, "tanh", ALPHA)],
+    "hadamard_sigmoid": [jlora.Hadamard(4, 2, "sigmoid", ALPHA)],
+    "hira": [jlora.HiRA(2, ALPHA)],
+    "hra": [jlora.HRA(2)],
+    "ia3": [jlora.IA3()],
+    "ia3_in": [jlora.IA3("in")],
+    "locon": [jlora.LoCon(2, ALPHA), jlora.LoCon(1, ALPHA)],
+    "loha": [jlora.LoHa(2, ALPHA)],
+    "lokr": [jlora.LoKr(1, ALPHA)],
+    "lokr_both": [jlora.LoKr(1, ALPHA, decompose_both=True)],
+    "lora_xs": [jlora.LoRAXS(2, ALPHA)],
+    "miss": _blocks(jlora.MiSS, 2, 3, 5, 1),
+    "oft": _blocks(jlora.OFT, 2, 3, 5, 7, 11),
+    "boft": [*_blocks(jlora.BOFT, 2, 6, levels=2), *_blocks(jlora.BOFT, 2, 3, 5, 7, 11, levels=1)],
+    "randlora": [jlora.RandLoRA(2, ALPHA)],
+    "shira": [jlora.SHiRA(1), jlora.FourierFT(2)],
+    "vera": [jlora.VeRA(3)],
+}
+
+
+def fitting(name: str, site: jlora.Site) -> jlora.Method:
+    """The first candidate that fits a site."""
+    return next(method for method in METHODS[name] if not method.unsupported_reason(site))
+
+
+def shapes_of_adapter(kind: Kind, fun: Callable[..., Any], params: Tree, x: Tree, method: str = "lora") -> Tree:
+    """The shapes of an adapter for every weight of a kind."""
+    sites = jlora.trace(fun, params, x)
+    targets = {path: fitting(method, sites[path]) for path in kind.weights}
+    return jax.eval_shape(lambda: jlora.init(jax.random.key(0), sites, targets, params=params))
