@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jlora._ir.weight import accumulation_dtype, broadcast_network, delta, dense
+from jlora._ir.materialize import accumulation_dtype, broadcast_axis_scale, delta, dense
 from jlora._tree import leaves as _quantized
 from jlora._tree.paths import flatten, is_array, named_leaves
 from jlora.methods._base import Adapter
@@ -18,7 +18,7 @@ from jlora.methods._lowering import Adapters, as_adapters, as_single, check_fits
 def merge(params: Any, adapter: Adapters, *, donate: bool = False, requantize: bool = False) -> Any:
     """Folds an adapter into its base: plain parameters, with no cost at inference.
 
-        W * gains + sum of networks,    in float32 (or wider), rounded once to the dtype of W
+        W * axis scales + sum of networks,    in float32 (or wider), rounded once to the dtype of W
 
     Arguments:
         params: the base parameters; they stay as they are.
@@ -44,7 +44,7 @@ def merge(params: Any, adapter: Adapters, *, donate: bool = False, requantize: b
 def unmerge(params: Any, adapter: Adapters) -> Any:
     """Takes an adapter out of merged parameters: the base again, up to rounding.
 
-        (W - sum of networks) / gains,    in float32 (or wider), rounded once to the dtype of W
+        (W - sum of networks) / axis scales,    in float32 (or wider), rounded once to the dtype of W
 
     Arguments:
         params: merged parameters.
@@ -97,8 +97,8 @@ def _unmerged(w: jax.Array, adapters: list[Adapter]) -> jax.Array:
     value = w.astype(accumulation_dtype(w.dtype))
     for adapter in reversed(adapters):
         f = lower_updates([adapter], value, "")
-        gains = [broadcast_network(gain, f, value.dtype) for gain in f.axis_scales]
-        value = functools.reduce(jax.numpy.divide, gains, value - delta(f, value.dtype))
+        scales = [broadcast_axis_scale(scale, f, value.dtype) for scale in f.axis_scales]
+        value = functools.reduce(jax.numpy.divide, scales, value - delta(f, value.dtype))
     return value.astype(w.dtype)
 
 

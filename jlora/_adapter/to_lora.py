@@ -11,7 +11,8 @@ import numpy as np
 
 from jlora._interpreter.context import matrix_side
 from jlora._ir.lazy import materialize
-from jlora._ir.weight import AdaptedWeight, TensorNetwork, accumulation_dtype, broadcast_network, delta, fresh_indices
+from jlora._ir.materialize import accumulation_dtype, broadcast_axis_scale, delta
+from jlora._ir.weight import AdaptedWeight, TensorNetwork, fresh_indices
 from jlora._tree.leaves import as_array
 from jlora._tree.paths import named_leaves
 from jlora.methods._base import Adapter, Update
@@ -150,8 +151,8 @@ def _by_svd(
     base = materialize(f.base).astype(dtype)
     added = delta(f, dtype)
     for k in range(len(f.axis_scales)):
-        before = math.prod((broadcast_network(g, f, dtype) for g in f.axis_scales[:k]), start=base)
-        added = added + before * (broadcast_network(f.axis_scales[k], f, dtype) - 1)
+        before = math.prod((broadcast_axis_scale(s, f, dtype) for s in f.axis_scales[:k]), start=base)
+        added = added + before * (broadcast_axis_scale(f.axis_scales[k], f, dtype) - 1)
     whole = np.asarray(_axes.as_matrix(jnp.asarray(added), update.roles), np.float64)
     u, s, vt = np.linalg.svd(whole, full_matrices=False)
     energy = np.square(s).sum(-1, keepdims=True)

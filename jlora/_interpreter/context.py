@@ -8,7 +8,8 @@ from typing import Any, Literal
 import jax
 
 from jlora import _compat
-from jlora._ir.weight import AdaptedWeight, TensorNetwork, dense
+from jlora._ir.materialize import dense
+from jlora._ir.weight import AdaptedWeight, TensorNetwork
 
 # A window is what a convolution slides along: contracted as "in" is, and most methods do not tell the two apart.
 Role = Literal["in", "window", "out", "stack"]

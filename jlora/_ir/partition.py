@@ -1,4 +1,4 @@
-"""How the factors of a weight are cut over a mesh: each letter by the mesh axes of the weight's axis that it spells."""
+"""How the factors of a weight are partitioned over a mesh: each index as the weight's axis that it labels."""
 
 import dataclasses
 from typing import Any
@@ -6,11 +6,14 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora._ir.weight import AdaptedWeight, TensorNetwork
+from jlora._ir.weight import AdaptedWeight
 
 
 def index_axes(f: AdaptedWeight, spec: PartitionSpec, mesh: Any) -> dict[str, Any] | None:
-    """For each letter its mesh axes: the major letter of an axis takes them all; None where they do not divide it."""
+    """Maps each index to the mesh axes that shard it, None if they do not divide its size.
+
+    In a composite axis the major index takes all of the mesh axes.
+    """
     out: dict[str, Any] = {}
     for axis, entry in zip(f.axes, (*spec, *[None] * (len(f.axes) - len(spec))), strict=True):
         if entry is not None and f.index(axis[0]).size % num_shards(entry, mesh):
@@ -20,27 +23,24 @@ def index_axes(f: AdaptedWeight, spec: PartitionSpec, mesh: Any) -> dict[str, An
 
 
 def num_shards(entry: Any, mesh: Any) -> int:
-    """How many pieces the mesh axes in one entry of a spec make."""
+    """The number of shards that one entry of a `PartitionSpec` makes of an axis."""
     count = 1
     for name in () if entry is None else entry if isinstance(entry, tuple) else (entry,):
         count *= mesh.shape[name]
     return count
 
 
-def specs_like(f: AdaptedWeight, spec: PartitionSpec, cut: dict[str, Any]) -> AdaptedWeight:
-    """The weight with a spec in the place of every array."""
+def specs_like(f: AdaptedWeight, spec: PartitionSpec, mesh_axes: dict[str, Any]) -> AdaptedWeight:
+    """The weight with a spec in the place of every array: `spec` for the base, by mesh axes for the others."""
 
-    def of(term: str) -> PartitionSpec:
-        return PartitionSpec(*(cut.get(c) for c in term))
+    def spec_of(_: jax.Array, term: str) -> tuple[PartitionSpec, str]:
+        return PartitionSpec(*(mesh_axes.get(c) for c in term)), term
 
-    def network(n: TensorNetwork) -> TensorNetwork:
-        return dataclasses.replace(n, factors=tuple(map(of, n.terms)), key=None if n.key is None else of(n.key_term))
-
-    return dataclasses.replace(f.map(network), base=spec)
+    return dataclasses.replace(f.map_arrays(spec_of), base=spec)
 
 
 def shardings_like(f: AdaptedWeight, sharding: NamedSharding) -> AdaptedWeight:
-    """The weight with a sharding in the place of every array: that of its base, and what follows from it."""
+    """The weight with a sharding in the place of every array: that of its base, and those that follow from it."""
     specs = specs_like(f, sharding.spec, index_axes(f, sharding.spec, sharding.mesh) or {})
     return jax.tree.map(
         lambda spec: NamedSharding(sharding.mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jlora._ir.weight import TensorNetwork, scalar
+from jlora._ir.algebra import align_axes
+from jlora._ir.weight import AxisScale, TensorNetwork
 from jlora._ops.chained_matmul import chained_matmul
 from jlora._ops.matmul import rank_matmul
 
@@ -43,7 +44,7 @@ def apply_network(
     terms = _ordered(_absorbed(list(zip(network.factors, network.terms, strict=True))), letters, out)
     if terms and network.scale != 1:  # into what the activation meets first, before that is cast
         (factor, term), *rest = terms
-        terms = [(factor * scalar(network.scale, factor.dtype), term), *rest]
+        terms = [(factor * jnp.asarray(network.scale, factor.dtype), term), *rest]
     terms = [(factor.astype(compute), term) for factor, term in terms]
     done = 0
     while done < len(terms):
@@ -90,16 +91,14 @@ def apply_dropout(x: jax.Array, letters: str, network: TensorNetwork) -> jax.Arr
     shape = tuple(x.shape[k] for k in rest)
     draw = jnp.vectorize(lambda k: jax.random.bernoulli(k, 1 - network.rate, shape), signature=f"()->({_dims(shape)})")
     mask = draw(key).transpose([(*order, *rest).index(k) for k in range(x.ndim)])
-    return jnp.where(mask, x / scalar(1 - network.rate, x.dtype), jnp.zeros_like(x))
+    return jnp.where(mask, x / jnp.asarray(1 - network.rate, x.dtype), jnp.zeros_like(x))
 
 
-def apply_axis_scales(
-    x: jax.Array, letters: str, sizes: Mapping[str, int], gains: Sequence[TensorNetwork]
-) -> jax.Array:
+def apply_axis_scales(x: jax.Array, letters: str, sizes: Mapping[str, int], gains: Sequence[AxisScale]) -> jax.Array:
     """`x` times every gain, in the shape that it came in; `letters` spell it out."""
     for g in gains:
         wide = x.reshape([sizes[c] for c in letters])
-        x = (wide * align_axes(g.factors[0].astype(x.dtype), g.terms[0], letters)).reshape(x.shape)
+        x = (wide * align_axes(g.vector.astype(x.dtype), g.indices, letters)).reshape(x.shape)
     return x
 
 
@@ -209,12 +208,3 @@ def _ragged(
     )
     y = lax.ragged_dot_general(x, t, sizes, dims, precision=precision, preferred_element_type=dtype)
     return y, "".join([*batch, rows, *(c for c in ts if c not in (*batch, *inner, name))])
-
-
-def align_axes(x: jax.Array, letters: str, out: str) -> jax.Array:
-    """Transposes to the order of `out`, with axes of size one for the letters that `x` lacks."""
-    order = [letters.index(c) for c in out if c in letters]
-    if order != sorted(order):
-        x = x.transpose(order)
-    missing = [k for k, c in enumerate(out) if c not in letters]
-    return jnp.expand_dims(x, missing) if missing else x

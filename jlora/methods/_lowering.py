@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jlora._ir.algebra import concatenate_ranks
 from jlora._ir.explicit_mesh import explicit_axes, under_auto_axes
 from jlora._ir.partition import shardings_like
-from jlora._ir.weight import AdaptedWeight, as_adapted_weight, concatenate_ranks
+from jlora._ir.weight import AdaptedWeight, as_adapted_weight
 from jlora._tree.paths import closest_matches
 from jlora.methods._base import Adapter, Update
 

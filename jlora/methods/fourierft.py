@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import AdaptedWeight, accumulation_dtype
+from jlora._ir.materialize import accumulation_dtype
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import random_matrices as _random

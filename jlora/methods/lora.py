@@ -11,7 +11,8 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import AdaptedWeight, split_index
+from jlora._ir.algebra import split_index
+from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import axes as _axes
 from jlora.methods._common import choices as _check

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora._ir.weight import accumulation_dtype
+from jlora._ir.materialize import accumulation_dtype
 from jlora.methods._base import Update
 from jlora.methods._common.linalg import identity_like, inverse
 from jlora.methods.lora import LoRA

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._ir.weight import accumulation_dtype, delta
+from jlora._ir.materialize import accumulation_dtype, delta
 from jlora._tree.leaves import as_array, is_quantized, requantize
 from jlora._tree.paths import flatten, named_leaves
 from jlora.methods import LoRA

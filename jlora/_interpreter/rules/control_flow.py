@@ -11,8 +11,9 @@ from jax import lax
 from jlora import _compat
 from jlora._interpreter.context import Context, Value, fold_dropout_keys
 from jlora._ir import lazy as _deferred
+from jlora._ir.algebra import barrier, relabel
 from jlora._ir.partition import index_axes, num_shards, specs_like
-from jlora._ir.weight import AdaptedWeight, Index, TensorNetwork, barrier, fresh_indices, relabel
+from jlora._ir.weight import AdaptedWeight, Index, fresh_indices
 
 
 def _is_weight(value: Any) -> bool:
@@ -172,7 +173,7 @@ class _Scanned:
 
     weight: AdaptedWeight
     name: str
-    scanned: tuple[jax.Array, list[list[jax.Array | None]]]  # of the base, and of every network and gain
+    scanned: tuple[jax.Array, list[jax.Array | None]]  # of the base, and of every other array of the weight
 
     @staticmethod
     def of(f: AdaptedWeight, length: int) -> "AdaptedWeight | _Scanned":
@@ -185,42 +186,26 @@ class _Scanned:
         name, base = f.axes[0], _deferred.with_leading_axis(f.base, length)
         base = _deferred.materialize(f.base) if base is None else base
 
-        def front(a: jax.Array | None, term: str) -> jax.Array | None:
-            return jnp.moveaxis(a, term.index(name), 0) if a is not None and name in term else None
-
-        arrays = [
-            [*(front(a, t) for a, t in zip(n.factors, n.terms, strict=True)), front(n.key, n.key_term)]
-            for n in (*f.networks, *f.axis_scales)
-        ]
+        arrays = [jnp.moveaxis(a, term.index(name), 0) if name in term else None for a, term in f.arrays]
         return _Scanned(f, name, (base, arrays))
 
-    def rebuild(self, slices: tuple[jax.Array, list[list[jax.Array | None]]]) -> AdaptedWeight:
+    def rebuild(self, slices: tuple[jax.Array, list[jax.Array | None]]) -> AdaptedWeight:
         base, arrays = slices
-        step = iter(arrays)
+        sliced = iter(arrays)
 
-        def network(n: TensorNetwork) -> TensorNetwork:
-            pairs = zip((*n.factors, n.key), next(step), strict=True)
-            *factors, key = (old if new is None else new for old, new in pairs)
-            return dataclasses.replace(
-                n,
-                factors=tuple(factors),
-                terms=tuple(t.replace(self.name, "") for t in n.terms),
-                key=key,
-                key_term=n.key_term.replace(self.name, ""),
-            )
+        def at_step(array: jax.Array, term: str) -> tuple[jax.Array, str]:
+            part = next(sliced)
+            return (array, term) if part is None else (part, term.replace(self.name, ""))
 
-        return relabel(self.weight.map(network), _deferred.slice_leading(base), self.weight.axes[1:])
+        return relabel(self.weight.map_arrays(at_step), _deferred.slice_leading(base), self.weight.axes[1:])
 
 
 def _stacked(f: AdaptedWeight, length: int) -> AdaptedWeight:
     """Weights that a loop hands out one a step: every array in `f` has a new first axis."""
     name = fresh_indices([f.used()])
 
-    def network(n: TensorNetwork) -> TensorNetwork:
-        key_term = "" if n.key is None else name + n.key_term
-        return dataclasses.replace(n, terms=tuple(name + t for t in n.terms), key_term=key_term)
-
-    return relabel(f.map(network), f.base, [name, *f.axes], [Index(name, length)])
+    stacked = f.map_arrays(lambda array, term: (array, name + term))
+    return relabel(stacked, f.base, [name, *f.axes], [Index(name, length)])
 
 
 def while_(ctx: Context, eqn: Any, *values: Value) -> list[Value]:

@@ -11,17 +11,10 @@ from jax import lax
 
 from jlora._interpreter.context import Context, Role, Value
 from jlora._ir import lazy as _deferred
+from jlora._ir.algebra import align_axes, merge_indices, split_index
 from jlora._ir.explicit_mesh import under_auto_axes
-from jlora._ir.weight import (
-    AdaptedWeight,
-    TensorNetwork,
-    einsum,
-    fold_full_rank,
-    fresh_indices,
-    merge_indices,
-    scalar,
-    split_index,
-)
+from jlora._ir.materialize import einsum, fold_full_rank
+from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork, fresh_indices
 from jlora._ops import contraction as _contract
 
 
@@ -75,17 +68,17 @@ def _gains(
     """The gains as vectors of the input's and of the output's channels; None where one is neither."""
     before, after = [], []
     for g in f.axis_scales:
-        if set(g.terms[0]) <= set(f.axes[out_axis]):
+        if set(g.indices) <= set(f.axes[out_axis]):
             after.append(_vector(g, f, f.axes[out_axis]))
-        elif set(g.terms[0]) <= set(f.axes[in_axis]):
+        elif set(g.indices) <= set(f.axes[in_axis]):
             before.append(jnp.tile(_vector(g, f, f.axes[in_axis]), groups))
         else:
             return None
     return before, after
 
 
-def _vector(g: TensorNetwork, f: AdaptedWeight, axis: str) -> jax.Array:
-    value = _contract.align_axes(g.factors[0], g.terms[0], axis)
+def _vector(g: AxisScale, f: AdaptedWeight, axis: str) -> jax.Array:
+    value = align_axes(g.vector, g.indices, axis)
     return jnp.broadcast_to(value, [f.index(c).size for c in axis]).reshape(-1)
 
 
@@ -197,7 +190,7 @@ def _mix(x: jax.Array, matrix: jax.Array, groups: int, dtype: Any, precision: An
     matrix = matrix if matrix.shape[0] > 1 else matrix[0]
     x = x.reshape(*x.shape[:-1], groups, -1)
     y, ys = _contract.contract_pair(x, xs + "gi", matrix, term, xs + "go", dtype=dtype, precision=precision)
-    y = _contract.align_axes(y, ys, xs + "go")
+    y = align_axes(y, ys, xs + "go")
     return y.reshape(*y.shape[:-2], -1)
 
 
@@ -209,7 +202,7 @@ def _einsum(n: TensorNetwork, which: list[int], f: AdaptedWeight, *axes: str) ->
     axes = tuple(axis if set(axis) & set(carried) else "" for axis in axes)
     order = "".join(axes)
     present = "".join(c for c in order if c in carried)
-    value = _contract.align_axes(einsum(terms, factors, present, jnp.float32), present, order)
+    value = align_axes(einsum(terms, factors, present, jnp.float32), present, order)
     value = jnp.broadcast_to(value, [sizes[c] for c in order])
     return value.reshape([math.prod(sizes[c] for c in axis) for axis in axes])
 
@@ -218,7 +211,7 @@ def _kernel(f: AdaptedWeight, n: TensorNetwork, part: _Parts, rhs_spec: tuple[in
     """The small kernel, laid out like the weight."""
     out_axis, in_axis, *spatial_axes = rhs_spec
     axes = [*(f.axes[k] for k in spatial_axes), part.into, part.group, part.out_of]
-    kernel = _einsum(n, part.kernel, f, *axes) * scalar(n.scale, jnp.float32)
+    kernel = _einsum(n, part.kernel, f, *axes) * jnp.asarray(n.scale, jnp.float32)
     shape = [*(f.shape[k] for k in spatial_axes), *kernel.shape[-3:]]
     shape[-2] = groups
     if not part.before:

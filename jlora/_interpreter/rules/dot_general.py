@@ -8,15 +8,10 @@ import jax.numpy as jnp
 
 from jlora._interpreter.context import Context, Role, Value
 from jlora._ir import lazy as _deferred
+from jlora._ir.algebra import merge_indices
 from jlora._ir.explicit_mesh import under_auto_axes
-from jlora._ir.weight import (
-    AdaptedWeight,
-    TensorNetwork,
-    accumulation_dtype,
-    fold_full_rank,
-    fresh_indices,
-    merge_indices,
-)
+from jlora._ir.materialize import accumulation_dtype, fold_full_rank
+from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork, fresh_indices
 from jlora._ops import contraction as _contract
 
 
@@ -35,8 +30,8 @@ def dot_general(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value
     (x_in, f_in), (x_batch, f_batch) = ((d if first else d[::-1]) for d in eqn.params["dimension_numbers"])
     inner = {c for k in f_in for c in f.axes[k]}
     shared = {c for k in (*f_in, *f_batch) for c in f.axes[k]}
-    before = [g for g in f.axis_scales if set(g.terms[0]) & inner and set(g.terms[0]) <= shared]
-    after = [g for g in f.axis_scales if not set(g.terms[0]) & inner]
+    before = [g for g in f.axis_scales if set(g.indices) & inner and set(g.indices) <= shared]
+    after = [g for g in f.axis_scales if not set(g.indices) & inner]
     if len(before) + len(after) < len(f.axis_scales) or (before and not jnp.issubdtype(x.dtype, jnp.floating)):
         return None
 
@@ -74,7 +69,7 @@ def dot_general(ctx: Context, eqn: Any, left: Value, right: Value) -> list[Value
     return [base]
 
 
-def _gained(gains: list[TensorNetwork], x: jax.Array, letters: str, sizes: dict[str, int]) -> jax.Array:
+def _gained(gains: list[AxisScale], x: jax.Array, letters: str, sizes: dict[str, int]) -> jax.Array:
     return (
         under_auto_axes(lambda x, gains: _contract.apply_axis_scales(x, letters, sizes, gains), x)(x, gains)
         if gains
@@ -109,8 +104,8 @@ def ragged_dot_general(ctx: Context, eqn: Any, x: Value, f: Value, sizes: Value)
     known = {row: x.shape[free[0]]} | {c.name: c.size for c in f.indices}
     gains = [_by_row(g, group, row, sizes, known[row]) for g in f.axis_scales]
     inner = {f.axes[k] for k in f_in}
-    before = [g for g in gains if set(g.terms[0]) & inner and set(g.terms[0]) <= set(letters)]
-    after = [g for g in gains if not set(g.terms[0]) & inner]
+    before = [g for g in gains if set(g.indices) & inner and set(g.indices) <= set(letters)]
+    after = [g for g in gains if not set(g.indices) & inner]
     if len(before) + len(after) < len(gains):
         return None
 
@@ -134,7 +129,7 @@ def ragged_dot_general(ctx: Context, eqn: Any, x: Value, f: Value, sizes: Value)
     return [base]
 
 
-def _by_row(gain: TensorNetwork, group: str, row: str, sizes: jax.Array, rows: int) -> TensorNetwork:
+def _by_row(gain: AxisScale, group: str, row: str, sizes: jax.Array, rows: int) -> AxisScale:
     """A gain of each expert as one of each row."""
     expert = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=rows)
     return gain.map(group, lambda a, axis: jnp.take(a, expert, axis=axis), row)

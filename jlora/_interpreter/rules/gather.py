@@ -11,17 +11,9 @@ from jax import lax
 
 from jlora._interpreter.context import Context, Role, Value
 from jlora._ir import lazy as _deferred
+from jlora._ir.algebra import align_axes, map_index, merge_indices, relabel
 from jlora._ir.explicit_mesh import under_auto_axes
-from jlora._ir.weight import (
-    AdaptedWeight,
-    Index,
-    TensorNetwork,
-    fresh_indices,
-    map_index,
-    merge_indices,
-    relabel,
-    scalar,
-)
+from jlora._ir.weight import AdaptedWeight, AxisScale, Index, TensorNetwork, fresh_indices
 from jlora._ops import contraction as _contract
 
 
@@ -55,8 +47,10 @@ def gather(ctx: Context, eqn: Any, f: Value, indices: Value) -> list[Value] | No
     new = fresh_indices([f.used()], indices.ndim - 1)
     batch = [Index(c, n) for c, n in zip(new, indices.shape[:-1], strict=True)]
     window = {k: f.axes[k] for k in windows}
-    networks = tuple(_gathered(n, f, eqn, starts, indices, "".join(new), fill=0) for n in f.networks)
-    gains = tuple(_gathered(n, f, eqn, starts, indices, "".join(new), fill=1) for n in f.axis_scales)
+    networks = tuple(_gathered(n, f, eqn, starts, indices, "".join(new)) for n in f.networks)
+    gains = tuple(
+        AxisScale(*_rows(s.vector, s.indices, f, eqn, starts, indices, "".join(new), fill=1)) for s in f.axis_scales
+    )
     axes = _place([window[k] for k in windows], [x.name for x in batch], d.offset_dims)
     letters = [
         x._replace(size=p["slice_sizes"][k])
@@ -124,12 +118,12 @@ def _carries(network: TensorNetwork, names: set[str]) -> bool:
 def _with_letters(f: AdaptedWeight, names: list[str]) -> AdaptedWeight:
     """The same weight, every gain with an axis for every one of the letters."""
 
-    def gain(g: TensorNetwork) -> TensorNetwork:
-        new = [c for c in names if c not in g.terms[0]]
-        value = jnp.broadcast_to(g.factors[0], (*(f.index(c).size for c in new), *g.factors[0].shape))
-        return dataclasses.replace(g, factors=(value,), terms=("".join(new) + g.terms[0],))
+    def spread(scale: AxisScale) -> AxisScale:
+        new = "".join(c for c in names if c not in scale.indices)
+        vector = jnp.broadcast_to(scale.vector, (*(f.index(c).size for c in new), *scale.vector.shape))
+        return AxisScale(vector, new + scale.indices)
 
-    return dataclasses.replace(f, axis_scales=tuple(map(gain, f.axis_scales)))
+    return dataclasses.replace(f, axis_scales=tuple(map(spread, f.axis_scales)))
 
 
 def _gathered(
@@ -139,10 +133,9 @@ def _gathered(
     starts: dict[str, jax.Array],
     indices: jax.Array,
     batch: str,
-    fill: int,
 ) -> TensorNetwork:
     """The same rows of every factor that has them; rows out of bounds are filled, as the base decides their value."""
-    pairs = [_rows(a, t, f, eqn, starts, indices, batch, fill) for a, t in zip(n.factors, n.terms, strict=True)]
+    pairs = [_rows(a, t, f, eqn, starts, indices, batch, fill=0) for a, t in zip(n.factors, n.terms, strict=True)]
     key = None if n.key is None else n.key.reshape(-1)[0]  # one serves all rows: their inputs are drawn apart
     return dataclasses.replace(
         n, factors=tuple(a for a, _ in pairs), terms=tuple(t for _, t in pairs), key=key, key_term=""
@@ -252,12 +245,12 @@ def _value(out: AdaptedWeight, inside: jax.Array | None, *, within_indices: str)
         n = dataclasses.replace(n, factors=tuple(n.factors[k] for k in order), terms=tuple(n.terms[k] for k in order))
         head, rest = n.factors[0], TensorNetwork(n.factors[1:], n.terms[1:], n.scale)
         if not rest.factors:
-            head = head * scalar(n.scale, head.dtype)
+            head = head * jnp.asarray(n.scale, head.dtype)
         head = _contract.name_intermediate(head.astype(value.dtype))
         y = _contract.apply_network(head, n.terms[0], rest, spelled, dtype=value.dtype)
         y = jnp.broadcast_to(y, [out.size(c) for c in spelled])
         if inside is not None:
-            y = jnp.where(_contract.align_axes(inside, within_indices, spelled), y, jnp.zeros((), y.dtype))
+            y = jnp.where(align_axes(inside, within_indices, spelled), y, jnp.zeros((), y.dtype))
         value = value + y.reshape(value.shape)
     return value
 

@@ -11,21 +11,10 @@ from jax import lax
 
 from jlora._interpreter.context import Context, Value
 from jlora._ir import lazy as _deferred
+from jlora._ir.algebra import barrier, drop_index, map_index, merge_indices, relabel, rename_indices, split_index
+from jlora._ir.materialize import dense
 from jlora._ir.partition import shardings_like
-from jlora._ir.weight import (
-    AdaptedWeight,
-    Index,
-    TensorNetwork,
-    barrier,
-    dense,
-    drop_index,
-    fresh_indices,
-    map_index,
-    merge_indices,
-    relabel,
-    rename_indices,
-    split_index,
-)
+from jlora._ir.weight import AdaptedWeight, AxisScale, Index, TensorNetwork, fresh_indices
 
 Rule = Callable[..., list[Value] | None]
 
@@ -237,11 +226,10 @@ def _pad_letter(f: AdaptedWeight, name: str, config: tuple[int, int, int], size:
             return n
         return dataclasses.replace(n, factors=(*n.factors, jnp.ones(old, n.factors[0].dtype)), terms=(*n.terms, name))
 
-    def spread(g: TensorNetwork) -> TensorNetwork:
-        if name in g.terms[0]:
-            return g
-        factor = jnp.broadcast_to(g.factors[0], (old, *g.factors[0].shape))
-        return dataclasses.replace(g, factors=(factor,), terms=(name + g.terms[0],))
+    def spread(scale: AxisScale) -> AxisScale:
+        if name in scale.indices:
+            return scale
+        return AxisScale(jnp.broadcast_to(scale.vector, (old, *scale.vector.shape)), name + scale.indices)
 
     def pad_with(value: int, a: jax.Array, axis: int) -> jax.Array:
         if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 
 from jlora._interpreter.context import Role, matrix_side
 from jlora._interpreter.site import Site
-from jlora._ir.weight import AdaptedWeight, TensorNetwork, accumulation_dtype, dense, fresh_indices, split_index
+from jlora._ir.algebra import split_index
+from jlora._ir.materialize import accumulation_dtype, dense
+from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork, fresh_indices
 from jlora.methods._base import Update
 
 Pair = tuple[jax.Array, str]
@@ -97,9 +99,8 @@ def dropout(update: Update, stack: str) -> dict[str, Any]:
 def multiply(w: AdaptedWeight, vector: jax.Array, term: str) -> AdaptedWeight:
     """The weight, base and networks, times a vector along some letters."""
     vector = vector.reshape([w.size(c) for c in term])
-    gain = TensorNetwork((vector,), (term,))
     networks = tuple(dataclasses.replace(n, factors=(*n.factors, vector), terms=(*n.terms, term)) for n in w.networks)
-    return dataclasses.replace(w, networks=networks, axis_scales=(*w.axis_scales, gain))
+    return dataclasses.replace(w, networks=networks, axis_scales=(*w.axis_scales, AxisScale(vector, term)))
 
 
 def add_matrix(w: AdaptedWeight, matrix: jax.Array, roles: Sequence[Role], scale: float) -> AdaptedWeight:

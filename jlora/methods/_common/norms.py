@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora._ir.algebra import align_axes
 from jlora._ir.lazy import LazyArray, materialize
-from jlora._ir.weight import AdaptedWeight, TensorNetwork, accumulation_dtype, einsum, fresh_indices
+from jlora._ir.materialize import accumulation_dtype, einsum
+from jlora._ir.weight import AdaptedWeight, TensorNetwork, fresh_indices
 
 
 def norm(f: AdaptedWeight, along: str) -> jax.Array:
@@ -21,10 +23,8 @@ def _norm(f: AdaptedWeight, along: str) -> jax.Array:
     dtype = accumulation_dtype(f.dtype)
     base = materialize(f.base).reshape([f.size(c) for axis in f.axes for c in axis]).astype(dtype)
     letters = "".join(f.axes)
-    for gain in f.axis_scales:
-        order = [gain.terms[0].index(c) for c in letters if c in gain.terms[0]]
-        missing = [k for k, c in enumerate(letters) if c not in gain.terms[0]]
-        base = base * jnp.expand_dims(gain.factors[0].transpose(order).astype(dtype), missing)
+    for scale in f.axis_scales:
+        base = base * align_axes(scale.vector.astype(dtype), scale.indices, letters)
     total = jnp.square(base).sum([k for k, c in enumerate(letters) if c not in along])
     order = "".join(c for c in letters if c in along)
     whole = TensorNetwork((base,), (letters,))

@@ -1,0 +1,149 @@
+"""What can be done to an adapted weight without its dense value: rename, split, merge and drop indices, join ranks.
+
+The functions on indices change the networks and the axis scales alone: the result has the old `base`, and the caller
+replaces it by what the program's own equation makes of it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora._ir.weight import AdaptedWeight, Index, TensorNetwork, at_index, fresh_indices
+
+
+def relabel(f: AdaptedWeight, base: Any, axes: Sequence[str], indices: Iterable[Index] = ()) -> AdaptedWeight:
+    """The same update with another base and other axes.
+
+    Arguments:
+        f: the weight.
+        base: the new base.
+        axes: the label of every axis of `base`.
+        indices: those in `axes` that `f` does not have.
+    """
+    by_name = {index.name: index for index in (*f.indices, *indices)}
+    return dataclasses.replace(f, base=base, axes=tuple(axes), indices=tuple(by_name[c] for c in "".join(axes)))
+
+
+def map_index(f: AdaptedWeight, name: str, fn: Callable[[jax.Array, int], jax.Array], size: int) -> AdaptedWeight:
+    """Applies `fn(array, axis)` to every array that has the index, whose size becomes `size`."""
+    return resize_index(f.map_arrays(at_index(name, fn)), name, size)
+
+
+def resize_index(f: AdaptedWeight, name: str, size: int) -> AdaptedWeight:
+    """The weight with another size of one index; the arrays are those of the new size already."""
+    indices = tuple(index._replace(size=size) if index.name == name else index for index in f.indices)
+    return dataclasses.replace(f, indices=indices)
+
+
+def rename_indices(f: AdaptedWeight, names: dict[str, str]) -> AdaptedWeight:
+    """Gives indices other names, those that are summed inside networks included."""
+    table = str.maketrans(names)
+    return dataclasses.replace(
+        f.map_arrays(lambda array, term: (array, term.translate(table))),
+        axes=tuple(axis.translate(table) for axis in f.axes),
+        indices=tuple(index._replace(name=names.get(index.name, index.name)) for index in f.indices),
+    )
+
+
+def split_index(f: AdaptedWeight, name: str, sizes: tuple[int, int]) -> AdaptedWeight:
+    """Splits one index in two, major first: an axis of size 12 becomes (3, 4) in every array that has it."""
+    major, minor = name, fresh_indices([f.used()])
+    old = f.index(name)
+
+    def split(array: jax.Array, axis: int) -> jax.Array:
+        return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
+
+    two = (old._replace(size=sizes[0]), Index(minor, sizes[1], old.origins))
+    return dataclasses.replace(
+        f.map_arrays(at_index(name, split, major + minor)),
+        axes=tuple(axis.replace(name, major + minor) for axis in f.axes),
+        indices=tuple(part for index in f.indices for part in (two if index.name == name else (index,))),
+    )
+
+
+def drop_index(f: AdaptedWeight, name: str) -> AdaptedWeight:
+    """Removes an index of size one from every array; the caller removes it from the axes."""
+    return f.map_arrays(at_index(name, jnp.squeeze, ""))
+
+
+def merge_indices(f: AdaptedWeight) -> AdaptedWeight:
+    """Labels an axis with one index if every array has all of the axis's indices or none of them.
+
+    An axis of which some factor has a part (a Kronecker product) stays composite.
+    """
+    for axis in f.axes:
+        if len(axis) > 1 and all(set(axis) <= set(term) or not set(axis) & set(term) for _, term in f.arrays):
+            f = _merge_axis(f, axis)
+    return f
+
+
+def _merge_axis(f: AdaptedWeight, axis: str) -> AdaptedWeight:
+    merged = axis[0]
+
+    def merge(array: jax.Array, term: str) -> tuple[jax.Array, str]:
+        if merged not in term:
+            return array, term
+        rest = [c for c in term if c not in axis]
+        array = array.transpose([term.index(c) for c in (*axis, *rest)])
+        return array.reshape(-1, *array.shape[len(axis) :]), merged + "".join(rest)
+
+    origins = tuple(dict.fromkeys(origin for c in axis for origin in f.index(c).origins))
+    axes = [merged if a == axis else a for a in f.axes]
+    return relabel(f.map_arrays(merge), f.base, axes, [Index(merged, f.size(axis), origins)])
+
+
+def concatenate_ranks(f: AdaptedWeight) -> AdaptedWeight:
+    """Joins low-rank products of one form into one whose rank is the sum: two matrices in all, not two for each.
+
+    Products of two factors with one rank between them and no dropout are joined if their terms and dtypes agree.
+    """
+    joined: dict[Any, TensorNetwork] = {}
+    for number, network in enumerate(f.networks):
+        ranks = set("".join(network.terms)) - set(f.labels)
+        rank = "".join(ranks)
+        joins = (
+            len(ranks) == 1
+            and len(network.terms) == 2
+            and all(rank in term for term in network.terms)
+            and network.key is None
+        )
+        dtypes = tuple(factor.dtype for factor in network.factors)
+        form = (*(term.replace(rank, "?") for term in network.terms), *dtypes) if joins else number
+        joined[form] = _concatenate_pair(joined[form], network, rank) if form in joined else network
+    return dataclasses.replace(f, networks=tuple(joined.values()))
+
+
+def _concatenate_pair(first: TensorNetwork, second: TensorNetwork, rank: str) -> TensorNetwork:
+    (a, c), (b, d) = ((n.factors[0] * jnp.asarray(n.scale, n.factors[0].dtype), n.factors[1]) for n in (first, second))
+    a_axis, c_axis = (term.index(rank) for term in second.terms)
+    factors = jnp.concatenate([a, b], axis=a_axis), jnp.concatenate([c, d], axis=c_axis)
+    return dataclasses.replace(first, factors=factors, scale=1.0)
+
+
+def barrier(values: Sequence[Any]) -> list[Any]:
+    """`jax.lax.optimization_barrier` for arrays and weights.
+
+    Bases have barriers of their own: an operand without a tangent gets one if it shares a barrier with an operand that
+    has one, and a base with a tangent makes the backward pass compute the gradient of the whole weight.
+    """
+    bases = iter([lax.optimization_barrier(v.base) for v in values if isinstance(v, AdaptedWeight)])
+    rest = lax.optimization_barrier(
+        [(v.networks, v.axis_scales) if isinstance(v, AdaptedWeight) else v for v in values]
+    )
+    return [
+        dataclasses.replace(v, base=next(bases), networks=r[0], axis_scales=r[1]) if isinstance(v, AdaptedWeight) else r
+        for v, r in zip(values, rest, strict=True)
+    ]
+
+
+def align_axes(x: jax.Array, term: str, out: str) -> jax.Array:
+    """Transposes `x` to the order of `out`, with axes of size one for the indices that `x` lacks."""
+    order = [term.index(c) for c in out if c in term]
+    if order != sorted(order):
+        x = x.transpose(order)
+    missing = [k for k, c in enumerate(out) if c not in term]
+    return jnp.expand_dims(x, missing) if missing else x
