@@ -1,4 +1,4 @@
-"""What a rule may ask for while a program runs: record a use, warn of a dense weight, run a sub-program."""
+"""What a rule may ask for while a program runs: record a use, materialise a weight, run an inner program."""
 
 import collections
 import dataclasses
@@ -8,16 +8,20 @@ from typing import Any, Literal
 import jax
 
 from jlora import _compat
+from jlora._compat import Eqn, Jaxpr
 from jlora._ir.materialize import dense
 from jlora._ir.weight import AdaptedWeight, TensorNetwork
 
-# A window is what a convolution slides along: contracted as "in" is, and most methods do not tell the two apart.
+# A "window" is a spatial axis of a convolution: it is contracted as "in" is, and most methods do not distinguish them.
 Role = Literal["in", "window", "out", "stack"]
-Value = Any  # an array, or a Factored where a weight was
+Value = Any  # an array, or an `AdaptedWeight` in the place of a weight
+
+_LOOKUPS = ("gather", "dynamic_slice")
+_RECORD_ORDER: tuple[Role, ...] = ("stack", "out", "window", "in")
 
 
 def matrix_side(role: Role) -> Role:
-    """The role, a window taken for what it is a part of."""
+    """The role of an axis in the weight as a matrix: a window belongs to "in"."""
     return "in" if role == "window" else role
 
 
@@ -27,13 +31,13 @@ class Use:
 
     Arguments:
         path: the parameter.
-        primitive: what consumes it.
-        where: the user's source line.
-        roles: for every axis of the parameter that this use says something of, its role.
-        factored: whether the weight stays factored here; else it is formed.
-        flops: of the base program's equation, all loop iterations counted.
-        added: FLOPs that the factors add (factored), or that forming the weight adds.
-        bytes: of the weight that is formed here; zero where it stays factored.
+        primitive: the name of the primitive that consumes it.
+        where: the line of the user's program.
+        roles: the axes of the parameter whose role this use specifies, with that role.
+        factored: whether the weight stays factored here. If not, it is materialised.
+        flops: of the base program's equation, over all iterations of its loops.
+        added: FLOPs that the factors add, or that materialising the weight adds.
+        bytes: of the weight that is materialised here; zero if it stays factored.
     """
 
     path: str
@@ -45,36 +49,52 @@ class Use:
     added: float
     bytes: int
 
+    @property
+    def is_lookup(self) -> bool:
+        """Whether this use reads rows of the weight, as an embedding does."""
+        return self.primitive in _LOOKUPS
+
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """The state of one run of the interpreter; children share all but `stack` and `trip_count`.
+    """The state of one run of the interpreter. Contexts of inner programs share all but `stack` and `trip_count`.
 
     Arguments:
         run: evaluates a jaxpr: `run(ctx, jaxpr, consts, values) -> values`.
-        uses: every use, by the equations that lead to it, so that a body which is traced twice counts once.
-        on_dense: called with a weight and the equation that has no rule for it, None for an output of the program.
-        stack: the equations around this one.
-        trip_count: how often this equation runs, as far as loops say.
-        dropout_uses: how many uses of dropout each parameter has had, so that no two share a mask.
-        trace_only: whether nothing is computed and all that matters is what the program does with its weights.
+        on_dense: called with a weight and the equation that materialises it, or None for an output of the program.
+        uses: every use, by the position of its equation and its path, so that a body which is traced twice counts
+            once.
+        stack: the position of the current equation: its number in the program, preceded by the numbers of the
+            equations around it, each with the number of its branch.
+        trip_count: how often the current equation runs, as far as the lengths of loops are known.
+        dropout_uses: how many uses with dropout each parameter has had, so that no two share a mask.
+        trace_only: whether nothing is computed, and the run only collects uses.
     """
 
-    run: "Callable[[Context, Any, Sequence[Any], Sequence[Value]], list[Value]]"
-    on_dense: Callable[[AdaptedWeight, Any], None]
-    uses: dict[tuple[Any, ...], Use] = dataclasses.field(default_factory=dict)
+    run: "Callable[[Context, Jaxpr, Sequence[Any], Sequence[Value]], list[Value]]"
+    on_dense: Callable[[AdaptedWeight, Eqn | None], None]
+    uses: dict[tuple[int | str, ...], Use] = dataclasses.field(default_factory=dict)
     stack: tuple[int, ...] = ()
     trip_count: float = 1
     dropout_uses: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     trace_only: bool = False
 
-    def child(self, eqn: Any, trip_count: float = 1, branch: int = 0) -> "Context":
-        """The context of a program inside `eqn` that runs `trip_count` times for each run of `eqn`."""
-        return dataclasses.replace(self, stack=(*self.stack, id(eqn), branch), trip_count=self.trip_count * trip_count)
+    def at(self, number: int) -> "Context":
+        """The context of the equation with this number in the current program."""
+        return dataclasses.replace(self, stack=(*self.stack, number))
+
+    def child(self, trip_count: float = 1, branch: int = 0) -> "Context":
+        """The context of a program inside the current equation.
+
+        Arguments:
+            trip_count: how often the program runs in each run of the equation.
+            branch: its number among the equation's programs.
+        """
+        return dataclasses.replace(self, stack=(*self.stack, branch), trip_count=self.trip_count * trip_count)
 
     def record(
         self,
-        eqn: Any,
+        eqn: Eqn | None,
         f: AdaptedWeight,
         roles: Mapping[str, Role],
         *,
@@ -83,19 +103,27 @@ class Context:
         added: float = 0,
         primitive: str = "",
     ) -> None:
-        """Notes what `eqn` does with the letters of a weight; `primitive` names the lookup that it completes.
+        """Records a use of a weight.
 
-        Without an equation the program itself hands the weight out.
+        Arguments:
+            eqn: the equation, or None if the weight is an output of the program.
+            f: the weight.
+            roles: the role of each index of the weight that the equation specifies.
+            factored: whether the weight stays factored.
+            flops: of the base program's equation, in one run.
+            added: FLOPs that the update adds, in one run.
+            primitive: the name of the lookup that the equation completes, if it is not the equation's own.
         """
+        indices = [x for x in f.indices if x.name in roles]
+        indices.sort(key=lambda x: _RECORD_ORDER.index(roles[x.name]))
         for path in f.paths:
             axes: dict[int, Role] = {}
-            known = [x for x in f.indices if x.name in roles]
-            for letter in sorted(known, key=lambda x: ("stack", "out", "window", "in").index(roles[x.name])):
-                # An axis that was split may play several roles: the factors are shared along what is not contracted.
-                axes |= {axis: roles[letter.name] for p, axis in letter.origins if p == path}
+            for index in indices:
+                # The parts of a split axis may have several roles: the last one, "in", decides.
+                axes |= {axis: roles[index.name] for origin, axis in index.origins if origin == path}
             if primitive:
-                axes |= {axis: "in" for p, axis in f.gathered_axes if p == path}
-            self.uses[*self.stack, id(eqn), path] = Use(
+                axes |= {axis: "in" for origin, axis in f.gathered_axes if origin == path}
+            self.uses[*self.stack, path] = Use(
                 path=path,
                 primitive=primitive or (eqn.primitive.name if eqn else "output"),
                 where=_compat.source_line(eqn) if eqn else "",
@@ -106,10 +134,10 @@ class Context:
                 bytes=0 if factored else f.base.size * f.dtype.itemsize,
             )
 
-    def materialize(self, eqn: Any, f: AdaptedWeight) -> jax.Array:
-        """The weight itself, where `eqn` has no rule that keeps it factored, or where (None) it is an output.
+    def materialize(self, eqn: Eqn | None, f: AdaptedWeight) -> jax.Array:
+        """The dense weight, for an equation that has no rule for it; `eqn` is None for an output of the program.
 
-        Rows that were looked up are no weight any more but an activation, which has to be there.
+        The result of a lookup is an activation: materialising it is not a dense fallback.
         """
         if f.gathered_axes:
             roles: dict[str, Role] = {x.name: "out" for x in f.indices if x.origins}
@@ -119,8 +147,12 @@ class Context:
             self.on_dense(f, eqn)
         return dense(f)
 
+    def to_array(self, eqn: Eqn | None, value: Value) -> jax.Array:
+        """The value as an array: a weight is materialised, an array is returned as it is."""
+        return self.materialize(eqn, value) if isinstance(value, AdaptedWeight) else value
+
     def with_dropout_keys(self, f: AdaptedWeight) -> AdaptedWeight:
-        """The weight with dropout keys of their own for this use."""
+        """The weight with the dropout keys of this use, which no other use has."""
         if not any(n.key is not None for n in f.networks):
             return f
         number = self.dropout_uses[f.paths[0]]

@@ -15,10 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from jlora import _compat
+from jlora._compat import Primitive, ad, batching, mlir
 from jlora._ops.matmul import eager, rank_matmul
 
 Terms = tuple[str, str, str, str]  # of h, C, B and y

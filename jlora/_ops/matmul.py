@@ -12,10 +12,9 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from jlora import _compat
+from jlora._compat import Primitive, ad, batching, mlir
 
 Dims = tuple[tuple[int, ...], tuple[int, ...]]  # the contracted axes of both operands, pairwise
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import topologies
+
+from jlora import _compat
 
 EXAMPLES = "v5e:4x4, v5e:16x16, v5p:4x4x4, v6e:8x8, v4:2x2x4, tpu7x:2x2x1, cpu:8"
 
@@ -81,7 +82,7 @@ def _tpu(name: str) -> tuple[Any, ...]:
     options: dict[str, Any] = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
         with _alone():
-            return tuple(topologies.get_topology_desc(name, platform="tpu", **options).devices)
+            return _compat.topology_devices(name, "tpu", **options)
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise

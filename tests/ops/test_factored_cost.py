@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora._compat import is_literal, open_jaxpr, scan_counts
+from jlora._compat import is_literal, open_jaxpr, scan_params
 from tests.support.methods import shapes_of_adapter
 from tests.support.programs import PROGRAMS, Program, floats, total
 from tests.support.weight_uses import KINDS, Kind
@@ -95,7 +95,8 @@ def bodies(eqn: Any, marks: list[bool]) -> Iterator[tuple[Any, list[bool]]]:
     values = [v for value in eqn.params.values() for v in (value if isinstance(value, (tuple, list)) else (value,))]
     for body in (open_jaxpr(v)[0] for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")):
         if eqn.primitive.name == "scan":
-            yield body, steady(body, marks, *scan_counts(eqn, eqn.invars))
+            p = scan_params(eqn)
+            yield body, steady(body, marks, p.num_consts, p.num_carry)
         elif eqn.primitive.name == "cond":
             yield body, marks[1:]
         else:

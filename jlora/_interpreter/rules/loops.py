@@ -1,0 +1,186 @@
+"""Rules of loops: `lax.scan` and `lax.while_loop`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import _compat
+from jlora._compat import Eqn
+from jlora._interpreter.context import Context, Value, fold_dropout_keys
+from jlora._ir import lazy
+from jlora._ir.algebra import relabel
+from jlora._ir.weight import AdaptedWeight, Index, fresh_indices
+
+Slices = tuple[Any, list[jax.Array | None]]  # of a weight's base, and of its other arrays
+
+
+def scan(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
+    """A loop whose constants, carries and scanned operands may be weights.
+
+    A scanned weight gives each step the slices of those factors that have the scanned index; its other factors are
+    constants of the loop. A carried weight stays factored if every step returns it in the same form; if every step
+    returns it unchanged, it is a constant of the loop.
+    """
+    p = _compat.scan_params(eqn)
+    jaxpr, _ = p.body
+    consts, init = values[: p.num_consts], values[p.num_consts : p.num_consts + p.num_carry]
+    xs = [_scanned(ctx, eqn, x, p.length) for x in values[p.num_consts + p.num_carry :]]
+    inner = ctx.child(trip_count=p.length)
+
+    passed_on = [var is jaxpr.invars[p.num_consts + k] for k, var in enumerate(jaxpr.outvars[: p.num_carry])]
+    unchanged = [k for k, v in enumerate(init) if isinstance(v, AdaptedWeight) and passed_on[k]]
+    changing = [k for k in range(p.num_carry) if k not in unchanged]
+    fixed = [*consts, *(init[k] for k in unchanged)]
+    numbers = jnp.arange(p.length) if _has_dropout(values[: p.num_consts + p.num_carry]) else None
+    sliced = numbers, [x.slices if isinstance(x, ScannedWeight) else x for x in xs]
+
+    def step(carry: list[Value], inputs: tuple[Any, list[Any]]) -> tuple[list[Value], list[Value]]:
+        number, slices = inputs
+        constants = _with_step_keys(fixed, number)
+        carried = _by_position(changing, carry) | _by_position(unchanged, constants[p.num_consts :])
+        items = [x.rebuild(s) if isinstance(x, ScannedWeight) else s for x, s in zip(xs, slices, strict=True)]
+        operands = [*constants[: p.num_consts], *(carried[k] for k in range(p.num_carry)), *items]
+        outputs = ctx.run(inner, *p.body, operands)
+        return [outputs[k] for k in changing], outputs[p.num_carry :]
+
+    def step_in_form(carry: list[Value], inputs: tuple[Any, list[Any]]) -> tuple[list[Value], list[Value]]:
+        new, ys = step(carry, inputs)
+        return _in_form_of(carry, new, inner, eqn), [_with_base(y) if isinstance(y, AdaptedWeight) else y for y in ys]
+
+    first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), sliced)
+    start = carry_fixed_point(ctx, eqn, [init[k] for k in changing], lambda carry: step(carry, first)[0])
+    carry, ys = lax.scan(step_in_form, start, sliced, length=p.length, **p.options)
+    last = _by_position(changing, carry) | {k: init[k] for k in unchanged}
+    ys = [_stacked(y, p.length) if isinstance(y, AdaptedWeight) else y for y in ys]
+    return [*(last[k] for k in range(p.num_carry)), *ys]
+
+
+def while_(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
+    """A loop whose constants and carries may be weights; a carried one stays factored if every step keeps its form.
+
+    With dropout, the loop also counts its steps, so that every step has its own mask.
+    """
+    p = _compat.while_params(eqn)
+    num_consts = p.num_condition_consts + p.num_body_consts
+    condition_consts, body_consts = values[: p.num_condition_consts], values[p.num_condition_consts : num_consts]
+    inner, outer = ctx.child(), ctx.child(branch=1)
+
+    def body(carry: list[Value], number: Any = None) -> list[Value]:
+        return ctx.run(inner, *p.body, [*_with_step_keys(body_consts, number), *carry])
+
+    def step(state: tuple[Any, list[Value]]) -> tuple[Any, list[Value]]:
+        number, carry = state
+        new = _in_form_of(carry, body(carry, number), inner, eqn)
+        return None if number is None else number + 1, new
+
+    def condition(state: tuple[Any, list[Value]]) -> jax.Array:
+        return ctx.run(outer, *p.condition, [*condition_consts, *state[1]])[0]
+
+    number = jnp.int32(0) if _has_dropout(values) else None
+    return lax.while_loop(condition, step, (number, carry_fixed_point(ctx, eqn, values[num_consts:], body)))[1]
+
+
+def carry_fixed_point(
+    ctx: Context, eqn: Eqn, carry: Sequence[Value], step: Callable[[list[Value]], list[Value]]
+) -> list[Value]:
+    """A carry that one step returns in the same form: weights that change are materialised.
+
+    Of a quantised weight first the base alone is materialised.
+    """
+    carry = list(carry)
+    while any(isinstance(v, AdaptedWeight) for v in carry):
+        out = jax.eval_shape(step, carry)
+        changed = [isinstance(a, AdaptedWeight) and _form(a) != _form(b) for a, b in zip(carry, out, strict=True)]
+        if not any(changed):
+            break
+        carry = [_materialize_carry(ctx, eqn, v) if c else v for v, c in zip(carry, changed, strict=True)]
+    return carry
+
+
+def _materialize_carry(ctx: Context, eqn: Eqn, f: AdaptedWeight) -> Value:
+    return _with_base(f) if isinstance(f.base, lazy.LazyArray) else ctx.materialize(eqn, f)
+
+
+def _form(value: Value) -> Any:
+    """The structure of a value, with shapes and dtypes in the place of arrays."""
+    return jax.tree.map(lambda a: (jnp.shape(a), a.dtype if hasattr(a, "dtype") else jax.dtypes.result_type(a)), value)
+
+
+def _in_form_of(carry: list[Value], new: list[Value], ctx: Context, eqn: Eqn) -> list[Value]:
+    """The new carry, in which a weight is materialised if the old carry has an array."""
+    return [v if isinstance(old, AdaptedWeight) else ctx.to_array(eqn, v) for old, v in zip(carry, new, strict=True)]
+
+
+def _by_position(positions: Sequence[int], values: Sequence[Value]) -> dict[int, Value]:
+    return dict(zip(positions, values, strict=True))
+
+
+def _has_dropout(values: Sequence[Value]) -> bool:
+    return any(n.key is not None for v in values if isinstance(v, AdaptedWeight) for n in v.networks)
+
+
+def _with_step_keys(values: Sequence[Value], number: jax.Array | None) -> list[Value]:
+    """The loop's constants for one step: with dropout, `number` is folded into their keys."""
+    if number is None:
+        return list(values)
+    return [fold_dropout_keys(v, number) if isinstance(v, AdaptedWeight) else v for v in values]
+
+
+def _with_base(f: AdaptedWeight) -> AdaptedWeight:
+    """The weight with a lazy base materialised."""
+    return dataclasses.replace(f, base=lazy.materialize(f.base))
+
+
+def _scanned(ctx: Context, eqn: Eqn, x: Value, length: int) -> "ScannedWeight | jax.Array":
+    """A scanned operand. A weight whose first axis has several indices cannot be scanned: it is materialised."""
+    if not isinstance(x, AdaptedWeight):
+        return x
+    return ScannedWeight.of(x, length) if len(x.axes[0]) == 1 else ctx.materialize(eqn, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScannedWeight:
+    """A weight that a loop scans along its first axis.
+
+    Arguments:
+        weight: the weight.
+        name: the index of its first axis.
+        slices: the arrays that have this index, with its axis first; None for those that do not have it.
+    """
+
+    weight: AdaptedWeight
+    name: str
+    slices: Slices
+
+    @staticmethod
+    def of(f: AdaptedWeight, length: int) -> "ScannedWeight":
+        """Moves the scanned index of every array to the front. A lazy base that has no slices is materialised."""
+        name, base = f.axes[0], lazy.with_leading_axis(f.base, length)
+        base = lazy.materialize(f.base) if base is None else base
+        arrays = [jnp.moveaxis(a, term.index(name), 0) if name in term else None for a, term in f.arrays]
+        return ScannedWeight(f, name, (base, arrays))
+
+    def rebuild(self, slices: Slices) -> AdaptedWeight:
+        """The weight of one step, from that step's slices."""
+        base, arrays = slices
+        sliced = iter(arrays)
+
+        def at_step(array: jax.Array, term: str) -> tuple[jax.Array, str]:
+            part = next(sliced)
+            return (array, term) if part is None else (part, term.replace(self.name, ""))
+
+        return relabel(self.weight.map_arrays(at_step), lazy.slice_leading(base), self.weight.axes[1:])
+
+
+def _stacked(f: AdaptedWeight, length: int) -> AdaptedWeight:
+    """The weights that the steps of a loop return, as one: every array in `f` has a new first axis."""
+    name = fresh_indices([f.used()])
+    stacked = f.map_arrays(lambda array, term: (array, name + term))
+    return relabel(stacked, f.base, [name, *f.axes], [Index(name, length)])
+
+
+RULES = {"scan": scan, "while": while_}
