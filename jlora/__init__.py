@@ -19,9 +19,9 @@ from jlora._interpreter.site import Site as Site
 from jlora._plan.plan import Plan as Plan
 from jlora._plan.plan import plan as plan
 from jlora._plan.topology import topology as topology
-from jlora._trace.trace import Explanation as Explanation
-from jlora._trace.trace import Sites as Sites
-from jlora._trace.trace import explain as explain
+from jlora._trace.explain import Explanation as Explanation
+from jlora._trace.explain import explain as explain
+from jlora._trace.sites import Sites as Sites
 from jlora._trace.trace import trace as trace
 from jlora._tree.leaves import Quantized as Quantized
 from jlora._tree.leaves import dequantize as dequantize

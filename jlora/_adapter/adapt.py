@@ -16,8 +16,8 @@ from jlora._interpreter import interpreter as _interpret
 from jlora._interpreter.context import Context
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
+from jlora._trace.sites import Sites
 from jlora._trace.stage import stage
-from jlora._trace.trace import Sites
 from jlora._tree.leaves import as_array, is_quantized
 from jlora._tree.paths import closest_matches, named_leaves
 from jlora.methods._base import Adapter, Method, Update

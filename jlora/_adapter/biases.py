@@ -8,7 +8,7 @@ import jax
 from jlora._adapter.adapt import Targets, choose, init
 from jlora._adapter.merge import merge
 from jlora._interpreter.site import Site
-from jlora._trace.trace import Sites
+from jlora._trace.sites import Sites
 from jlora.methods._base import Adapter, Method
 from jlora.methods._lowering import as_single
 from jlora.methods.full import Full

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from jlora._plan import hlo as _hlo
 from jlora._plan import topology as _topology
 from jlora._plan.hlo import Collective
-from jlora._pretty import table
+from jlora._pretty import Table
 from jlora._tree.paths import is_array, named_leaves
 
 _OVER = re.compile(r"\(([\d.]+)([KMGTP]?)\) exceeds available HBM \(([\d.]+)([KMGTP]?)\)")
@@ -76,14 +76,14 @@ class Plan:
         rows = [(name, f"{count:,}", _size(count)) for name, count in counts]
         rows.append(("FLOPs of products", f"{self.flops:.4g}", "" if self.exact else "loops of unknown length once"))
         rows.append(("bytes accessed", f"{self.bytes_accessed:.4g}", "bodies of loops once"))
-        parts = [head, table(("a device", "", ""), rows, right=(1,))]
+        parts = [head, Table(("a device", "", ""), rows, right=(1,)).text()]
         if not self.collectives:
             return "\n\n".join([*parts, "no collectives"])
         rows = [
             (c.kind, c.shape, f"{c.bytes:,}", f"{c.count:,}{'' if c.exact else '+'}", f"{c.bytes * c.count:,}")
             for c in self.collectives
         ]
-        parts.append(table(("collective", "shape", "bytes", "times", "in all"), rows, right=(2, 3, 4)))
+        parts.append(Table(("collective", "shape", "bytes", "times", "in all"), rows, right=(2, 3, 4)).text())
         if not all(c.exact for c in self.collectives):
             parts.append("+: inside a branch or a loop of unknown length, counted once")
         return "\n\n".join(parts)

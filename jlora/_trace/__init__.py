@@ -1,1 +1,1 @@
-"""Staging a program, and what it does with its weights."""
+"""What a program does with its weights: `trace` for the base, `explain` for an adapter."""

@@ -8,24 +8,25 @@ import jax
 from jax.sharding import AxisType, NamedSharding
 
 from jlora import _compat
+from jlora._compat import Jaxpr
 from jlora._tree.leaves import is_quantized, sharding
 from jlora._tree.paths import flatten, is_array, named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What staging a call gives.
+    """A call as a jaxpr and its inputs.
 
     Arguments:
         jaxpr: the program, an open jaxpr.
         consts: values of its constants.
         paths: the paths of the parameters' arrays, in the order of the jaxpr's first inputs.
-        params: those arrays; in the place of some, quantised weights.
+        params: those arrays, or quantised weights.
         args: the arrays among the other arguments, in the order of the remaining inputs.
-        rebuild: the function's result from the values of the jaxpr's outputs.
+        rebuild: makes the function's result from the values of the jaxpr's outputs.
     """
 
-    jaxpr: Any
+    jaxpr: Jaxpr
     consts: Sequence[Any]
     paths: list[str]
     params: list[Any]
@@ -36,8 +37,8 @@ class Program:
 def stage(fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     """Traces `fun(params, *args, **kwargs)`.
 
-    Arrays (and `jax.ShapeDtypeStruct`) are inputs; whatever else the arguments hold, Python numbers and booleans
-    included, the function sees as it is. Outputs that are no arrays pass through as well.
+    Arrays (and `jax.ShapeDtypeStruct`) become inputs of the program. The function sees everything else in the arguments
+    as it is, Python numbers and booleans included. Outputs that are not arrays are returned as they are.
     """
     weights, params_def = flatten(params)
     others, others_def = jax.tree.flatten((args, kwargs))
@@ -58,8 +59,8 @@ def stage(fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: d
         return [out[k] for k in result["arrays"]]
 
     values = [leaves[k] for k in dynamic]
-    jaxpr, consts = _compat.open_jaxpr(jax.make_jaxpr(flat)([_described(value) for value in values]))
-    count = sum(k < len(names) for k in dynamic)
+    jaxpr, consts = _compat.open_jaxpr(jax.make_jaxpr(flat)([_abstract(value) for value in values]))
+    num_params = sum(k < len(names) for k in dynamic)
 
     def rebuild(outputs: Sequence[Any]) -> Any:
         filled = list(result["leaves"])
@@ -67,18 +68,18 @@ def stage(fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: d
             filled[k] = value
         return jax.tree.unflatten(result["treedef"], filled)
 
-    paths = [names[k] for k in dynamic[:count]]
-    return Program(jaxpr, consts, paths, values[:count], values[count:], rebuild)
+    paths = [names[k] for k in dynamic[:num_params]]
+    return Program(jaxpr, consts, paths, values[:num_params], values[num_params:], rebuild)
 
 
-def _described(value: Any) -> Any:
-    """What the program is traced with: a quantised weight is the array that it stands for."""
+def _abstract(value: Any) -> Any:
+    """The value that the program is traced with: a quantised weight becomes the array that it stands for."""
     if not is_quantized(value):
         return value
-    there = sharding(value)
-    if isinstance(there, NamedSharding) and AxisType.Explicit in there.mesh.axis_types:
+    placement = sharding(value)
+    if isinstance(placement, NamedSharding) and AxisType.Explicit in placement.mesh.axis_types:
         raise NotImplementedError(
-            f"A quantised weight {value.shape} lies on {there.mesh}, whose Explicit axes ask for a type of every part "
-            "that is made of it: use a mesh of AxisType.Auto."
+            f"A quantised weight of shape {value.shape} is placed on {placement.mesh}, which has Explicit axes. They "
+            "require a type for every part that is dequantised: use a mesh of AxisType.Auto."
         )
-    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=there)
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=placement)

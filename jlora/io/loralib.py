@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._trace.trace import Sites
+from jlora._trace.sites import Sites
 from jlora.io.torch.factor_layout import Piece, assemble
 from jlora.io.torch.module_names import Names, Place, Weight, misfit, places
 from jlora.methods import LoRA

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jlora._adapter.adapt import choose_paths
 from jlora._interpreter.context import matrix_side
 from jlora._interpreter.site import Site
-from jlora._trace.trace import Sites
+from jlora._trace.sites import Sites
 from jlora._tree.leaves import is_quantized
 from jlora._tree.paths import flatten, named_leaves
 from jlora.quantized import nf4

@@ -25,19 +25,6 @@ def test_sites_say_all_of_a_weight():
     assert sites.flops == sum(site.flops for site in sites.values())
 
 
-def test_the_table_is_for_people():
-    text = str(toy_model.sites())
-    lines = text.splitlines()
-    assert lines[0].split() == ["path", "shape", "dtype", "axes", "consumed", "by", "FLOPs", "adaptable"]
-    row = next(line for line in lines if line.startswith("layers/up"))
-    for word in ("3x8x12", "float32", "stack 3, in 8, out 12", "dot_general", "yes"):
-        assert word in row
-    shares = [float(word[:-1]) for line in lines for word in line.split() if word.endswith("%")]
-    assert abs(sum(shares) - 100) < 0.5
-    assert "6 parameters, 760 numbers; 4 can be adapted" in lines[-1]
-    assert repr(toy_model.sites()) == text
-
-
 def test_explain_counts_what_the_adapter_adds():
     params, adapter = toy_model.params(), toy_model.adapter()
     explained = jlora.explain(toy_model.model, params, adapter, toy_model.tokens())

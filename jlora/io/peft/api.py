@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jlora._trace.trace import Sites
+from jlora._trace.sites import Sites
 from jlora.io.peft import config as _peft_config
 from jlora.io.peft import read as _peft_read
 from jlora.io.peft import tensors as _peft_tensors

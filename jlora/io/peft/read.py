@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._trace.trace import Sites
+from jlora._trace.sites import Sites
 from jlora.io.peft import config as _peft_config
 from jlora.io.peft import full_weights as _peft_whole
 from jlora.io.peft import tensors as _peft_tensors

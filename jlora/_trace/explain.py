@@ -1,0 +1,74 @@
+"""Which weights of an adapted program stay factored, and what that costs: `explain`."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jlora._interpreter.context import Use
+from jlora._pretty import Table, Tabular, fold_layers
+from jlora._trace.flops import flops
+from jlora._trace.stage import stage
+from jlora._trace.trace import collect_uses
+from jlora.methods._lowering import Adapters, as_adapters, check_fits
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Explanation(Tabular):
+    """Every use of the adapted weights, factored or dense.
+
+    `print` and notebooks show a table. Layers that differ in their number alone are one row, with the sums of their
+    FLOPs and bytes.
+
+    Arguments:
+        uses: the uses.
+        flops: FLOPs of one forward pass of the base program, in products and convolutions.
+    """
+
+    uses: tuple[Use, ...]
+    flops: float
+
+    @property
+    def dense(self) -> tuple[Use, ...]:
+        """The uses that materialise the weight."""
+        return tuple(use for use in self.uses if not use.factored)
+
+    def _table(self) -> Table:
+        rows = []
+        for path, positions in fold_layers([(use.path, dataclasses.replace(use, path="")) for use in self.uses]):
+            use, count = self.uses[positions[0]], len(positions)
+            form = "factored" if use.factored else "dense"
+            numbers = (
+                f"{count * use.flops:.3g}",
+                f"{count * use.added:.3g}",
+                f"{count * use.bytes:,}" if use.bytes else "",
+            )
+            rows.append((path, str(count), use.primitive, form, *numbers, use.where))
+        head = ("path", "uses", "primitive", "form", "base FLOPs", "added FLOPs", "dense bytes", "where")
+        added = sum(use.added for use in self.uses)
+        share = f" ({100 * added / self.flops:.2f}% of the base's {self.flops:.3g})" if self.flops else ""
+        foot = f"{len(self.uses)} uses, {len(self.dense)} dense; the adapter adds {added:.3g} FLOPs{share}"
+        return Table(head, rows, right=(1, 4, 5, 6), foot=foot)
+
+
+def explain(fun: Callable[..., Any], params: Any, adapter: Adapters, *args: Any, **kwargs: Any) -> Explanation:
+    """Lists every use of an adapted weight: whether the weight stays factored there, and what that costs.
+
+    Nothing is computed, so all arrays may be `jax.ShapeDtypeStruct`.
+
+    Arguments:
+        fun: the base program, as for `jlora.adapt`.
+        params: the base parameters.
+        adapter: the adapter, or several.
+        args, kwargs: as for `fun`.
+
+    Returns:
+        the uses, with the FLOPs of the base program. `print` shows them as a table.
+
+    Raises:
+        TypeError: if `adapter` is not an adapter or a list of adapters.
+        ValueError: if the adapter does not fit the parameters.
+    """
+    program = stage(fun, params, args, kwargs)
+    adapters = as_adapters(adapter)
+    check_fits(adapters, dict(zip(program.paths, program.params, strict=True)))
+    return Explanation(tuple(collect_uses(program, adapters)), flops(program.jaxpr))

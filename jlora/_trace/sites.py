@@ -1,0 +1,72 @@
+"""The sites of a program, and how they are shown."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Hashable, Iterator, Mapping
+
+from jlora._interpreter.site import Site
+from jlora._pretty import Table, Tabular, fold_layers
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Sites(Tabular, Mapping[str, Site]):
+    """Every parameter of a traced program, by path.
+
+    `print` and notebooks show a table. Layers that differ in their number alone are one row,
+    `layer_{0..11}/attention/query/kernel`.
+
+    Arguments:
+        sites: the sites by path.
+        flops: FLOPs of one forward pass of the program, in products and convolutions.
+    """
+
+    sites: dict[str, Site]
+    flops: float
+
+    def __getitem__(self, path: str) -> Site:
+        return self.sites[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    @property
+    def adaptable(self) -> "Sites":
+        """The sites that a low-rank method can adapt."""
+        return Sites({path: site for path, site in self.sites.items() if not site.unsupported_reason}, self.flops)
+
+    def _table(self) -> Table:
+        sites = list(self.sites.values())
+        rows = []
+        for path, positions in fold_layers([(site.path, _appearance(site)) for site in sites]):
+            site, flops = sites[positions[0]], sum(sites[k].flops for k in positions)
+            share = f"{100 * flops / self.flops:.1f}%" if self.flops and flops else ""
+            rows.append((path, str(len(positions)), *_cells(site), share, _verdict(site)))
+        head = ("path", "count", "shape", "dtype", "axes", "consumed by", "FLOPs", "adaptable")
+        numbers = sum(math.prod(site.shape) for site in sites)
+        foot = (
+            f"{len(sites)} parameters, {numbers:,} numbers; {len(self.adaptable)} can be adapted with low rank; "
+            f"a forward pass takes {self.flops:.3g} FLOPs in products"
+        )
+        return Table(head, rows, right=(1, 6), foot=foot)
+
+
+def _appearance(site: Site) -> Hashable:
+    """What layers of one row have in common."""
+    uses = tuple((use.primitive, use.roles, use.factored, use.flops) for use in site.uses)
+    return site.shape, str(site.dtype), site.roles, uses, site.unsupported_reason
+
+
+def _cells(site: Site) -> tuple[str, str, str, str]:
+    """Shape, dtype, axes and consuming primitives."""
+    counts = collections.Counter(use.primitive for use in site.uses)
+    primitives = ", ".join(name if n == 1 else f"{name} x{n}" for name, n in counts.items())
+    axes = ", ".join(f"{role} {n}" for role, n in zip(site.roles, site.shape, strict=True)) if site.roles else ""
+    return "x".join(map(str, site.shape)) or "scalar", str(site.dtype), axes, primitives
+
+
+def _verdict(site: Site) -> str:
+    return f"no: {site.unsupported_reason}" if site.unsupported_reason else "yes"

@@ -1,0 +1,123 @@
+"""How sites, explanations and adapters are shown: the exact text."""
+
+import html
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jlora
+from tests.support import toy_model
+
+TOY_SITES = """\
+path         count  shape   dtype    axes                   consumed by          FLOPs  adaptable
+-----------  -----  ------  -------  ---------------------  -------------------  -----  ---------
+embed            1  11x8    float32  in 11, out 8           gather, dot_general  12.1%  yes
+layers/down      1  3x12x8  float32  stack 3, in 12, out 8  dot_general          39.6%  yes
+layers/up        1  3x8x12  float32  stack 3, in 8, out 12  dot_general          39.6%  yes
+mix/kernel       1  8x8     float32  in 8, out 8            dot_general           8.8%  yes
+4 parameters, 728 numbers; 4 can be adapted with low rank; a forward pass takes 1.46e+04 FLOPs in products"""
+
+LAYERS = """\
+path                         count  shape  dtype    axes         consumed by  FLOPs  adaptable
+---------------------------  -----  -----  -------  -----------  -----------  -----  -------------------------------
+head                             1  4x3    float32  in 4, out 3  dot_general   3.3%  yes
+layer_{0..5}/query/kernel        6  4x4    float32  in 4, out 4  dot_general  26.4%  yes
+layer_{0,2..5}/value/kernel      5  4x4    float32  in 4, out 4  dot_general  22.0%  yes
+layer_{0..3}/w_{0,1}             8  4x4    float32  in 4, out 4  dot_general  35.2%  yes
+layer_1/value/kernel             1  4x4    float32                                   no: the program does not use it
+layer_{4,5}/w_0                  2  4x2    float32  in 4, out 2  dot_general   4.4%  yes
+layer_{4,5}/w_1                  2  2x4    float32  in 2, out 4  dot_general   4.4%  yes
+w_00                             1  4x4    float32  in 4, out 4  dot_general   4.4%  yes
+26 parameters, 380 numbers; 25 can be adapted with low rank; a forward pass takes 1.46e+03 FLOPs in products"""
+
+
+def layered_params() -> dict:
+    """Layers that are alike, but for the widths of the last two; an adapter of one, and a name with zeros."""
+
+    def layer(k: int) -> dict:
+        width = 4 if k < 4 else 2
+        return {
+            "query": {"kernel": jnp.ones((4, 4))},
+            "value": {"kernel": jnp.ones((4, 4))},
+            "w_0": jnp.ones((4, width)),
+            "w_1": jnp.ones((width, 4)),
+        }
+
+    return {"head": jnp.ones((4, 3)), "w_00": jnp.ones((4, 4)), **{f"layer_{k}": layer(k) for k in range(6)}}
+
+
+def layered_model(p: dict, x: jax.Array) -> jax.Array:
+    x = x @ p["w_00"]
+    for k in range(6):
+        layer = p[f"layer_{k}"]
+        x = x @ layer["query"]["kernel"]
+        if k != 1:
+            x = x @ layer["value"]["kernel"]
+        x = x @ layer["w_0"] @ layer["w_1"]
+    return x @ p["head"]
+
+
+def layered_sites() -> jlora.Sites:
+    return jlora.trace(layered_model, layered_params(), jnp.ones((2, 4)))
+
+
+def test_adaptable_sites_are_shown_as_a_table():
+    adaptable = toy_model.sites().adaptable
+    assert isinstance(adaptable, jlora.Sites)
+    assert list(adaptable) == ["embed", "layers/down", "layers/up", "mix/kernel"]
+    assert str(adaptable) == repr(adaptable) == TOY_SITES
+
+
+def test_a_site_that_cannot_be_adapted_shows_the_reason():
+    row = next(line for line in str(toy_model.sites()).splitlines() if line.startswith("mix/bias"))
+    assert row.endswith("no: no product, convolution or lookup uses it (only add)")
+
+
+def test_repeated_layers_are_one_row():
+    assert str(layered_sites()) == LAYERS
+
+
+def test_layers_of_different_dtypes_are_two_rows():
+    params = {f"w_{k}": jnp.ones((4, 4), jnp.float32 if k else jnp.bfloat16) for k in range(3)}
+    sites = jlora.trace(lambda p, x: x @ p["w_0"].astype(x.dtype) @ p["w_1"] @ p["w_2"], params, jnp.ones((2, 4)))
+    assert [line.split()[:2] for line in str(sites).splitlines()[2:4]] == [["w_0", "1"], ["w_{1,2}", "2"]]
+
+
+EXPLANATION = """\
+path                       uses  primitive    form      base FLOPs  added FLOPs  dense bytes  where
+-------------------------  ----  -----------  --------  ----------  -----------  -----------  -----
+w_00                          1  dot_general  factored          64           64               layered_model
+layer_{0..5}/query/kernel     6  dot_general  factored         384          384               layered_model
+head                          1  dot_general  factored          48           56               layered_model
+w_00                          1  reduce_sum   dense              0           16           64  with_dense_use
+9 uses, 1 dense; the adapter adds 520 FLOPs (35.71% of the base's 1.46e+03)"""
+
+
+def test_an_explanation_is_shown_with_repeated_layers_as_one_row():
+    def with_dense_use(p: dict, x: jax.Array) -> jax.Array:
+        return layered_model(p, x) + p["w_00"].sum()
+
+    adapter = jlora.init(jax.random.key(0), layered_sites(), {"head|w_00|.*/query/kernel": jlora.LoRA(rank=2)})
+    text = str(jlora.explain(with_dense_use, layered_params(), adapter, jnp.ones((2, 4))))
+    # Of a source line, FILE:LINE:COLUMN (FUNCTION), the function alone stays the same.
+    text = re.sub(r"\S*test_display\.py\S* \(.*?(\w+)\)", r"\1", text)
+    assert re.sub("-+\n", "-----\n", text, count=1) == EXPLANATION
+
+
+@pytest.mark.parametrize("shown", ["sites", "explanation"])
+def test_notebooks_show_the_same_cells(shown):
+    sites = toy_model.sites()
+    explanation = jlora.explain(toy_model.model, toy_model.params(), toy_model.adapter(), toy_model.tokens())
+    table = {"sites": sites, "explanation": explanation}[shown]
+    markup = html.unescape(table._repr_html_())
+    assert markup.count("<tr>") == len(str(table).splitlines()) - 2  # neither the rule nor the last line
+    assert f"<p>{str(table).splitlines()[-1]}</p>" in markup
+    assert ">layers/up</td>" in markup
+
+
+def test_markup_is_escaped():
+    sites = jlora.trace(lambda p, x: x @ p["<w>"], {"<w>": jnp.ones((4, 4))}, jnp.ones((2, 4)))
+    assert "&lt;w&gt;" in sites._repr_html_()
+    assert "<w>" not in sites._repr_html_()
