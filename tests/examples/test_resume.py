@@ -102,7 +102,7 @@ def test_a_state_of_every_kind(tmp_path):
     same(jlora.load_state(folder, tree), tree)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if hasattr(a, "dtype") else a, tree)
     del abstract["numpy"], abstract["none"]
-    with pytest.raises(jlora.CheckpointError, match=r"numpy: saved, and not in the tree"):
+    with pytest.raises(jlora.CheckpointError, match=r"numpy: saved, but not in the tree"):
         jlora.load_state(folder, abstract)
 
 
@@ -142,8 +142,8 @@ def test_another_tree_is_refused_with_every_misfit(tmp_path):
         "step: saved as int, in the tree float",
         "m: saved as float32(2, 3), in the tree float32(3, 2)",
         "seed: saved as int, in the tree float32()",
-        "gone: saved, and not in the tree",
-        "new: in the tree, and not saved",
+        "gone: saved, but not in the tree",
+        "new: in the tree, but not saved",
         "key: saved as key<fry>(), in the tree key<rbg>()",
     ):
         assert line in str(caught.value)
@@ -151,9 +151,9 @@ def test_another_tree_is_refused_with_every_misfit(tmp_path):
 
 def test_a_state_that_was_never_saved(tmp_path):
     jlora.save(tmp_path / "a", toy_model.adapter())
-    with pytest.raises(jlora.CheckpointError, match="holds an adapter alone"):
+    with pytest.raises(jlora.CheckpointError, match="holds an adapter without a state"):
         jlora.load_state(tmp_path / "a", {"step": 0})
-    with pytest.raises(TypeError, match="'step' is bytes"):
+    with pytest.raises(TypeError, match="'step' has type bytes"):
         jlora.checkpoint_args(toy_model.adapter(), {"step": b"3"})
 
 

@@ -57,7 +57,7 @@ def failures():
 def test_a_full_disk(failures):
     folder, (before, full, _, again) = failures
     assert before == {"raised": "", "there": ["before"]}
-    assert f"could not be written to {folder / 'full'}, and nothing is there" in full["raised"]
+    assert f"could not be written to {folder / 'full'}, and nothing was left there" in full["raised"]
     assert "File too large" in full["raised"]
     assert full["there"] == ["before"]
     assert again == {"raised": "", "there": ["before", "full"]}

@@ -2,21 +2,23 @@
 
     python -m tests.support.processes FOLDER PORT RANK
 
-Prints, as JSON, which pieces of which arrays it read.
+Prints as JSON which chunks it removed from its copy of the checkpoint, and the error for one chunk too many.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jlora
-from jlora.io.checkpoint import reader as _arrays
 
 
 def free_port() -> int:
@@ -27,7 +29,7 @@ def free_port() -> int:
 
 
 def main() -> None:
-    folder, port, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    folder, port, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", 2, rank)
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
@@ -41,21 +43,35 @@ def main() -> None:
     update = jlora.Update(factors={"a": a, "b": b}, method=jlora.LoRA(rank=2), roles=("in", "out"), shape=(16, 24))
     adapter = jax.tree.map(put, {"w": update}, jlora.shardings({"w": update}, params))
     assert not adapter["w"].factors["a"].is_fully_addressable
-    jlora.save(folder, adapter, params=params)
+    jlora.save(folder / "saved", adapter, params=params)
+    compare(jlora.load(folder / "saved", params=params), {"a": a, "b": b})
 
-    seen = []
-    fill = _arrays._fill
+    handlers = {"arrays": ocp.PyTreeCheckpointHandler(use_ocdbt=False), "jlora": ocp.JsonCheckpointHandler()}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+        checkpointer.save(folder / "files", args=ocp.args.Composite(**jlora.checkpoint_args(adapter, params=params)))
+    shutil.copytree(folder / "files", folder / f"files_{rank}")
+    chunks = folder / f"files_{rank}" / "arrays" / "w:factors:a"
+    rows = json.loads((chunks / ".zarray").read_text())["chunks"][0]
+    shards = [shard.index[0] for shard in adapter["w"].factors["a"].addressable_shards]
+    needed = {f"{start // rows}.0" for shard in shards for start in range(shard.start, shard.stop, rows)}
+    removed = sorted({f"{k}.0" for k in range(len(a) // rows)} - needed)
+    for name in removed:
+        (chunks / name).unlink()
+    compare(jlora.load(folder / f"files_{rank}", params=params), {"a": a, "b": b})
+    (chunks / min(needed)).unlink()
+    try:
+        jlora.load(folder / f"files_{rank}", params=params)
+        refused = ""
+    except jlora.CheckpointError as error:
+        refused = str(error)
+    print(json.dumps({"removed": removed, "refused": refused}))
 
-    def watched(folder, files, plan, box, known):
-        seen.append([plan.name, [[part.start, part.stop] for part in box]])
-        return fill(folder, files, plan, box, known)
 
-    _arrays._fill = watched
-    loaded = jlora.load(folder, params=params)
-    for name, expected in (("a", a), ("b", b)):
-        for shard in loaded["w"].factors[name].addressable_shards:
-            assert np.array_equal(shard.data, expected[shard.index])
-    print(json.dumps(sorted(seen)))
+def compare(adapter: dict, expected: dict[str, np.ndarray]) -> None:
+    """Raises if a shard of this process has other values than expected."""
+    for name, values in expected.items():
+        for shard in adapter["w"].factors[name].addressable_shards:
+            assert np.array_equal(shard.data, values[shard.index])
 
 
 if __name__ == "__main__":

@@ -1,118 +1,112 @@
-"""An array as pieces with a sum each, so that every process can check what it reads without the rest."""
+"""Checksums of the pieces of an array, so that every process verifies what it reads without the rest of the array."""
 
 import functools
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-Box = tuple[slice, ...]
+Region: TypeAlias = tuple[slice, ...]
+"""A box in an array: one slice for each axis, with start and stop."""
 
-_BYTES = 4 << 20  # of a piece: small enough for a processor's cache
-_ROW = 509  # words; a prime, so that blocks of a disk which change places change the sum
-_BLOCK = 96 * 8 * _ROW  # bytes, which are in a processor's own cache when they are added up
+PIECE_BYTES = 4 << 20  # of a piece, and of a chunk on the disk: a reader holds few of them beside the arrays
+_ROW = 509  # words; a prime, so that blocks of a disk that change places change the checksum
 
 
 def piece_shape(shard: Sequence[int], itemsize: int) -> tuple[int, ...]:
-    """The shape of a shard's pieces: contiguous, and of a few MiB."""
+    """Returns the shape of a shard's pieces: contiguous in memory, and at most `PIECE_BYTES` if an element is.
+
+    Arguments:
+        shard: shape of the shard.
+        itemsize: bytes of an element.
+    """
     piece = list(shard)
     for axis in range(len(shard)):
-        rows = _BYTES // max(1, itemsize * math.prod(shard[axis + 1 :]))
+        rows = PIECE_BYTES // max(1, itemsize * math.prod(shard[axis + 1 :]))
         piece[axis] = max(1, min(shard[axis], rows))
         if rows:
             break
     return tuple(piece)
 
 
-@functools.lru_cache
-def grid(shape: tuple[int, ...], shard: tuple[int, ...], piece: tuple[int, ...] | None = None) -> list[Box]:
-    """All pieces of an array in order; without `piece` its shards. Many arrays are of one shape."""
+@functools.lru_cache  # many arrays of an adapter have the same shape
+def split(shape: tuple[int, ...], shard: tuple[int, ...], piece: tuple[int, ...]) -> list[Region]:
+    """Returns the regions of all pieces of an array in row-major order. Pieces do not cross the borders of shards."""
     cuts = [
         [
             slice(start, min(start + p, first + s, n))
             for first in range(0, n, max(1, s))
             for start in range(first, min(first + s, n), max(1, p))
         ]
-        for n, s, p in zip(shape, shard, piece or shard, strict=True)
+        for n, s, p in zip(shape, shard, piece, strict=True)
     ]
     return list(itertools.product(*cuts))
 
 
-def inside(box: Box, other: Box) -> bool:
-    """Whether `other` holds all of `box`."""
-    return all(o.start <= b.start and b.stop <= o.stop for b, o in zip(box, other, strict=True))
+def contains(outer: Region, inner: Region) -> bool:
+    """Whether all of `inner` is in `outer`."""
+    return all(o.start <= i.start and i.stop <= o.stop for i, o in zip(inner, outer, strict=True))
 
 
-def overlap(box: Box, other: Box) -> Box | None:
-    """What two boxes share, None where it is nothing."""
-    both = tuple(slice(max(b.start, o.start), min(b.stop, o.stop)) for b, o in zip(box, other, strict=True))
-    return both if all(b.start < b.stop for b in both) else None
+def intersect(a: Region, b: Region) -> Region | None:
+    """Returns the intersection of two regions, None if it is empty."""
+    common = tuple(slice(max(i.start, j.start), min(i.stop, j.stop)) for i, j in zip(a, b, strict=True))
+    return common if all(i.start < i.stop for i in common) else None
 
 
-def within(box: Box, other: Box) -> tuple[Any, ...]:
-    """A box as an index into the array that holds `other`; the result is a view, of a scalar too."""
-    return (*(slice(b.start - o.start, b.stop - o.start) for b, o in zip(box, other, strict=True)), ...)
+def relative_to(region: Region, origin: Region) -> tuple[Any, ...]:
+    """Returns a region as an index into the array that holds `origin`; the result is a view, also of a scalar."""
+    return (*(slice(r.start - o.start, r.stop - o.start) for r, o in zip(region, origin, strict=True)), ...)
 
 
-def plain(index: Box, shape: Sequence[int]) -> Box:
-    """An index as JAX gives it, with its starts and stops."""
+def normalize_index(index: Region, shape: Sequence[int]) -> Region:
+    """Returns an index as JAX gives it (`slice(None)` for a complete axis) with explicit starts and stops."""
     return tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape, strict=True))
 
 
-def checksum(data: np.ndarray, fill: Callable[[np.ndarray], None] | None = None) -> int:
-    """The CRC-32 of an array's bytes, folded.
+def checksum(data: np.ndarray) -> int:
+    """Returns a CRC-32 of an array's bytes, folded so that it runs at the speed of memory.
 
-        crc32(rest, crc32(sum over rows of 509 words, modulo 2^64)),    the rest what fills no row
+        crc32(rest, crc32(sum over rows of 509 words, modulo 2^64)),    rest = bytes that do not fill a row
 
-    Adding up runs at the speed of memory, and no change of a single word can leave its column's sum as it was.
-
-    Arguments:
-        data: the array.
-        fill: writes the array's bytes, a block at a time and in order, each before it is added up: the processor's
-            cache still has it then. The array has to be contiguous.
+    A change in a single word changes the sum of its column, and so the CRC.
     """
-    raw = (np.ascontiguousarray(data) if fill is None else data).reshape(-1).view(np.uint8)
-    whole = raw.size - raw.size % (8 * _ROW)
-    folded = np.zeros(_ROW, np.uint64)
-    for start in range(0, raw.size, _BLOCK):
-        block = raw[start : start + _BLOCK]
-        if fill is not None:
-            fill(block)
-        rows = raw[start : min(start + _BLOCK, whole)].view(np.uint64).reshape(-1, _ROW)
-        folded += rows.sum(axis=0, dtype=np.uint64)
-    return zlib.crc32(raw[whole:].data, zlib.crc32(folded.astype("<u8").data))
+    raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    rows_end = raw.size - raw.size % (8 * _ROW)
+    folded = raw[:rows_end].view(np.uint64).reshape(-1, _ROW).sum(axis=0, dtype=np.uint64)
+    return zlib.crc32(raw[rows_end:].data, zlib.crc32(folded.astype("<u8").data))
 
 
-def sums(array: Any) -> dict[str, Any]:
-    """What is recorded of an array: shape, dtype, its division into shards and pieces, and a sum for every piece.
+def record(array: jax.Array | np.ndarray) -> dict[str, Any]:
+    """Returns what a checkpoint records of an array: shape, dtype, its division, and a checksum for every piece.
 
-    Every process reads its own shards alone, one at a time; the sums are what they tell each other.
+    Every process reads its own shards only, one at a time. The processes then exchange the checksums.
     """
     shape = tuple(array.shape)
     shard = shape
-    held = [(tuple(slice(0, n) for n in shape), array)]
+    shards: list[tuple[Region, Any]] = [(tuple(slice(0, n) for n in shape), array)]
     if isinstance(array, jax.Array):
         shard = array.sharding.shard_shape(shape)
-        held = [(plain(s.index, shape), s.data) for s in array.addressable_shards if s.replica_id == 0]
+        shards = [(normalize_index(s.index, shape), s.data) for s in array.addressable_shards if s.replica_id == 0]
     piece = piece_shape(shard, array.dtype.itemsize)
-    boxes = grid(shape, shard, piece)
-    found = np.zeros(len(boxes), np.uint32)
-    for index, data in held:
+    pieces = split(shape, shard, piece)
+    sums = np.zeros(len(pieces), np.uint32)
+    for region, data in shards:
         host = np.asarray(data)
-        for k, box in enumerate(boxes):
-            if inside(box, index):
-                found[k] = checksum(host[within(box, index)])
+        for k, part in enumerate(pieces):
+            if contains(region, part):
+                sums[k] = checksum(host[relative_to(part, region)])
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        found = np.asarray(multihost_utils.process_allgather(found)).sum(axis=0, dtype=np.uint32)
+        sums = np.asarray(multihost_utils.process_allgather(sums)).sum(axis=0, dtype=np.uint32)
     return {
         "shape": list(shape),
         "dtype": array.dtype.name,
         "shard": list(shard),
         "piece": list(piece),
-        "sums": found.tolist(),
+        "sums": sums.tolist(),
     }

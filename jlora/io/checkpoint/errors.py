@@ -1,5 +1,5 @@
-"""What is raised where a saved adapter cannot be used."""
+"""The error of everything that reads or writes checkpoints. This module imports nothing."""
 
 
 class CheckpointError(ValueError):
-    """A saved adapter that cannot be written, trusted or understood, or that belongs to another base."""
+    """A saved adapter cannot be written, is damaged, has an unknown format, or belongs to another base."""

@@ -1,4 +1,4 @@
-"""All that a training run has beside its adapter: a tree of arrays and plain values, by name."""
+"""The state that a training run keeps beside its adapter: a tree of arrays and plain values, stored by name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,81 +6,79 @@ from urllib.parse import quote
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jlora._tree.paths import is_array, named_leaves
 from jlora.io.checkpoint.errors import CheckpointError
-from jlora.io.checkpoint.reader import HOST, Place
+from jlora.io.checkpoint.placement import Placement, placement_of
 
 _PLAIN = (bool, int, float, str)
 
 
 def split(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A tree's arrays by their names in the checkpoint, and what JSON says of its leaves.
+    """Divides a state into its arrays, by their names in the checkpoint, and a JSON description of its leaves.
 
     Raises:
-        TypeError: where a leaf is neither an array nor a number, string or boolean.
+        TypeError: if a leaf is not an array, a number, a string or a boolean.
     """
     arrays, leaves = {}, {}
     for path, leaf in named_leaves(state):
         if is_array(leaf):
-            key = f"state::{quote(path, safe='')}"
-            arrays[key] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-            leaves[path] = {"array": key, "shape": leaf.shape, "dtype": leaf.dtype.name}
+            name = f"state::{quote(path, safe='')}"
+            arrays[name] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+            leaves[path] = {"array": name, "shape": leaf.shape, "dtype": leaf.dtype.name}
             if _is_key(leaf):
                 leaves[path]["impl"] = str(jax.random.key_impl(leaf))
         elif isinstance(leaf, _PLAIN):
             leaves[path] = {"value": leaf}
         else:
             raise TypeError(
-                f"The state's leaf {path!r} is {type(leaf).__name__}: make it an array, a number or a string."
+                f"The state's leaf {path!r} has type {type(leaf).__name__}, which cannot be saved: make it an array, "
+                "a number, a string or a boolean."
             )
     return arrays, leaves
 
 
-def places(leaves: Mapping[str, Any], like: Any) -> dict[str, Place]:
-    """Where each array of a state belongs, from the tree that it has to look like.
+def placements(leaves: Mapping[str, Any], like: Any) -> dict[str, Placement]:
+    """Returns the placement of every array of a saved state, by its name in the checkpoint.
+
+    Arguments:
+        leaves: the description that `split` returned.
+        like: the tree that the state has to fit.
 
     Raises:
-        CheckpointError: where the tree has other leaves, shapes, dtypes or types, with every misfit.
+        CheckpointError: if the tree has other leaves, shapes, dtypes or types; lists every difference.
     """
-    wanted = dict(named_leaves(like))
-    wrong = [f"{path}: saved, and not in the tree" for path in leaves if path not in wanted]
-    out: dict[str, Place] = {}
-    for path, leaf in wanted.items():
-        said = leaves.get(path)
-        if said is None:
-            wrong.append(f"{path}: in the tree, and not saved")
+    expected = dict(named_leaves(like))
+    differences = [f"{path}: saved, but not in the tree" for path in leaves if path not in expected]
+    out: dict[str, Placement] = {}
+    for path, leaf in expected.items():
+        if path not in leaves:
+            differences.append(f"{path}: in the tree, but not saved")
             continue
-        saved = f"{said['dtype']}{tuple(said['shape'])}" if "array" in said else type(said["value"]).__name__
-        found = f"{leaf.dtype.name}{leaf.shape}" if is_array(leaf) else type(leaf).__name__
-        if saved != found:
-            wrong.append(f"{path}: saved as {saved}, in the tree {found}")
+        entry = leaves[path]
+        saved = f"{entry['dtype']}{tuple(entry['shape'])}" if "array" in entry else type(entry["value"]).__name__
+        given = f"{leaf.dtype.name}{leaf.shape}" if is_array(leaf) else type(leaf).__name__
+        if saved != given:
+            differences.append(f"{path}: saved as {saved}, in the tree {given}")
         elif is_array(leaf):
-            out[said["array"]] = place(leaf)
-    if wrong:
-        raise CheckpointError("The saved state does not fit this tree:\n  " + "\n  ".join(wrong))
+            out[entry["array"]] = placement_of(leaf)
+    if differences:
+        raise CheckpointError(
+            "The saved state does not fit this tree. Pass a tree of the structure, shapes and dtypes that were saved."
+            "\n  " + "\n  ".join(differences)
+        )
     return out
 
 
 def join(leaves: Mapping[str, Any], arrays: Mapping[str, Any], like: Any) -> Any:
-    """The tree again."""
-    found = []
+    """Rebuilds a state: the inverse of `split`, with the tree structure of `like`."""
+    values = []
     for path, _ in named_leaves(like):
-        said = leaves[path]
-        value = said["value"] if "value" in said else arrays[said["array"]]
-        found.append(jax.random.wrap_key_data(value, impl=said["impl"]) if "impl" in said else value)
-    return jax.tree.unflatten(jax.tree.structure(like), found)
+        entry = leaves[path]
+        value = entry["value"] if "value" in entry else arrays[entry["array"]]
+        values.append(jax.random.wrap_key_data(value, impl=entry["impl"]) if "impl" in entry else value)
+    return jax.tree.unflatten(jax.tree.structure(like), values)
 
 
 def _is_key(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
-
-
-def place(leaf: Any) -> Place:
-    """Where a leaf lies: an array that was put nowhere in particular is put nowhere in particular again."""
-    if isinstance(leaf, np.ndarray | np.generic):
-        return HOST
-    if _is_key(leaf) or (isinstance(leaf, jax.Array) and not leaf.committed):
-        return None
-    return getattr(leaf, "sharding", None)
