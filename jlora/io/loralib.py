@@ -1,36 +1,43 @@
-"""Adapters that were trained with the original library, loralib."""
+"""Adapters of the original library, loralib."""
 
+import collections
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jlora._trace.sites import Sites
-from jlora.io.torch.factor_layout import Piece, assemble
-from jlora.io.torch.module_names import Names, Place, Weight, misfit, places
+from jlora.io.torch.factor_layout import ModuleFactors, flat_axes
+from jlora.io.torch.join_modules import stack_modules
+from jlora.io.torch.module_names import Names, no_match_error
+from jlora.io.torch.weight_location import Index, Owners, Weight, WeightLocation, locate_weights, owners_of
 from jlora.methods import LoRA
 from jlora.methods._base import Adapter
 
 
 def load(
-    state: Mapping[str, Any],
+    state: Mapping[str, ArrayLike],
     sites: Sites,
     names: Names,
     *,
     alpha: float = 1.0,
-    enable: tuple[bool, ...] | None = None,
+    enable: Sequence[bool] | None = None,
 ) -> Adapter:
-    """Reads an adapter from what `loralib.lora_state_dict` gave.
+    """Reads an adapter from the result of `loralib.lora_state_dict`.
 
-    The state says neither what alpha was nor which groups of a MergedLinear are adapted. A convolution of kernel k x k
-    becomes a LoRA of rank r k^2: loralib multiplies (out k, r k) with (r k, in k) and reads that as a kernel.
+        state = {name: tensor.numpy() for name, tensor in torch.load("lora.pt").items()}
+        adapter = jlora.loralib.load(state, sites, {"layers/{i}/query/kernel": "h.{i}.query"}, alpha=16)
+
+    The state records neither alpha nor which groups of a MergedLinear are adapted. A convolution with a k x k kernel
+    becomes a LoRA of rank r k^2: loralib multiplies (out k, r k) by (r k, in k) and reads the product as a kernel.
 
     Arguments:
         state: arrays by name, `<module>.lora_A` and `<module>.lora_B`, and nothing else.
         sites: from `jlora.trace`.
-        names: as for `jlora.peft.load`; a weight that is query, key and value in one is named by its one module.
+        names: as for `jlora.peft.load`. A weight with query, key and value in one is named by its one module.
         alpha: loralib's `lora_alpha`, the same for all layers.
         enable: loralib's `enable_lora`, the same for every MergedLinear.
 
@@ -38,63 +45,97 @@ def load(
         the adapter.
 
     Raises:
-        ValueError: for a name that is no adapter's, a module without a weight, and a shape that does not fit.
+        ValueError: if a name is not that of an adapter's tensor, a module has no weight in the program, or a shape does
+            not fit.
 
     Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
     """
-    strange = [key for key in state if not key.endswith((".lora_A", ".lora_B"))]
-    if strange:
-        raise ValueError(f"These are no tensors of an adapter: {strange}. Pass loralib.lora_state_dict(model).")
-    found = places(names, {path: Weight(site.shape, site.roles) for path, site in sites.items()})
-    modules = {key.rpartition(".")[0]: None for key in state}
-    owners = {name: (place, index) for place in found.values() for index, (name, *_) in place.modules.items()}
-    lost = {name: owners for name in modules if name not in owners}
-    if lost:
-        raise misfit("These in the state have no weight in the program:", lost, names, sites)
-    pieces: dict[str, dict[tuple[int, ...], Piece]] = {}
-    for name in modules:
-        missing = [f"{name}.lora_{x}" for x in "AB" if f"{name}.lora_{x}" not in state]
-        if missing:
-            raise ValueError(f"The state has no {missing[0]}.")
-        place, index = owners[name]
-        if place.pieces > 1 or place.module.part is not None:
-            raise ValueError(f"{name} is not the one module of {place.path}: loralib's layers are read one for one.")
-        a, b = (np.asarray(state[f"{name}.lora_{x}"]) for x in "AB")
-        piece = _piece(name, a, b, place, alpha, enable)
-        pieces.setdefault(place.path, {})[index] = piece
-    out = {path: assemble(by_index, found[path]) for path, by_index in pieces.items()}
-    return {
-        path: dataclasses.replace(out[path], factors={n: jnp.asarray(a) for n, a in out[path].factors.items()})
-        for path in sites
-        if path in out
+    locations = locate_weights(names, {path: Weight(site.shape, site.roles) for path, site in sites.items()})
+    owners = owners_of(locations)
+    by_path: dict[str, dict[Index, ModuleFactors]] = collections.defaultdict(dict)
+    for name, (a, b) in _module_pairs(state, owners, names, sites).items():
+        location, index, _ = owners[name][0]
+        if location.num_joined > 1 or location.module.part is not None:
+            raise ValueError(
+                f"{name} is not the one module of {location.path}: loralib keeps each weight in one module, so name it "
+                "alone, without a part."
+            )
+        by_path[location.path][index] = _factors(name, a, b, location, alpha, tuple(enable or ()))
+    adapter = {}
+    for path in sites:
+        if path in by_path:
+            update = stack_modules(by_path[path], locations[path])
+            adapter[path] = dataclasses.replace(update, factors=jax.tree.map(jnp.asarray, update.factors))
+    return adapter
+
+
+def _module_pairs(
+    state: Mapping[str, ArrayLike], owners: Owners, names: Names, sites: Sites
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """lora_A and lora_B of every module.
+
+    Raises:
+        ValueError: if the state has other tensors, lacks one of the two, or has a module without a weight.
+    """
+    others = [key for key in state if not key.endswith((".lora_A", ".lora_B"))]
+    if others:
+        raise ValueError(f"These are no tensors of an adapter: {others}. Pass loralib.lora_state_dict(model).")
+    modules = dict.fromkeys(key.rpartition(".")[0] for key in state)
+    unplaced = {name: owners for name in modules if name not in owners}
+    if unplaced:
+        raise no_match_error("These in the state have no weight in the program:", unplaced, names, sites)
+    keys = {name: (f"{name}.lora_A", f"{name}.lora_B") for name in modules}
+    missing = [key for pair in keys.values() for key in pair if key not in state]
+    if missing:
+        raise ValueError(f"The state has no {missing[0]}. Pass the whole of loralib.lora_state_dict(model).")
+    return {name: (np.asarray(state[a]), np.asarray(state[b])) for name, (a, b) in keys.items()}
+
+
+def _factors(
+    name: str, a: np.ndarray, b: np.ndarray, location: WeightLocation, alpha: float, enable: tuple[bool, ...]
+) -> ModuleFactors:
+    """The two matrices of a module as a LoRA."""
+    n_in, n_out = location.count("in"), location.count("out")
+    factors = None
+    if a.ndim == b.ndim == 2 and location.is_matrix:
+        if location.module.kind == "conv":
+            factors = _convolution(a, b, location, alpha)
+        elif a.shape == (b.shape[1], n_in) and len(b) == n_out:
+            method = LoRA(len(a), float(alpha))
+            factors = ModuleFactors(method, 1.0, {"a": a.T, "b": b.T}, flat_axes(method, location))
+        elif a.shape == (sum(enable) * b.shape[1], n_in) and len(b) * len(enable) == n_out * sum(enable):
+            factors = _merged_linear(a, b, location, alpha, enable)
+    if factors is None:
+        raise ValueError(
+            f"{name} has lora_A {a.shape} and lora_B {b.shape}, which do not fit {location.path} "
+            f"{location.weight.shape}. A MergedLinear needs enable=, its enable_lora; given: {enable or None}."
+        )
+    return factors
+
+
+def _convolution(a: np.ndarray, b: np.ndarray, location: WeightLocation, alpha: float) -> ModuleFactors | None:
+    """A convolution's matrices (r k, in k) and (out k, r k) as a LoRA of rank r k^2; None if the shapes do not fit."""
+    channels, *window = location.kernel
+    n_out, high = location.count("out"), len(a)
+    size = window[0] if window else 0
+    if window != [size, size] or high % size or a.shape != (high, channels * size) or b.shape != (n_out * size, high):
+        return None
+    wide = np.kron(np.eye(size, dtype=a.dtype), a.T)
+    out = b.reshape(n_out, size, high).transpose(1, 2, 0).reshape(size * high, n_out)
+    method = LoRA(size * high, float(alpha) * size**2)  # loralib divides alpha by r = rank / k^2
+    return ModuleFactors(method, 1.0, {"a": wide, "b": out}, flat_axes(method, location))
+
+
+def _merged_linear(
+    a: np.ndarray, b: np.ndarray, location: WeightLocation, alpha: float, enable: tuple[bool, ...]
+) -> ModuleFactors:
+    """A MergedLinear's matrices (enabled r, in) and (enabled out / groups, r) as a LoRA with groups."""
+    (count, n_in), rank = (sum(enable), a.shape[1]), b.shape[1]
+    axis = location.axes("out")[0]
+    method = LoRA(rank, float(alpha), groups=len(enable), enable=enable, group_axis=axis)
+    arrays = {
+        "a": a.reshape(count, rank, n_in).transpose(2, 0, 1),
+        "b": b.reshape(count, -1, rank).transpose(0, 2, 1),
     }
-
-
-def _piece(
-    name: str, a: np.ndarray, b: np.ndarray, place: Place, alpha: float, enable: tuple[bool, ...] | None
-) -> Piece:
-    """A module's two matrices as a LoRA, in the layout that `assemble` takes."""
-    n_in, n_out = place.count("in"), place.count("out")
-    misfit = ValueError(f"{name} has lora_A {a.shape} and lora_B {b.shape}, and {place.path} is {place.weight.shape}.")
-    if a.ndim != 2 or b.ndim != 2 or not place.is_matrix:
-        raise misfit
-    if place.module.kind == "conv":
-        size, channels = place.kernel[-1], place.kernel[0]
-        if set(place.kernel[1:]) != {size} or len(place.kernel) != 3 or b.shape != (n_out * size, len(a)):
-            raise misfit
-        if a.shape != (len(a) // size * size, channels * size):
-            raise misfit
-        high = b.reshape(n_out, size, len(a)).transpose(1, 2, 0).reshape(size * len(a), n_out)
-        wide = np.kron(np.eye(size, dtype=a.dtype), a.T)
-        rank = len(high)  # loralib divides alpha by r, which is rank / size^2
-        return Piece(LoRA(rank, float(alpha) * size**2), 1.0, {"a": wide, "b": high})
-    if len(a) == b.shape[1]:
-        if a.shape[1] != n_in or len(b) != n_out:
-            raise misfit
-        return Piece(LoRA(len(a), float(alpha)), 1.0, {"a": a.T, "b": b.T})
-    rank, groups = b.shape[1], len(enable or ())
-    if not enable or rank * sum(enable) != len(a) or a.shape[1] != n_in or len(b) * groups != n_out * sum(enable):
-        raise ValueError(f"{misfit} A MergedLinear needs enable=, and is given {enable}.")
-    method = LoRA(rank, float(alpha), groups=groups, enable=tuple(enable), group_axis=place.axes("out")[0])
-    down = a.reshape(sum(enable), rank, n_in).transpose(2, 0, 1)
-    return Piece(method, 1.0, {"a": down, "b": b.reshape(sum(enable), -1, rank).transpose(0, 2, 1)})
+    axes = {"a": ("in", "group", "rank"), "b": ("group", "rank", "group_out")}
+    return ModuleFactors(method, 1.0, arrays, axes)

@@ -2,13 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from jlora._trace.sites import Sites
-from jlora.io.peft import config as _peft_config
-from jlora.io.peft import read as _peft_read
-from jlora.io.peft import tensors as _peft_tensors
-from jlora.io.peft import write as _peft_write
+from jlora._tree.paths import Tree
+from jlora.io.peft.config import read_config, write_config
+from jlora.io.peft.read import read_adapter
+from jlora.io.peft.safetensors_file import load_tensors, save_tensors
+from jlora.io.peft.write import peft_files
 from jlora.io.torch.module_names import Module as Module
 from jlora.io.torch.module_names import Names as Names
 from jlora.methods._base import Adapter
@@ -17,31 +17,37 @@ from jlora.methods._lowering import as_single
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def load(folder: str | os.PathLike[str], sites: Sites, names: Names, *, params: Any = None) -> Adapter:
+def load(folder: str | os.PathLike[str], sites: Sites, names: Names, *, params: Tree = None) -> Adapter:
     """Reads an adapter that PEFT wrote, or `save`.
 
-    What its configuration says and jlora does not implement is refused, and so is a tensor that is missing, left
-    over, or of another shape. VeRA with random matrices other than those that jlora draws from the seed becomes the
-    equal LoRA. So do LoRAs of several ranks or scales in one stack, that of the largest rank, with zeros in A and in B
-    that no gradient reaches. Where PEFT adapts one use of a tied weight and jlora all, it is refused.
+        sites = jlora.trace(model.apply, variables, tokens)
+        names = {"params/layers/{i}/query/kernel": "model.layers.{i}.self_attn.q_proj"}
+        adapter = jlora.peft.load("adapter", sites, names)
+
+    Everything in the file is read or refused: a field of its configuration that jlora does not implement, a tensor that
+    is missing, left over or of another shape, and an adapter for one use of a weight that the program uses twice. VeRA
+    with other random matrices than those that jlora draws from the seed becomes the equal LoRA. LoRAs of several ranks
+    or scales in one stacked weight become one of the largest rank, with zeros in A and in B that no gradient reaches.
 
     Arguments:
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
         sites: from `jlora.trace`, of the program that is to be adapted.
-        names: patterns of paths with the names of torch modules (`Module` where they are no plain linear layers; a
-            sequence of names where several modules lie side by side in one weight). `{i}` is a whole number.
-        params: the base parameters, for what PEFT stores whole and jlora as a difference: DoRA's magnitudes, biases,
-            `modules_to_save`, trained tokens, a base embedding in the file, and biases that IA3 scales.
+        names: patterns of paths, each with the name of a torch module. An index absent from the path enumerates the
+            stacked axis. A list of names denotes modules concatenated along the out axis. Use `Module(...)` for
+            anything but a linear layer.
+        params: the base parameters. Needed for what PEFT stores absolutely and jlora as a difference: DoRA's
+            magnitudes, biases, `modules_to_save`, trained tokens, a base embedding in the file, and biases that IA3
+            scales.
 
     Returns:
-        the adapter, its arrays in the file's dtype, differences in float32.
+        the adapter. Its arrays have the dtypes of the file; differences are float32.
 
     Raises:
-        FileNotFoundError: where a file is missing.
-        ValueError: for all else, with what was found and what to do.
+        FileNotFoundError: if a file is missing.
+        ValueError: if the file is damaged, or does not fit the program; the message states what to do.
     """
-    config = _peft_config.read(Path(folder) / CONFIG)
-    return _peft_read.adapter(config, _peft_tensors.load_file(Path(folder) / TENSORS), sites, names, params)
+    config = read_config(Path(folder) / CONFIG)
+    return read_adapter(config, load_tensors(Path(folder) / TENSORS), sites, names, params)
 
 
 def save(
@@ -49,42 +55,46 @@ def save(
     adapter: Adapter,
     names: Names,
     *,
-    params: Any = None,
+    params: Tree = None,
     target: str | None = None,
 ) -> tuple[str, ...]:
-    """Writes an adapter as PEFT reads it, to a new folder, whole or not at all.
+    """Writes an adapter to a new folder as PEFT reads it. Nothing is left behind if it fails.
 
-    A method that PEFT lacks, a compensated start, and methods that do not go together are written as the exact equal
-    LoRA (`jlora.to_lora`). `Full` is written as trained tokens (embeddings), `bias`, or `modules_to_save`.
-    Which factors are frozen, and the dropout of LoHa and LoKr, have no place in the files and are left out.
+        names = {"params/layers/{i}/query/kernel": "model.layers.{i}.self_attn.q_proj"}
+        for change in jlora.peft.save("adapter", adapter, names):
+            print(change)
+
+    A method that PEFT lacks, an update with `offset`, and methods that PEFT cannot combine are written as the exact
+    equal LoRA (`jlora.to_lora`). `Full` becomes trained tokens (of embeddings), `bias`, or `modules_to_save`. The files
+    do not record which factors are frozen, nor the dropout of LoHa and LoKr.
 
     Arguments:
-        folder: to write, which must not exist.
+        folder: to write; it must not exist.
         adapter: the adapter.
         names: as for `load`.
         params: the base parameters, as for `load`.
-        target: "vllm" for a serving engine that takes plain LoRA of one rank and one scale alone.
+        target: "vllm" for a serving engine that takes plain LoRA of one rank and one scale.
 
     Returns:
-        a sentence for each thing that was written in another form than the adapter has it.
+        a sentence for each update that was written in another form.
 
     Raises:
-        FileExistsError: where the folder exists.
-        ValueError: where PEFT has no equal, with the path and what to do.
+        FileExistsError: if the folder exists.
+        ValueError: if PEFT has no equal, with the path and what to do.
     """
     path = Path(os.path.abspath(folder))
     if path.exists():
         raise FileExistsError(f"{path} exists. Save to another path, or remove it first.")
-    config, tensors, said = _peft_write.files(as_single(adapter), names, params, target)
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    part.mkdir(parents=True)
+    files = peft_files(as_single(adapter), names, params, target)
+    unfinished = path.with_name(f"{path.name}.part-{os.getpid()}")
+    unfinished.mkdir(parents=True)
     try:
-        _peft_tensors.save_file(part / TENSORS, tensors)
-        _peft_config.write(part / CONFIG, config)
-        part.rename(path)
+        save_tensors(unfinished / TENSORS, files.tensors)
+        write_config(unfinished / CONFIG, files.config)
+        unfinished.rename(path)
     finally:
-        for file in part.glob("*"):
+        for file in unfinished.glob("*"):
             file.unlink()
-        if part.exists():
-            part.rmdir()
-    return said
+        if unfinished.exists():
+            unfinished.rmdir()
+    return files.notes

@@ -1,10 +1,8 @@
-"""PEFT's `adapter_config.json`: what each field means here, and which are refused."""
+"""PEFT's `adapter_config.json`: reading, checking and writing it."""
 
-import collections
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jlora.methods import IA3, DoRA, LoHa, LoKr, LoRA, VeRA
@@ -14,18 +12,27 @@ Config = dict[str, Any]
 
 PREFIX = "base_model.model."  # of every module in a file
 
-# Fields that say nothing about what a trained adapter computes.
-_IDLE = {
+PEFT_TYPES: dict[type[Method], str] = {
+    LoRA: "LORA",
+    DoRA: "LORA",
+    LoHa: "LOHA",
+    LoKr: "LOKR",
+    VeRA: "VERA",
+    IA3: "IA3",
+}
+
+# Fields that do not change what a trained adapter computes.
+_IGNORED = {
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
     *("runtime_config", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config"),
     *("lora_ga_config", "init_weights", "init_ia3_weights", "fan_in_fan_out", "d_initial"),
 }
-# Fields of all types that are read.
+# Fields that jlora reads for every type.
 _COMMON = {
     *("peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "bias"),
 }
-# Fields that are read beside those, by type.
+# Fields that jlora reads for one type.
 _READ = {
     "LORA": [
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout"),
@@ -37,7 +44,7 @@ _READ = {
     "IA3": ["feedforward_modules"],
     "TRAINABLE_TOKENS": ["token_indices"],
 }
-_NEEDED = {
+_REQUIRED = {
     "LORA": ("r", "lora_alpha"),
     "LOHA": ("r", "alpha"),
     "LOKR": ("r", "alpha"),
@@ -45,9 +52,10 @@ _NEEDED = {
     "IA3": ("feedforward_modules",),
     "TRAINABLE_TOKENS": ("token_indices",),
 }
-_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base as it is
-# What fields hold that are more than a number or a switch: their type, and that of what is in them.
-_HOLDS: dict[str, tuple[tuple[type, ...], type]] = {
+_UNCHANGED_BASE = (True, False, "gaussian", "orthogonal", "eva")  # values of init_lora_weights
+_BIASES = ("none", "all", "lora_only", "vera_only")
+# The types of fields that are not a plain number or switch: of the value, and of the items in it.
+_FIELD_TYPES: dict[str, tuple[tuple[type, ...], type]] = {
     "target_modules": ((str, list), str),
     "exclude_modules": ((str, list), str),
     "feedforward_modules": ((str, list), str),
@@ -60,168 +68,92 @@ _HOLDS: dict[str, tuple[tuple[type, ...], type]] = {
     "rank_pattern": ((dict,), int),
     "alpha_pattern": ((dict,), object),
 }
-_EXPRESSIONS = ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save")
-TYPES = {"LoRA": "LORA", "DoRA": "LORA", "LoHa": "LOHA", "LoKr": "LOKR", "VeRA": "VERA", "IA3": "IA3"}
+_LISTS_OF_EXPRESSIONS = ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save")
 
 
-def read(path: str | os.PathLike[str]) -> Config:
+def read_config(path: str | os.PathLike[str]) -> Config:
     """The configuration in a file.
 
     Raises:
-        ValueError: where it is damaged, lacks a field, or says what jlora does not implement, by name.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, lacks a field, or has a field that jlora does not implement; the message
+            names the field.
     """
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if not isinstance(kind, str) or kind not in _READ:
-        raise ValueError(f"{path} has the peft_type {kind!r}; jlora reads {', '.join(_READ)}.")
-    _check_types(path, config)
-    missing = [field for field in (*_NEEDED[kind], "target_modules") if field not in config]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}, and jlora takes no default for it.")
-    unknown = [f"{name} = {v!r}" for name, v in config.items() if v and name not in {*_IDLE, *_COMMON, *_READ[kind]}]
-    if unknown:
-        raise ValueError(f"{path} says what jlora does not implement: {'; '.join(unknown)}.")
-    start = config.get("init_lora_weights", True)
-    if start not in _STARTS:
-        converted = "model.save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        what = "the model that LoftQ left, merged" if start == "loftq" else f"it there as a plain LoRA: {converted}"
-        raise ValueError(
-            f"{path} has init_lora_weights = {start!r}: PEFT changes the base when it loads that. Save {what}."
-        )
-    if kind == "VERA" and not config.get("save_projection", True):
-        raise ValueError(
-            f"{path} has save_projection = False: its matrices are to be drawn by torch's generator, which jlora does "
-            "not have. Save it with save_projection=True."
-        )
-    if config.get("bias", "none") not in ("none", "all", "lora_only", "vera_only"):
-        raise ValueError(f"{path} has bias = {config['bias']!r}; it is none, all, lora_only or vera_only.")
+    peft_type = config.get("peft_type") if isinstance(config, dict) else None
+    if not isinstance(peft_type, str) or peft_type not in _READ:
+        raise ValueError(f"{path} has the peft_type {peft_type!r}; jlora reads {', '.join(_READ)}.")
+    for name in _FIELD_TYPES:
+        _check_type(path, name, config.get(name))
+        _check_expressions(path, name, config.get(name))
+    _check_fields(path, peft_type, config)
+    _check_base(path, peft_type, config)
     return config
 
 
-def _check_types(path: Any, config: Config) -> None:
-    """Raises for a field that does not hold what PEFT puts there."""
-    for name, (types, inner) in _HOLDS.items():
-        value = config.get(name)
-        items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-        if name == "trainable_token_indices" and isinstance(value, dict):
-            items = [k for one in items for k in (one if isinstance(one, list) else [None])]
-        if value is not None and not (isinstance(value, types) and all(isinstance(item, inner) for item in items)):
-            raise ValueError(f"{path} has {name} = {value!r}, which PEFT does not write.")
-        expressions = list(value or ()) if name in _EXPRESSIONS and not isinstance(value, str) else []
-        for expression in [*expressions, *([value] if isinstance(value, str) else [])]:
-            try:
-                re.compile(expression)
-            except re.error as error:
-                raise ValueError(f"{path} has {name} = {value!r}, which is no regular expression: {error}") from error
-
-
-def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """What the first matching pattern says of a module, as PEFT reads them: whole parts of a name, at its end."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-def method(config: Config, name: str) -> Method:
-    """The method of a module.
-
-    Raises:
-        ValueError: where a number is none, or makes no sense.
-    """
-    kind = config["peft_type"]
-    if kind == "IA3":
-        return IA3("in" if _ends(config["feedforward_modules"], name, "") else "out")
-    rank = by_pattern(config.get("rank_pattern"), name, config["r"])
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise ValueError(f"The rank of {name} is a whole number, not {rank!r}.")
-    if kind == "VERA":
-        start, dropout = (_number(config.get(field, 0.0), field) for field in ("d_initial", "vera_dropout"))
-        return VeRA(rank, start, config["projection_prng_key"], dropout)
-    alpha = by_pattern(config.get("alpha_pattern"), name, config["lora_alpha" if kind == "LORA" else "alpha"])
-    alpha = _number(alpha, f"alpha of {name}")
-    if kind == "LORA":
-        make = DoRA if config.get("use_dora") else LoRA
-        dropout = _number(config.get("lora_dropout", 0.0), "lora_dropout")
-        return make(rank, alpha, bool(config.get("use_rslora")), dropout=dropout)
-    if kind == "LOHA":
-        return LoHa(rank, alpha)
-    return LoKr(rank, alpha, config.get("decompose_factor", -1), bool(config.get("decompose_both")))
-
-
-def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"The {what} is a number, not {value!r}.")
-    return float(value)
-
-
-def rank(method: Method) -> int | None:
-    """A method's rank, where it has one."""
-    return getattr(method, "rank", None)
-
-
-def token_rows(config: Config) -> Any:
-    """The trained tokens: a list for the only embedding, or a dict from embeddings to lists."""
-    return config.get("trainable_token_indices") or config.get("token_indices")
-
-
-def is_saved(config: Config, name: str) -> bool:
-    """Whether a module or parameter is among those that are trained whole."""
-    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.get("modules_to_save") or ())
-
-
-def _ends(targets: str | Iterable[str] | None, name: str, dot: str = ".") -> bool:
-    """Whether a name is among targets: a regular expression for the whole, or a list of ends."""
-    if isinstance(targets, str):
-        return bool(re.fullmatch(targets, name))
-    return any(name == t or name.endswith(dot + t) for t in targets or ())
-
-
-def targets(config: Config, name: str) -> bool:
-    """Whether the configuration says that a module is adapted; where that depends on torch, whether it may be."""
-    wanted = config["target_modules"]
-    if wanted is None or wanted == "all-linear":
-        return False
-    if config.get("exclude_modules") and _ends(config["exclude_modules"], name):
-        return False
-    if is_saved(config, name):
-        return False
-    layers = config.get("layers_to_transform")
-    if layers not in (None, []) and not isinstance(wanted, str):
-        patterns = config.get("layers_pattern") or [r"[^.]*"]
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        found = [re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in patterns]
-        index = next((int(m[1]) for m in found if m), None)
-        if index not in ([layers] if isinstance(layers, int) else layers):
-            return False
-    return _ends(wanted, name)
-
-
-def targets_parameter(config: Config, name: str) -> bool:
-    """Whether the configuration says that a parameter is adapted."""
-    return _ends(config.get("target_parameters"), name)
-
-
-def commonest(values: Iterable[Any]) -> Any:
-    counts = collections.Counter(values)
-    return min(counts, key=lambda v: (-counts[v], v))
-
-
-def patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """A pattern for every module that differs, which matches that module and no other."""
-    escaped = {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
-    return dict(sorted(escaped.items()))
-
-
-def number(value: float) -> int | float:
-    """A whole number as one."""
-    return int(value) if float(value).is_integer() else float(value)
-
-
-def write(path: str | os.PathLike[str], config: Config) -> None:
+def write_config(path: str | os.PathLike[str], config: Config) -> None:
+    """Writes a configuration, its fields in alphabetical order."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(config, file, indent=2, sort_keys=True)
+
+
+def _check_type(path: str | os.PathLike[str], name: str, value: Any) -> None:
+    """Raises unless a field holds what PEFT writes there."""
+    if value is None:
+        return
+    types, item_type = _FIELD_TYPES[name]
+    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    if name == "trainable_token_indices" and isinstance(value, dict):
+        items = [index for rows in items for index in (rows if isinstance(rows, list) else [None])]
+    if not (isinstance(value, types) and all(isinstance(item, item_type) for item in items)):
+        raise ValueError(
+            f"{path} has {name} = {value!r}, which PEFT does not write: it must be a "
+            f"{' or '.join(t.__name__ for t in types)}, with items of type {item_type.__name__}."
+        )
+
+
+def _check_expressions(path: str | os.PathLike[str], name: str, value: Any) -> None:
+    """Raises unless the regular expressions in a field compile."""
+    listed = list(value or ()) if name in _LISTS_OF_EXPRESSIONS else []
+    for expression in [value] if isinstance(value, str) else listed:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(f"{path} has {name} = {value!r}, which is no regular expression: {error}") from error
+
+
+def _check_fields(path: str | os.PathLike[str], peft_type: str, config: Config) -> None:
+    """Raises if a field is missing that the adapter depends on, or is set and not implemented."""
+    missing = [field for field in (*_REQUIRED[peft_type], "target_modules") if field not in config]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}, and jlora takes no default for it: add it to the file.")
+    readable = {*_IGNORED, *_COMMON, *_READ[peft_type]}
+    unknown = [f"{name} = {value!r}" for name, value in config.items() if value and name not in readable]
+    if unknown:
+        raise ValueError(
+            f"{path} sets fields that jlora does not implement: {'; '.join(unknown)}. Merge the adapter with PEFT and "
+            "load the merged weights instead."
+        )
+    bias = config.get("bias", "none")
+    if bias not in _BIASES:
+        raise ValueError(f"{path} has bias = {bias!r}; it must be one of {', '.join(_BIASES)}.")
+
+
+def _check_base(path: str | os.PathLike[str], peft_type: str, config: Config) -> None:
+    """Raises if PEFT would need more than the file and the base: another base, or torch's random numbers."""
+    start = config.get("init_lora_weights", True)
+    if start not in _UNCHANGED_BASE:
+        converted = "model.save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        what = "the model that LoftQ produced, merged" if start == "loftq" else f"it there as a plain LoRA: {converted}"
+        raise ValueError(
+            f"{path} has init_lora_weights = {start!r}: PEFT changes the base when it loads that. Save {what}."
+        )
+    if peft_type == "VERA" and not config.get("save_projection", True):
+        raise ValueError(
+            f"{path} has save_projection = False: its matrices are drawn by torch's generator, which jlora does not "
+            "have. Save it with save_projection=True."
+        )

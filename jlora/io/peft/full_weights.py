@@ -1,121 +1,197 @@
-"""Weights that are trained whole, in PEFT's files: biases, modules to save, rows of embeddings."""
+"""Parameters that are trained in full, in PEFT's files: biases, modules to save, rows of embeddings."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from jlora.io.peft import config as _peft_config
-from jlora.io.peft import tensors as _peft_tensors
-from jlora.io.peft.deltas import Base
-from jlora.io.peft.tensors import Tensors, sizes_of, written
-from jlora.io.torch.factor_layout import TERMS, Part, Piece, divide, kind
-from jlora.io.torch.module_names import Owner
+from jlora.io.peft.config import PREFIX, Config
+from jlora.io.peft.deltas import BaseParams
+from jlora.io.peft.layouts import FactorInFile, layouts_of
+from jlora.io.peft.module_entry import ModuleEntry
+from jlora.io.peft.targets import tokens_of
+from jlora.io.peft.tensors import Tensors, from_file, module_tensors, sizes_of, to_file
+from jlora.io.torch.factor_layout import FlatAxes, ModuleFactors, flat_axes
+from jlora.io.torch.split_modules import split_modules
+from jlora.io.torch.weight_location import ModuleOwner, WeightLocation
 from jlora.methods import Full
 from jlora.methods._base import Update
 
 
-def read(name: str, tensor: np.ndarray, own: list[Owner]) -> Piece:
-    """A parameter that is in the file as a whole."""
-    place = own[0].place
-    full = kind(Full(), place.is_matrix)
-    _, spelled = _peft_tensors.form(full, place.module.kind, name)["d"]
-    sizes = sizes_of(own)
-    if place.experts:
-        raise ValueError(f"{name} is a trained weight with an axis of experts; jlora reads adapters of those alone.")
-    value = _peft_tensors.read(tensor, TERMS[full]["d"], spelled, sizes, name)
-    return Piece(Full(), 1.0, {"d": value})
+def _layout(name: str, location: WeightLocation) -> tuple[FlatAxes, FactorInFile]:
+    """The axes of a trained parameter here and in the file."""
+    axes = flat_axes(Full(), location)
+    (layout,) = layouts_of(Full(), location.module.kind, axes, name)
+    return axes["d"], layout["d"]
 
 
-def _base_piece(own: Owner, base: Base, why: str) -> np.ndarray:
-    place = own.place
-    value = base.value(place.path, place.weight.shape, why)
-    update = Update({"d": value}, Full(), place.weight.roles, place.weight.shape)
-    piece = divide(update, place)[own.at][own.piece]
-    assert piece is not None
-    return piece.flat["d"]
+def _full(value: np.ndarray, axes: FlatAxes) -> ModuleFactors:
+    return ModuleFactors(Full(), 1.0, {"d": value}, {"d": axes})
 
 
-def read_rows(name: str, tensor: np.ndarray, config: _peft_config.Config, own: list[Owner], base: Base) -> Piece:
-    """An embedding with its trained rows."""
-    rows = _peft_config.token_rows(config)
-    if isinstance(rows, dict):
-        rows = next((v for k, v in rows.items() if name == k or name.endswith(f".{k}")), None)
-    value = _base_piece(own[0], base, "the file holds trained rows, and jlora's adapter differences")
-    if not rows or tensor.shape != (len(rows), value.shape[-1]) or not all(0 <= k < len(value) for k in rows):
-        raise ValueError(f"{name} has rows of shape {tensor.shape} for the tokens {rows} of {value.shape}.")
-    value = value.copy()
-    value[rows] = tensor.astype(value.dtype)
-    return Piece(Full(), 1.0, {"d": value})
+def read_full(name: str, tensor: np.ndarray, owners: list[ModuleOwner]) -> ModuleFactors:
+    """A trained parameter, its value and not yet the difference from the base.
+
+    Raises:
+        ValueError: if PEFT has no such parameter, or its shape does not fit.
+    """
+    axes, in_file = _layout(name, owners[0].location)
+    return _full(from_file(tensor, axes, in_file.axes, sizes_of(owners), name), axes)
 
 
-def check_base(name: str, tensor: np.ndarray, own: list[Owner], base: Base) -> None:
-    value = _base_piece(own[0], base, f"the file holds the base weight of {name} too")
-    stored = read(name, tensor, own).flat["d"]
+def read_token_rows(
+    name: str, tensor: np.ndarray, config: Config, owners: list[ModuleOwner], base: BaseParams
+) -> ModuleFactors:
+    """A weight with its trained rows: the value of the base with some rows of torch's weight replaced.
+
+    PEFT counts rows along the first axis of torch's weight: the tokens of an embedding (tokens, features), and those of
+    an output head, a linear layer with (out, in).
+
+    Arguments:
+        name: of the module.
+        tensor: the rows.
+        config: which rows they are.
+        owners: the weight.
+        base: the base parameters.
+
+    Raises:
+        ValueError: if the rows do not fit the weight, or the base is missing.
+    """
+    axes, in_file = _layout(name, owners[0].location)
+    kernel = owners[0].location.kernel
+    value = _base_value(owners[0], base, "the file holds trained rows, and jlora's adapter their difference from it")
+    weight, tokens = to_file(value, axes, in_file.axes, kernel).copy(), tokens_of(config, name)
+    are_rows = tensor.shape == (len(tokens), *weight.shape[1:])
+    if not tokens or not are_rows or not 0 <= min(tokens) <= max(tokens) < len(weight):
+        raise ValueError(
+            f"{name} has trained rows of shape {tensor.shape} for the tokens {tokens}; torch's weight there has shape "
+            f"{weight.shape}."
+        )
+    weight[tokens] = tensor.astype(weight.dtype)
+    return _full(from_file(weight, axes, in_file.axes, sizes_of(owners), name), axes)
+
+
+def check_stored_base(name: str, tensor: np.ndarray, owners: list[ModuleOwner], base: BaseParams) -> None:
+    """Raises unless the base weight in the file is that of `params`."""
+    value = _base_value(owners[0], base, f"the file holds the base weight of {name} too")
+    stored = read_full(name, tensor, owners).arrays["d"]
     if not np.array_equal(stored.astype(value.dtype), value):
         raise ValueError(
-            f"The file holds the base weight of {name}, and it is another than {own[0].place.path} in params: PEFT "
-            "would replace it. Load that base, resized or trained as it was."
+            f"The file holds the base weight of {name}, and it is another than {owners[0].location.path} in params: "
+            "PEFT would replace it. Pass the base that the adapter was trained on, resized or trained as it was."
         )
 
 
-def _rows(name: str, part: Part, base: Base) -> tuple[list[int], np.ndarray]:
-    """The trained rows of an embedding."""
-    place = part.place
-    value = part.piece.flat["d"]
-    weight = base.value(place.path, place.weight.shape, "").reshape(value.shape)
+def _base_value(owner: ModuleOwner, base: BaseParams, purpose: str) -> np.ndarray:
+    """The base weight of a module, flattened."""
+    location = owner.location
+    value = base.value(location.path, location.weight.shape, purpose)
+    update = Update({"d": value}, Full(), location.weight.roles, location.weight.shape)
+    factors = split_modules(update, location)[owner.stack_index][owner.position]
+    assert factors is not None
+    return factors.arrays["d"]
+
+
+def _changed_rows(name: str, entry: ModuleEntry, base: BaseParams) -> tuple[list[int], np.ndarray]:
+    """The rows of an embedding that are not those of the base, and their values."""
+    location, factors = entry
+    value = factors.arrays["d"]
+    weight = base.value(location.path, location.weight.shape, f"{name} is saved as trained rows").reshape(value.shape)
     rows = np.flatnonzero((value != weight.astype(value.dtype)).any(1))
     return rows.tolist(), value[rows]
 
 
-def tokens_alone(tokens: Mapping[str, Part], base: Base) -> tuple[_peft_config.Config, Tensors]:
-    """A file of trained tokens."""
-    found = {name: _rows(name, part, base) for name, part in tokens.items()}
-    rows = next(iter(found.values()))[0]
-    if not rows or any(r != rows for r, _ in found.values()):
-        raise ValueError(f"PEFT trains the same tokens in all of {sorted(tokens)}; here they differ or are none.")
-    config = {"peft_type": "TRAINABLE_TOKENS", "target_modules": sorted(tokens), "token_indices": rows}
-    config |= {"base_model_name_or_path": None, "inference_mode": True, "init_weights": True, "task_type": None}
-    return config, {f"{_peft_config.PREFIX}{name}.trainable_tokens_delta": value for name, (_, value) in found.items()}
+def only_tokens(embeddings: Mapping[str, ModuleEntry], base: BaseParams) -> tuple[Config, Tensors]:
+    """The configuration and tensors of a file with trained tokens and nothing else.
+
+    Raises:
+        ValueError: if the embeddings do not train the same tokens.
+    """
+    changed = {name: _changed_rows(name, entry, base) for name, entry in embeddings.items()}
+    tokens = next(iter(changed.values()))[0]
+    if not tokens or any(rows != tokens for rows, _ in changed.values()):
+        counts = {name: len(rows) for name, (rows, _) in changed.items()}
+        raise ValueError(
+            f"PEFT trains the same tokens in all embeddings, at least one; here the numbers of changed rows are "
+            f"{counts}. Adapt a weight by LoRA too: then each embedding may have tokens of its own."
+        )
+    config: Config = {
+        "peft_type": "TRAINABLE_TOKENS",
+        "target_modules": sorted(embeddings),
+        "token_indices": tokens,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "init_weights": True,
+        "task_type": None,
+    }
+    return config, {f"{PREFIX}{name}.trainable_tokens_delta": value for name, (_, value) in changed.items()}
 
 
-def add_tokens(config: _peft_config.Config, tensors: Tensors, tokens: Mapping[str, Part], base: Base) -> None:
-    if not tokens:
+def add_tokens(config: Config, tensors: Tensors, embeddings: Mapping[str, ModuleEntry], base: BaseParams) -> None:
+    """Adds the trained rows of embeddings beside a LoRA."""
+    if not embeddings:
         return
-    _needs_lora(config, tokens)
-    found = {name: _rows(name, part, base) for name, part in tokens.items()}
-    found = {name: (rows, value) for name, (rows, value) in found.items() if rows}
-    config["trainable_token_indices"] = {name: rows for name, (rows, _) in sorted(found.items())} or None
-    for name, (_, value) in found.items():
-        tensors[f"{_peft_config.PREFIX}{name}.token_adapter.trainable_tokens_delta"] = value
-
-
-def _needs_lora(config: _peft_config.Config, parts: Mapping[str, Part]) -> None:
-    if config["peft_type"] != "LORA":
-        raise ValueError(f"PEFT trains {sorted(parts)} with LoRA alone, and the adapter has {config['peft_type']}.")
+    _check_is_lora(config, list(embeddings))
+    changed = {name: _changed_rows(name, entry, base) for name, entry in embeddings.items()}
+    changed = {name: (rows, value) for name, (rows, value) in changed.items() if rows}
+    config["trainable_token_indices"] = {name: rows for name, (rows, _) in sorted(changed.items())} or None
+    for name, (_, value) in changed.items():
+        tensors[f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"] = value
 
 
 def add_trained(
-    config: _peft_config.Config, tensors: Tensors, trained: Mapping[str, Part], adapted: Mapping[str, Part]
+    config: Config, tensors: Tensors, trained: Mapping[str, ModuleEntry], adapted: Mapping[str, ModuleEntry]
 ) -> None:
-    """Weights that are trained whole: biases, and modules with all that they hold."""
-    saved = {name for name, part in trained.items() if part.place.is_matrix}
-    saved |= {name.removesuffix(".weight") for name in trained if name.endswith(".weight")}
-    strange = [n for n, p in trained.items() if not p.place.is_matrix and not n.endswith((".weight", ".bias"))]
-    if strange:
-        raise ValueError(f"PEFT saves whole modules, and {strange} are parameters of their own: leave them out.")
+    """Adds parameters that are trained in full: modules with all that they hold, and biases of others.
+
+    Arguments:
+        config: of the adapted modules; its `bias` and `modules_to_save` are set.
+        tensors: of the adapted modules; those of the trained parameters are added.
+        trained: the parameters, by module or by their own names.
+        adapted: the adapted modules.
+
+    Raises:
+        ValueError: if PEFT cannot hold them.
+    """
+    saved = _saved_modules(trained)
     biases = {}
-    for name, part in trained.items():
-        ((suffix, value),) = written(name, part).items()
+    for name, entry in trained.items():
+        ((suffix, value),) = module_tensors(name, entry).items()
         module = name.removesuffix(".bias")
         if name == module or module in saved:
-            tensors[f"{_peft_config.PREFIX}{name}.{suffix}".removesuffix(".")] = value
+            tensors[f"{PREFIX}{name}.{suffix}".removesuffix(".")] = value
         else:
             biases[name] = module in adapted
-            tensors[_peft_config.PREFIX + (f"{module}.base_layer.bias" if module in adapted else name)] = value
+            tensors[PREFIX + (f"{module}.base_layer.bias" if module in adapted else name)] = value
     if biases:
-        if config["peft_type"] not in ("LORA", "VERA"):
-            _needs_lora(config, {name: trained[name] for name in biases})
-        own = "vera_only" if config["peft_type"] == "VERA" else "lora_only"
-        config["bias"] = own if all(biases.values()) else "all"
+        _set_bias(config, biases)
     if saved:
         config["modules_to_save"] = sorted(saved)
+
+
+def _saved_modules(trained: Mapping[str, ModuleEntry]) -> set[str]:
+    """The modules that PEFT saves in full: those with a weight."""
+    is_vector = {name: not entry.location.is_matrix for name, entry in trained.items()}
+    other = [name for name, vector in is_vector.items() if vector and not name.endswith((".weight", ".bias"))]
+    if other:
+        raise ValueError(
+            f"PEFT saves modules in full, and {other} are parameters of no such module. Leave them out of the adapter, "
+            "or save them by jlora.save."
+        )
+    weights = {name.removesuffix(".weight") for name in trained if name.endswith(".weight")}
+    return weights | {name for name, vector in is_vector.items() if not vector}
+
+
+def _set_bias(config: Config, biases: Mapping[str, bool]) -> None:
+    """Sets `bias`, given for each trained bias whether its module is adapted."""
+    if config["peft_type"] != "VERA":
+        _check_is_lora(config, list(biases))
+    own_biases = "vera_only" if config["peft_type"] == "VERA" else "lora_only"
+    config["bias"] = own_biases if all(biases.values()) else "all"
+
+
+def _check_is_lora(config: Config, names: list[str]) -> None:
+    if config["peft_type"] != "LORA":
+        raise ValueError(
+            f"PEFT trains {sorted(names)} with LoRA alone, and the adapter has {config['peft_type']}. Leave them "
+            "out, or adapt all weights by LoRA."
+        )

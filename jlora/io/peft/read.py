@@ -1,4 +1,4 @@
-"""From PEFT's tensors to an adapter."""
+"""From PEFT's tensors and configuration to an adapter."""
 
 import collections
 import dataclasses
@@ -8,214 +8,215 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jlora._trace.sites import Sites
-from jlora.io.peft import config as _peft_config
-from jlora.io.peft import full_weights as _peft_whole
-from jlora.io.peft import tensors as _peft_tensors
-from jlora.io.peft import vera as _peft_vera
-from jlora.io.peft.deltas import Base, biases, relative, scaled_bias
-from jlora.io.peft.tensors import Tensors, sizes_of
-from jlora.io.torch.factor_layout import TERMS, Piece, assemble, cut, kind, side_by_side
-from jlora.io.torch.module_names import Index, Names, Owner, Owners, Place, Weight, misfit, owners_of, places
-from jlora.methods import IA3, Full, LoKr, VeRA
+from jlora.io.peft.completeness import check_complete, tied_heads
+from jlora.io.peft.config import PREFIX, Config
+from jlora.io.peft.deltas import BaseParams, scaled_bias, scaled_biases, to_delta
+from jlora.io.peft.full_weights import check_stored_base, read_full, read_token_rows
+from jlora.io.peft.layouts import SUFFIXES, Layout, layouts_of
+from jlora.io.peft.method_fields import method_of
+from jlora.io.peft.targets import is_target_parameter
+from jlora.io.peft.tensors import Tensors, from_file, sizes_of
+from jlora.io.peft.vera import PROJECTIONS, read_vera
+from jlora.io.torch.factor_layout import ModuleFactors, flat_axes
+from jlora.io.torch.join_modules import join_modules, stack_modules
+from jlora.io.torch.module_names import Names, no_match_error
+from jlora.io.torch.split_modules import split_out_axis
+from jlora.io.torch.weight_location import Index, Owners, Weight, WeightLocation, locate_weights, owners_of
+from jlora.methods import Full, LoKr, VeRA
 from jlora.methods._base import Adapter, Update
 
 _TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
+# For every weight, by the index of its stack and the position of a module in it, the module's factors.
+_Collected = dict[str, dict[Index, dict[int, ModuleFactors]]]
 
 
-class File(NamedTuple):
-    """What a file holds, by module or parameter.
+class FileContent(NamedTuple):
+    """The tensors of a file by module or parameter.
 
     Arguments:
-        adapters: the tensors of every adapted module, by what PEFT calls them.
-        values: whole parameters: biases and `modules_to_save`.
-        bases: base weights of adapted modules, which are kept beside them.
+        adapters: for every adapted module its tensors by suffix.
+        trained: parameters that are trained in full: biases and `modules_to_save`.
+        bases: base weights of adapted modules, which PEFT may store beside them.
         tokens: trained rows of embeddings.
     """
 
     adapters: dict[str, Tensors]
-    values: Tensors
+    trained: Tensors
     bases: Tensors
     tokens: Tensors
 
 
-def adapter(config: _peft_config.Config, tensors: Tensors, sites: Sites, names: Names, params: Any) -> Adapter:
-    """The adapter that a configuration and its tensors make."""
-    base = Base(params)
-    found = places(names, {path: Weight(site.shape, site.roles) for path, site in sites.items()})
-    owners = owners_of(found)
-    file = _grouped(tensors, owners, config)
-    heads = _tied_heads(file.adapters, found, sites, config)
-    lost = {n: owners for part in file for n in part if n not in owners and n not in heads}
-    if lost:
-        raise misfit("These in the file have no weight in the program:", lost, names, sites)
-    _check_complete(config, file, owners, heads)
-    pieces: dict[str, dict[Index, dict[int, Piece]]] = collections.defaultdict(lambda: collections.defaultdict(dict))
+def read_adapter(config: Config, tensors: Tensors, sites: Sites, names: Names, params: Any) -> Adapter:
+    """The adapter that a configuration and its tensors describe.
 
-    def put(name: str, piece: Piece) -> None:
-        own = owners[name]
-        whole = own[0].place.module.part is None
-        parts = [piece] if whole else cut(piece, [o.place.count("out") for o in own], name)
-        for (place, index, k), one in zip(own, parts, strict=True):
-            if k in pieces[place.path][index]:
-                raise ValueError(f"The file trains {name} in two ways, and jlora one way a weight: train it in one.")
-            pieces[place.path][index][k] = one
+    Arguments:
+        config: the configuration.
+        tensors: by their names in the file.
+        sites: of the program.
+        names: the map.
+        params: the base parameters, or None.
 
-    for name, parts in file.adapters.items():
+    Raises:
+        ValueError: if the file and the program do not fit.
+    """
+    base = BaseParams(params)
+    locations = locate_weights(names, {path: Weight(site.shape, site.roles) for path, site in sites.items()})
+    owners = owners_of(locations)
+    content = _group_tensors(tensors, owners, config)
+    heads = tied_heads(content.adapters, locations, sites, config)
+    unplaced = {name: owners for part in content for name in part if name not in owners and name not in heads}
+    if unplaced:
+        raise no_match_error("These in the file have no weight in the program:", unplaced, names, sites)
+    check_complete(config, set(content.adapters) - heads, set(content.trained), set(content.tokens), owners)
+    for name, tensor in content.bases.items():
         if name not in heads:
-            put(name, _adapted(config, name, parts, owners[name], tensors))
-    for name, tensor in file.values.items():
-        site = sites[owners[name][0].place.path]
-        if site.is_lookup and site.is_product:
-            raise ValueError(f"{site.path} is an embedding and the output head at once, and {name} in the file is one.")
-        put(name, _peft_whole.read(name, tensor, owners[name]))
-    for name, tensor in file.tokens.items():
-        put(name, _peft_whole.read_rows(name, tensor, config, owners[name], base))
-    for name, tensor in file.bases.items():
-        if name not in heads:
-            _peft_whole.check_base(name, tensor, owners[name], base)
-    out: Adapter = {}
-    templates: dict[Any, dict[str, Any]] = {}
-    for path, by_index in pieces.items():
-        place = found[path]
-        rows = {k: side_by_side([row.get(p) for p in range(place.pieces)], place) for k, row in by_index.items()}
-        out[path] = assemble(rows, place)
-        _check_update(path, out[path], sites, templates)
-        out[path] = relative(path, out[path], base)
-    for path, bias in biases(out, sites, found).items():
-        if bias in out:
+            check_stored_base(name, tensor, owners[name], base)
+    collected = _collect(config, content, owners, heads, tensors, sites, base)
+    adapter = {path: _update(by_index, locations[path]) for path, by_index in collected.items()}
+    _check_updates(adapter, sites)
+    adapter = {path: to_delta(path, update, base) for path, update in adapter.items()}
+    for path, bias in scaled_biases(adapter, sites, locations).items():
+        if bias in adapter:
             raise ValueError(f"The file trains the bias {bias} and scales it by IA3; jlora does one of the two.")
-        out[bias] = scaled_bias(path, out[path], bias, base)
-    placed = jax.device_put({path: out[path].factors for path in sites if path in out})
-    return {path: dataclasses.replace(out[path], factors=factors) for path, factors in placed.items()}
+        adapter[bias] = scaled_bias(path, adapter[path], bias, base)
+    factors = jax.device_put({path: adapter[path].factors for path in sites if path in adapter})
+    return {path: dataclasses.replace(adapter[path], factors=arrays) for path, arrays in factors.items()}
 
 
-def _grouped(tensors: Tensors, owners: Owners, config: _peft_config.Config) -> File:
-    file = File(collections.defaultdict(dict), {}, {}, {})
+def _group_tensors(tensors: Tensors, owners: Owners, config: Config) -> FileContent:
+    """The tensors by what they are, by the suffixes of their names."""
+    content = FileContent(collections.defaultdict(dict), {}, {}, {})
     for key, tensor in tensors.items():
-        if key in _peft_vera.PROJECTIONS:
+        if key in PROJECTIONS:
             continue
-        if not key.startswith(_peft_config.PREFIX):
-            raise ValueError(f"The file has the tensor {key}, and all of PEFT's start with {_peft_config.PREFIX}")
-        name = key.removeprefix(_peft_config.PREFIX)
-        suffix = next((s for s in (*_peft_tensors.SUFFIXES, *_TOKENS) if name.endswith(f".{s}")), "")
+        if not key.startswith(PREFIX):
+            raise ValueError(f"The file has the tensor {key}, and all of PEFT's start with {PREFIX}")
+        name = key.removeprefix(PREFIX)
+        suffix = next((suffix for suffix in (*SUFFIXES, *_TOKENS) if name.endswith(f".{suffix}")), "")
         module = name.removesuffix(f".{suffix}")
         if suffix in _TOKENS:
-            file.tokens[module] = tensor
+            content.tokens[module] = tensor
         elif suffix:
-            file.adapters[_unwrapped(module, owners, config)][suffix] = tensor
+            content.adapters[_wrapped_parameter(module, owners, config)][suffix] = tensor
         elif name.endswith(".base_layer.weight"):
-            file.bases[name.removesuffix(".base_layer.weight")] = tensor
+            content.bases[name.removesuffix(".base_layer.weight")] = tensor
         else:
             name = name.replace(".base_layer.", ".")
-            file.values[name if name in owners else name.removesuffix(".weight")] = tensor
-    return file
+            content.trained[name if name in owners else name.removesuffix(".weight")] = tensor
+    return content
 
 
-def _unwrapped(module: str, owners: Owners, config: _peft_config.Config) -> str:
-    """The parameter that tensors are of, where PEFT adapts several of one module: it wraps the first one innermost."""
+def _wrapped_parameter(module: str, owners: Owners, config: Config) -> str:
+    """The parameter that tensors belong to: PEFT wraps a module once for each parameter, the first one innermost."""
     if not config.get("target_parameters"):
         return module
     bare = re.sub(r"(\.base_layer)+$", "", module)
-    inside = [n for n in owners if n.rpartition(".")[0] == bare and _peft_config.targets_parameter(config, n)]
+    parameters = [name for name in owners if name.rpartition(".")[0] == bare and is_target_parameter(config, name)]
     depth = module.removeprefix(bare).count(".base_layer")
-    return inside[-1 - depth] if depth < len(inside) else module
+    return parameters[-1 - depth] if depth < len(parameters) else module
 
 
-def _tied_heads(
-    modules: Mapping[str, Tensors], found: Mapping[str, Place], sites: Sites, config: _peft_config.Config
-) -> set[str]:
-    """The output heads that are adapted together with the embedding that they are tied to.
-
-    Raises:
-        ValueError: where the names or the file say otherwise than the program does: jlora adapts every use of a weight.
-    """
-    heads = set()
-    for path, place in found.items():
-        head, embedding = place.module.tied, place.modules[next(iter(place.modules))][0]
-        is_tied = sites[path].is_lookup and sites[path].is_product
-        if head is not None and not is_tied:
-            raise ValueError(f"The names tie {path} to {head}, and in the program it is no output head.")
-        one, two = modules.get(embedding, {}), modules.get(head or "", {})
-        if not is_tied or not (one or two):
-            continue
-        pairs = (("lora_embedding_A", "lora_B.weight"), ("lora_embedding_B", "lora_A.weight"))
-        same = all(e in one and h in two and np.array_equal(one[e], two[h].T) for e, h in pairs)
-        if head is None or not same or _peft_config.method(config, embedding) != _peft_config.method(config, head):
+def _collect(
+    config: Config,
+    content: FileContent,
+    owners: Owners,
+    heads: set[str],
+    tensors: Tensors,
+    sites: Sites,
+    base: BaseParams,
+) -> _Collected:
+    """The factors of every module in the file, by the weights that they belong to."""
+    collected: _Collected = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for name, by_suffix in content.adapters.items():
+        if name not in heads:
+            _add(collected, name, _adapted_module(config, name, by_suffix, owners, tensors), owners)
+    for name, tensor in content.trained.items():
+        site = sites[owners[name][0].location.path]
+        if site.is_lookup and site.is_product:
             raise ValueError(
-                f"{path} is an embedding and the output head at once, and jlora adapts both uses alike; the file does "
-                "not. Train with ensure_weight_tying=True and name the head, Module(..., 'embedding', tied='lm_head'), "
-                "or untie them in the program."
+                f"{site.path} is an embedding and the output head at once, and the file trains {name} alone: untie "
+                "them in the program."
             )
-        heads.add(head)
-    return heads
+        _add(collected, name, read_full(name, tensor, owners[name]), owners)
+    for name, tensor in content.tokens.items():
+        _add(collected, name, read_token_rows(name, tensor, config, owners[name], base), owners)
+    return collected
 
 
-def _check_complete(config: _peft_config.Config, file: File, owners: Owners, heads: set[str]) -> None:
-    """Raises where the configuration names other modules than have tensors."""
-    parameters = {name for name, (own, *_) in owners.items() if own.place.module.kind == "parameter"}
-    wanted = {name for name in owners if name not in parameters and _peft_config.targets(config, name)}
-    wanted |= {name for name in parameters if _peft_config.targets_parameter(config, name)}
-    saved = {name for name in owners if _peft_config.is_saved(config, name)}
-    if config["peft_type"] == "TRAINABLE_TOKENS":
-        wanted = set()
-    missing = sorted((wanted - set(file.adapters)) | (saved - set(file.values)))
-    if missing or bool(_peft_config.token_rows(config)) != bool(file.tokens):
-        raise ValueError(f"The configuration names these, and the file lacks them: {missing or 'trained tokens'}.")
-    biases = {name for name in file.values if name.endswith(".bias") and config.get("bias", "none") != "none"}
-    surplus = sorted((set(file.values) - saved - biases) | (set(file.adapters) - wanted - heads))
-    if surplus and config["target_modules"] != "all-linear":
-        raise ValueError(f"The file has tensors for {surplus}, which the configuration does not name.")
+def _add(collected: _Collected, name: str, factors: ModuleFactors, owners: Owners) -> None:
+    """Adds a module's factors to those of its weight, or of its several weights."""
+    weights = owners[name]
+    parts = [factors]
+    if weights[0].location.module.part is not None:
+        parts = split_out_axis(factors, [owner.location.count("out") for owner in weights], name)
+    for (location, index, position), part in zip(weights, parts, strict=True):
+        if position in collected[location.path][index]:
+            raise ValueError(f"The file trains {name} in two ways, and jlora one way a weight: train it in one.")
+        collected[location.path][index][position] = part
 
 
-def _adapted(config: _peft_config.Config, name: str, parts: Tensors, own: list[Owner], tensors: Tensors) -> Piece:
-    """What the tensors of one module say."""
-    place = own[0].place
-    method, scale = _peft_config.method(config, name), 1.0
-    if not place.is_matrix:
-        raise ValueError(f"The file adapts {name}, and {place.path} is no matrix of the program.")
-    form = _peft_tensors.form(kind(method), place.module.kind, name)
-    known = {suffix: (factor, spelled) for factor, (suffix, spelled) in form.items()}
-    have = {known[suffix][0] for suffix in parts if suffix in known}
-    strange = [suffix for suffix in parts if suffix not in known]
-    either = {"ca": "c", "cb": "c", "c": "ca", "a": "d", "b": "d", "d": "a"} if isinstance(method, LoKr) else {}
-    lacking = [suffix for suffix, (f, _) in known.items() if f not in have and either.get(f) not in have]
-    if strange or lacking:
-        raise ValueError(
-            f"{name}, {type(method).__name__} of {place.module.kind}: missing {lacking}, left over {strange}."
-        )
-    sizes = sizes_of(own)
-    if not isinstance(method, (LoKr, IA3)):
-        sizes = dataclasses.replace(sizes, letters={**sizes.letters, "r": _peft_config.rank(method) or 0})
-    stack = "e" if place.experts else ""
-    flat = {}
-    for suffix, tensor in parts.items():
-        factor, spelled = known[suffix]
-        term = stack + TERMS[kind(method)][factor]
-        flat[factor] = _peft_tensors.read(tensor, term, spelled, sizes, f"{name}.{suffix}")
-    if isinstance(method, VeRA):
-        return _peft_vera.read(method, name, flat, sizes, tensors)
-    if isinstance(method, LoKr) and not {"a", "ca"} & set(flat):  # there PEFT scales, and jlora's method does not
-        scale = (method.alpha or 0) / (method.rank or 1)
-    return Piece(method, scale, flat)
-
-
-def _check_update(path: str, update: Update, sites: Sites, templates: dict[Any, dict[str, Any]]) -> None:
-    """Raises unless the factors are those that the method has for the site.
+def _adapted_module(config: Config, name: str, by_suffix: Tensors, owners: Owners, tensors: Tensors) -> ModuleFactors:
+    """The factors of an adapted module.
 
     Arguments:
-        templates: those that sites of the same kind had, to which this one is added.
+        config: the configuration.
+        name: of the module.
+        by_suffix: its tensors.
+        owners: of all modules.
+        tensors: all of the file.
     """
-    site, method = sites[path], update.method
-    if not isinstance(method, Full) and site.unsupported_reason:
-        raise ValueError(f"{type(method).__name__} cannot adapt {path} {site.shape}: {site.unsupported_reason}.")
-    alike = (method, site.shape, site.roles)
-    if alike not in templates:
-        templates[alike] = jax.eval_shape(lambda: method.init(jax.random.key(0), site, jnp.float32, None))
-    template = templates[alike]
-    want = {name: a.shape for name, a in template.items()}
-    have = {name: a.shape for name, a in update.factors.items()}
-    if want != have:
-        raise ValueError(f"{method} at {path} has factors of shapes {want}, and the file's are {have}.")
+    location, method = owners[name][0].location, method_of(config, name)
+    if not location.is_matrix:
+        raise ValueError(f"The file adapts {name}, and {location.path} {location.weight.shape} is not a matrix.")
+    axes, kind = flat_axes(method, location), location.module.kind
+    layout = _closest_layout(layouts_of(method, kind, axes, name), set(by_suffix))
+    suffixes = {row.suffix for row in layout.values()}
+    if suffixes != set(by_suffix):
+        raise ValueError(
+            f"{name}, {type(method).__name__} of {kind}: missing {sorted(suffixes - set(by_suffix))}, left over "
+            f"{sorted(set(by_suffix) - suffixes)}."
+        )
+    sizes, rank = sizes_of(owners[name]), getattr(method, "rank", None)
+    sizes = sizes if rank is None else sizes.with_axes({"rank": rank})
+    arrays = {
+        factor: from_file(by_suffix[row.suffix], axes[factor], row.axes, sizes, f"{name}.{row.suffix}")
+        for factor, row in layout.items()
+    }
+    factors = ModuleFactors(method, 1.0, arrays, axes)
+    if isinstance(method, VeRA):
+        return read_vera(name, factors, sizes.axes["in"], arrays["b"].shape[0], tensors)
+    if isinstance(method, LoKr) and not factors.has_axis("rank"):  # PEFT scales it, and jlora's method does not
+        return dataclasses.replace(factors, scale=(method.alpha or 0) / (method.rank or 1))
+    return factors
+
+
+def _closest_layout(layouts: list[Layout], suffixes: set[str]) -> Layout:
+    """The layout whose suffixes differ least from those in the file."""
+    return min(layouts, key=lambda layout: len({row.suffix for row in layout.values()} ^ suffixes))
+
+
+def _update(by_index: Mapping[Index, Mapping[int, ModuleFactors]], location: WeightLocation) -> Update:
+    positions = range(location.num_joined)
+    joined = {
+        index: join_modules([factors.get(position) for position in positions], location)
+        for index, factors in by_index.items()
+    }
+    return stack_modules(joined, location)
+
+
+def _check_updates(adapter: Adapter, sites: Sites) -> None:
+    """Raises unless the factors of each update are those that its method has for the site."""
+    templates: dict[Any, dict[str, tuple[int, ...]]] = {}
+    for path, update in adapter.items():
+        site, method = sites[path], update.method
+        if not isinstance(method, Full) and site.unsupported_reason:
+            raise ValueError(f"{type(method).__name__} cannot adapt {path} {site.shape}: {site.unsupported_reason}.")
+        key = (method, site.shape, site.roles)  # layers that are alike share a template
+        if key not in templates:
+            arrays = jax.eval_shape(lambda m=method, s=site: m.init(jax.random.key(0), s, jnp.float32, None))
+            templates[key] = {name: array.shape for name, array in arrays.items()}
+        shapes = {name: array.shape for name, array in update.factors.items()}
+        if shapes != templates[key]:
+            raise ValueError(f"{path}: the file's factors have the shapes {shapes}; {method} has {templates[key]}.")

@@ -1,261 +1,176 @@
 """From an adapter to PEFT's tensors and configuration."""
 
-import math
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jlora._adapter.to_lora import to_lora
-from jlora.io.peft import config as _peft_config
-from jlora.io.peft import full_weights as _peft_whole
-from jlora.io.peft import vera as _peft_vera
-from jlora.io.peft.deltas import Base, whole, without_scaled_biases
-from jlora.io.peft.tensors import Tensors, written
-from jlora.io.torch.factor_layout import Part, Piece, common, divide, join, kind, widened
-from jlora.io.torch.module_names import Names, Owner, Place, Weight, misfit, owners_of, places
-from jlora.methods import IA3, DoRA, Full, LoKr, LoRA, VeRA
-from jlora.methods._base import Adapter, Update
+from jlora.io.peft.config import PEFT_TYPES, PREFIX, Config
+from jlora.io.peft.deltas import BaseParams, to_absolute, without_scaled_biases
+from jlora.io.peft.full_weights import add_tokens, add_trained, only_tokens
+from jlora.io.peft.method_fields import ia3_fields, rank_fields
+from jlora.io.peft.module_entry import ModuleEntry
+from jlora.io.peft.module_parts import complete_modules, module_entries
+from jlora.io.peft.tensors import Tensors, module_tensors
+from jlora.io.peft.uniform import check_vllm, with_uniform_rank
+from jlora.io.peft.vera import add_vera
+from jlora.io.torch.module_names import Names, no_match_error
+from jlora.io.torch.weight_location import Weight, WeightLocation, locate_weights
+from jlora.methods import IA3, DoRA, Full, LoRA, VeRA
+from jlora.methods._base import Adapter, Method, Update
 
-_TARGETS = (None, "vllm")
+TARGETS = (None, "vllm")
+Entries = dict[str, ModuleEntry]
 
 
-def files(
-    adapter: Adapter, names: Names, params: Any, target: str | None
-) -> tuple[_peft_config.Config, Tensors, tuple[str, ...]]:
-    """PEFT's configuration and tensors for an adapter, and what of it was changed."""
-    if target not in _TARGETS:
-        raise ValueError(f"target is one of {_TARGETS}, not {target!r}.")
+class Files(NamedTuple):
+    """What is written: the configuration, the tensors, and a sentence for each change of form."""
+
+    config: Config
+    tensors: Tensors
+    notes: tuple[str, ...]
+
+
+def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) -> Files:
+    """The files for an adapter.
+
+    Arguments:
+        adapter: the adapter.
+        names: the map.
+        params: the base parameters, or None.
+        target: "vllm" for plain LoRA of one rank and scale, or None.
+
+    Raises:
+        ValueError: if PEFT has no equal for the adapter.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target is one of {TARGETS}, not {target!r}.")
     if not adapter:
         raise ValueError("The adapter is empty: there is nothing to save.")
-    base = Base(params)
+    base = BaseParams(params)
+    locations = _locate(adapter, names, base)
+    adapter = without_scaled_biases(adapter, base, locations)
+    adapter, notes = _as_one_method(adapter, params, target)
+    adapter = complete_modules(adapter, locations)
+    absolute = {path: to_absolute(path, update, base) for path, update in adapter.items()}
+    entries = module_entries(absolute, locations)
+    trained = {name: entry for name, entry in entries.items() if isinstance(entry.factors.method, Full)}
+    adapted = {name: entry for name, entry in entries.items() if name not in trained}
+    adapted = _for_target(adapted, trained, target, notes)
+    return Files(*_config_and_tensors(adapted, trained, base), tuple(notes))
+
+
+def _locate(adapter: Adapter, names: Names, base: BaseParams) -> dict[str, WeightLocation]:
+    """The locations of the adapted weights, and of all other parameters that the map knows."""
     weights = {path: Weight(tuple(leaf.shape), ()) for path, leaf in (base.leaves or {}).items()}
-    found = places(names, weights | {path: Weight(update.shape, update.roles) for path, update in adapter.items()})
-    lost = {path: names for path in adapter if path not in found}
-    if lost:
-        raise misfit("The names have no module for these:", lost, names, adapter)
-    adapter, said = _unified(without_scaled_biases(adapter, base, found), params, target)
-    adapter = _completed(adapter, found)
-    parts = _parts({path: whole(path, update, base) for path, update in adapter.items()}, found)
-    trained = {name: part for name, part in parts.items() if isinstance(part.piece.method, Full)}
-    adapted = {name: part for name, part in parts.items() if name not in trained}
+    weights |= {path: Weight(update.shape, update.roles) for path, update in adapter.items()}
+    locations = locate_weights(names, weights)
+    unnamed = {path: names for path in adapter if path not in locations}
+    if unnamed:
+        raise no_match_error("The names have no module for these:", unnamed, names, adapter)
+    return locations
+
+
+def _as_one_method(adapter: Adapter, params: Any, target: str | None) -> tuple[Adapter, list[str]]:
+    """The adapter with one method that PEFT has; LoRA if there are several.
+
+    Returns:
+        the adapter, and a sentence for every update that changed.
+    """
+    updates = {path: update for path, update in adapter.items() if not isinstance(update.method, Full)}
+    classes: set[type[Method]] = {type(u.method) if _is_in_peft(u) else LoRA for u in updates.values()}
+    if target == "vllm" or len(classes) > 1:
+        classes = {LoRA}
+    notes, converted = [], dict(adapter)
+    for path, update in updates.items():
+        if _is_in_peft(update) and type(update.method) in classes:
+            continue
+        lora, errors = to_lora({path: update}, params)
+        converted |= lora
+        way = "by its factors" if errors[path] == 0 else f"by SVD with an error of {errors[path]:.1e}"
+        rank = getattr(lora[path].method, "rank", None)
+        notes.append(f"{path}: {type(update.method).__name__} became a LoRA of rank {rank}, {way}.")
+    return converted, notes
+
+
+def _is_in_peft(update: Update) -> bool:
+    return type(update.method) in PEFT_TYPES and not update.method.offset
+
+
+def _for_target(adapted: Entries, trained: Entries, target: str | None, notes: list[str]) -> Entries:
+    """The adapted modules with one rank and scale where the reader needs them; each change is added to the notes."""
     if target == "vllm":
-        _check_vllm(adapted, trained)
-        adapted = _uniform(adapted, "vLLM reads one rank and one scale", said)
-    experts = {name: part for name, part in adapted.items() if part.place.module.kind == "parameter"}
+        check_vllm(adapted, trained)
+        adapted = with_uniform_rank(adapted, "vLLM reads one rank and one scale", notes)
+    experts = {name: entry for name, entry in adapted.items() if entry.location.module.kind == "parameter"}
     if experts:
-        adapted |= _uniform(experts, "PEFT warns of patterns for parameters", said)
-    tokens = {name: part for name, part in trained.items() if part.place.module.kind == "embedding"}
-    if not adapted and len(tokens) != len(trained):
-        raise ValueError(f"PEFT has no file of trained weights alone, {sorted(trained)}: adapt a weight by LoRA too.")
-    config, tensors = _adapters(adapted) if adapted else _peft_whole.tokens_alone(tokens, base)
-    if adapted:
-        _peft_whole.add_tokens(config, tensors, tokens, base)
-        _peft_whole.add_trained(config, tensors, {n: p for n, p in trained.items() if n not in tokens}, adapted)
-    return config, tensors, tuple(said)
+        adapted = {**adapted, **with_uniform_rank(experts, "PEFT warns of patterns for parameters", notes)}
+    return adapted
 
 
-def _unified(adapter: Adapter, params: Any, target: str | None) -> tuple[Adapter, list[str]]:
-    """The adapter with one method that PEFT has, LoRA where there are several."""
-    low = {path: u for path, u in adapter.items() if not isinstance(u.method, Full)}
-    natural = {(kind(u.method).removesuffix(" in") if _is_native(u) else "LoRA") for u in low.values()}
-    if target == "vllm" or len(natural) > 1:
-        natural = {"LoRA"}
-    said, out = [], dict(adapter)
-    for path, update in low.items():
-        if _is_native(update) and type(update.method).__name__ in natural:
-            continue
-        new, errors = to_lora({path: update}, params)
-        out |= new
-        how = "by its factors" if errors[path] == 0 else f"by SVD with an error of {errors[path]:.1e}"
-        said.append(
-            f"{path}: {type(update.method).__name__} became a LoRA of rank "
-            f"{_peft_config.rank(new[path].method)}, {how}."
+def _config_and_tensors(adapted: Entries, trained: Entries, base: BaseParams) -> tuple[Config, Tensors]:
+    embeddings = {name: entry for name, entry in trained.items() if entry.location.module.kind == "embedding"}
+    others = {name: entry for name, entry in trained.items() if name not in embeddings}
+    if not adapted and others:
+        raise ValueError(
+            f"PEFT has no file of trained weights alone, {sorted(trained)}: adapt a weight by LoRA too, or save the "
+            "adapter by jlora.save."
         )
-    return out, said
+    if not adapted:
+        return only_tokens(embeddings, base)
+    config, tensors = _adapted_modules(adapted)
+    add_tokens(config, tensors, embeddings, base)
+    add_trained(config, tensors, others, adapted)
+    return config, tensors
 
 
-def _is_native(update: Update) -> bool:
-    return type(update.method).__name__ in _peft_config.TYPES and not update.method.offset
-
-
-def _completed(adapter: Adapter, found: Mapping[str, Place]) -> Adapter:
-    """The adapter with the weights that are parts of modules trained whole, as they are in the base."""
-    out = dict(adapter)
-    holders = {name: u for path, u in adapter.items() if isinstance(u.method, Full) for name in _first(found[path])}
-    for path, place in found.items():
-        beside = next((holders[name] for name in _first(place) if name in holders), None)
-        if beside is not None and path not in adapter:
-            zeros = np.zeros(place.weight.shape, np.float32)
-            out[path] = Update({"d": zeros}, Full(), beside.roles, place.weight.shape)
-    return out
-
-
-def _first(place: Place) -> tuple[str, ...]:
-    return next(iter(place.modules.values()))
-
-
-def _parts(adapter: Adapter, found: Mapping[str, Place]) -> dict[str, Part]:
-    """Every module with its piece; weights that are parts of one module joined."""
-    pieces = {path: divide(update, found[path]) for path, update in adapter.items()}
-    out = {}
-    for name, own in owners_of(found).items():
-        ready = [pieces[o.place.path][o.at][o.piece] if o.place.path in pieces else None for o in own]
-        first = next((o.place for o, piece in zip(own, ready, strict=True) if piece is not None), None)
-        if first is None:
-            continue
-        piece = ready[0] if first.module.part is None else join(ready, _widths(name, own, first), name)
-        assert piece is not None
-        out[name] = Part(first, piece)
-    return out
-
-
-def _widths(name: str, own: list[Owner], adapted: Place) -> list[int]:
-    """The out sizes of the weights that are parts of one module, all of which have to be known."""
-    if [o.place.module.part for o in own] != list(range(len(own))):
-        raise ValueError(f"{name} is made of several weights, and not all are in the adapter: pass params=.")
-    stack = math.prod(adapted.sizes("stack"))
-    return [math.prod(o.place.weight.shape) // stack // max(adapted.count("in"), 1) for o in own]
-
-
-def _adapters(adapted: Mapping[str, Part]) -> tuple[_peft_config.Config, Tensors]:
+def _adapted_modules(adapted: Entries) -> tuple[Config, Tensors]:
     """Configuration and tensors of the adapted modules."""
-    modules = {name: part for name, part in adapted.items() if part.place.module.kind != "parameter"}
-    parameters = {name: part for name, part in adapted.items() if name not in modules}
-    homes = {name: _wrapped(name, parameters) if name in parameters else name for name in adapted}
+    modules = {name: entry for name, entry in adapted.items() if entry.location.module.kind != "parameter"}
+    parameters = {name: entry for name, entry in adapted.items() if name not in modules}
     tensors: Tensors = {}
-    for name, part in adapted.items():
-        tensors |= {f"{_peft_config.PREFIX}{homes[name]}.{suffix}": a for suffix, a in written(name, part).items()}
-    first = next(iter(adapted.values())).piece.method
-    config: _peft_config.Config = {
+    for name, entry in adapted.items():
+        owner = _wrapping_module(name, list(parameters)) if name in parameters else name
+        tensors |= {f"{PREFIX}{owner}.{suffix}": array for suffix, array in module_tensors(name, entry).items()}
+    method = next(iter(adapted.values())).factors.method
+    config: Config = {
         "auto_mapping": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "peft_type": _peft_config.TYPES[type(first).__name__],
+        "peft_type": PEFT_TYPES[type(method)],
         "revision": None,
         "target_modules": sorted(modules),
         "task_type": None,
     }
-    match first:
+    match method:
         case IA3():
-            config |= _ia3(modules)
+            config |= ia3_fields(modules)
         case VeRA():
-            config |= _peft_vera.write(modules, tensors)
+            config |= add_vera(modules, tensors)
         case _:
-            config |= _ranks(adapted)
-    if isinstance(first, (LoRA, DoRA)):
+            config |= rank_fields(adapted)
+    if isinstance(method, (LoRA, DoRA)):
         config["target_parameters"] = sorted(parameters) or None
-        config |= _tied(modules, tensors)
+        config["ensure_weight_tying"] = _add_tied_heads(modules, tensors)
     return config, tensors
 
 
-def _wrapped(name: str, parameters: Mapping[str, Part]) -> str:
-    """Where PEFT keeps the tensors of a parameter: it wraps a module once for each, the first innermost."""
+def _wrapping_module(name: str, parameters: list[str]) -> str:
+    """Where PEFT keeps the tensors of a parameter: it wraps a module once for each, the first one innermost."""
     module = name.rpartition(".")[0]
-    inside = [n for n in parameters if n.rpartition(".")[0] == module]
-    return module + ".base_layer" * (len(inside) - 1 - inside.index(name))
+    siblings = [other for other in parameters if other.rpartition(".")[0] == module]
+    return module + ".base_layer" * (len(siblings) - 1 - siblings.index(name))
 
 
-def _ranks(adapted: Mapping[str, Part]) -> _peft_config.Config:
-    """Ranks and alphas, those that most modules have as the default."""
-    methods = {name: part.piece.method for name, part in adapted.items()}
-    root = all(getattr(m, "rank_stabilized", False) for m in methods.values())
-    ranks = {name: _rank(part) for name, part in adapted.items()}
-    alphas = {name: _peft_config.number(_alpha(part, ranks[name], root)) for name, part in adapted.items()}
-    experts = [name for name, part in adapted.items() if part.place.module.kind == "parameter"] or list(adapted)
-    r, alpha = (_peft_config.commonest(values[name] for name in experts) for values in (ranks, alphas))
-    first = next(iter(methods.values()))
-    config = {
-        "r": r,
-        "rank_pattern": _peft_config.patterns(ranks, r),
-        "alpha_pattern": _peft_config.patterns(alphas, alpha),
-        "modules_to_save": None,
-    }
-    if isinstance(first, (LoRA, DoRA)):
-        flipped = [part.place.module.kind == "conv1d" for part in adapted.values()]
-        return config | {
-            "bias": "none",
-            "fan_in_fan_out": any(flipped),
-            "init_lora_weights": True,
-            "lora_alpha": alpha,
-            "lora_dropout": common(adapted, "dropout"),
-            "use_dora": isinstance(first, DoRA),
-            "use_rslora": root,
-        }
-    config |= {"alpha": alpha, "init_weights": True, "module_dropout": 0.0, "rank_dropout": 0.0}
-    if isinstance(first, LoKr):
-        both, factor = common(adapted, "decompose_both"), common(adapted, "factor")
-        return config | {"decompose_both": both, "decompose_factor": factor, "use_effective_conv2d": False}
-    return config | {"use_effective_conv2d": False}
-
-
-def _is_whole(piece: Piece) -> bool:
-    return isinstance(piece.method, LoKr) and not {"a", "ca"} & set(piece.flat)
-
-
-def _rank(part: Part) -> int:
-    method = part.piece.method
-    if isinstance(method, LoKr) and method.rank is None:  # PEFT keeps both factors whole from half their size on
-        return max(part.piece.flat["d"].shape)
-    return _peft_config.rank(method) or 0
-
-
-def _alpha(part: Part, rank: int, root: bool) -> float:
-    """The numerator of PEFT's scale, which always has one."""
-    method, scale = part.piece.method, part.piece.scale
-    alpha, own = method.alpha, getattr(method, "rank_stabilized", False)  # pyright: ignore[reportAttributeAccessIssue]
-    if _is_whole(part.piece):
-        return scale * rank
-    if alpha is None:
-        return scale * (math.sqrt(rank) if root else rank)
-    return alpha * scale * (math.sqrt(rank) if own and not root else 1)
-
-
-def _tied(modules: Mapping[str, Part], tensors: Tensors) -> _peft_config.Config:
-    """Adds the tensors of the output heads that are tied to embeddings."""
-    heads = {part.place.module.tied: name for name, part in modules.items() if part.place.module.tied}
-    for head, name in heads.items():
-        if isinstance(modules[name].piece.method, DoRA):
-            raise ValueError(f"{name} is tied to {head}, and DoRA's magnitudes differ between the two in PEFT.")
-        a, b = (tensors[f"{_peft_config.PREFIX}{name}.lora_embedding_{x}"] for x in "AB")
-        tensors[f"{_peft_config.PREFIX}{head}.lora_A.weight"] = np.ascontiguousarray(b.T)
-        tensors[f"{_peft_config.PREFIX}{head}.lora_B.weight"] = np.ascontiguousarray(a.T)
-    return {"ensure_weight_tying": bool(heads)}
-
-
-def _ia3(modules: Mapping[str, Part]) -> _peft_config.Config:
-    inside = [name for name, part in modules.items() if kind(part.piece.method) == "IA3 in"]
-    clash = any(name.endswith(end) for end in inside for name in modules if name not in inside)
-    exact = "|".join(name.replace(".", r"\.") for name in sorted(inside))
-    return {
-        "fan_in_fan_out": any(part.place.module.kind == "conv1d" for part in modules.values()),
-        "feedforward_modules": exact if clash else sorted(inside),
-        "init_ia3_weights": True,
-        "modules_to_save": None,
-    }
-
-
-def _check_vllm(adapted: Mapping[str, Part], trained: Mapping[str, Part]) -> None:
-    """Raises for what that engine does not take, by name."""
-    if trained:
-        raise ValueError(f"vLLM takes LoRA alone, and no bias, modules_to_save or trained tokens: {sorted(trained)}.")
-    strange = sorted(name for name, part in adapted.items() if part.place.module.kind in ("conv", "parameter"))
-    if strange:
-        raise ValueError(f"vLLM takes LoRA of linear layers and embeddings, and not of {strange}.")
-
-
-def _uniform(parts: Mapping[str, Part], why: str, said: list[str]) -> dict[str, Part]:
-    """LoRAs of one rank, with zeros where one was lower, and of one scale, the rest of it in B."""
-    loras = {name: part.piece.method for name, part in parts.items() if isinstance(part.piece.method, LoRA)}
-    scales = {name: method.scale * parts[name].piece.scale for name, method in loras.items()}
-    rank, scale = max(method.rank for method in loras.values()), max(scales.values())
-    if len(set(scales.values())) == len({method.rank for method in loras.values()}) == 1:
-        return dict(parts)
-    out = {}
-    for name, (place, piece) in parts.items():
-        more, ratio = rank - loras[name].rank, scales[name] / scale
-        out[name] = Part(place, widened(piece, rank, scale))
-        changes = [f"rank {loras[name].rank} padded to {rank}"] * bool(more) + [f"B times {ratio:g}"] * (ratio != 1)
-        if changes:
-            said.append(f"{name}: {', '.join(changes)}, since {why}.")
-    return out
+def _add_tied_heads(modules: Entries, tensors: Tensors) -> bool:
+    """Adds the tensors of output heads that are tied to embeddings; returns whether there are any."""
+    heads = {name: entry.location.module.tied for name, entry in modules.items() if entry.location.module.tied}
+    for name, head in heads.items():
+        if isinstance(modules[name].factors.method, DoRA):
+            raise ValueError(
+                f"{name} is tied to {head}, and DoRA's magnitudes differ between the two in PEFT. Adapt it by LoRA."
+            )
+        a, b = (tensors[f"{PREFIX}{name}.lora_embedding_{factor}"] for factor in "AB")
+        tensors[f"{PREFIX}{head}.lora_A.weight"] = np.ascontiguousarray(b.T)
+        tensors[f"{PREFIX}{head}.lora_B.weight"] = np.ascontiguousarray(a.T)
+    return bool(heads)

@@ -1,0 +1,139 @@
+"""What PEFT calls the factors of each method, and the order of their axes in its files: one row a method.
+
+Each factor has its suffix in the file and its axes there, by the names of `ModuleFactors.axes`, in the file's order:
+
+    (rank in)   one axis of the file, which joins several
+    kernel      the in axis: of a convolution the channels and every spatial axis, else one axis
+    window      every spatial axis of a convolution; no axis of other modules
+    1           an axis of size 1
+    1...        as many axes of size 1 as a convolution has spatial axes
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jlora.io.torch.factor_layout import FlatAxes
+from jlora.io.torch.module_names import Kind
+from jlora.methods import IA3, DoRA, Full, LoHa, LoKr, LoRA, VeRA
+from jlora.methods._base import Method
+
+
+class FactorInFile(NamedTuple):
+    """A factor in a file: the suffix of its name, and its axes."""
+
+    suffix: str
+    axes: str
+
+
+Layout = Mapping[str, FactorInFile]
+
+
+def _layout(**factors: tuple[str, str]) -> Layout:
+    return {factor: FactorInFile(*row) for factor, row in factors.items()}
+
+
+_LORA = _layout(a=("lora_A.weight", "rank kernel"), b=("lora_B.weight", "out rank 1..."))
+_EMBEDDING = _layout(a=("lora_embedding_A", "rank in"), b=("lora_embedding_B", "out rank"))
+_EXPERTS = _layout(a=("lora_A.weight", "(experts rank) in"), b=("lora_B.weight", "out (rank experts)"))
+_MAGNITUDE = _layout(m=("lora_magnitude_vector", "out"))
+_CONV_MAGNITUDE = _layout(m=("lora_magnitude_vector", "1 out 1..."))
+_LOHA = _layout(
+    b0=("hada_w1_a", "out rank"), a0=("hada_w1_b", "rank in"), b1=("hada_w2_a", "out rank"), a1=("hada_w2_b", "rank in")
+)
+_LOKR_FIRST = _layout(c=("lokr_w1", "out_major in_major"))
+_LOKR_FIRST_LOW_RANK = _layout(ca=("lokr_w1_b", "rank in_major"), cb=("lokr_w1_a", "out_major rank"))
+_LOKR_SECOND = _layout(d=("lokr_w2", "out_minor in_minor window"))
+_LOKR_SECOND_LOW_RANK = _layout(a=("lokr_w2_b", "rank (in_minor window)"), b=("lokr_w2_a", "out_minor rank"))
+_LOKR: list[Layout] = [
+    {**first, **second}
+    for first in (_LOKR_FIRST, _LOKR_FIRST_LOW_RANK)
+    for second in (_LOKR_SECOND, _LOKR_SECOND_LOW_RANK)
+]
+_VERA = _layout(d=("vera_lambda_d", "rank"), b=("vera_lambda_b", "out"))
+_IA3 = [_layout(l=("ia3_l", "out 1")), _layout(l=("ia3_l", "1 channels"))]
+_CONV_IA3 = [_layout(l=("ia3_l", "1 out 1...")), _layout(l=("ia3_l", "1 channels 1..."))]
+
+# For every method and kind of module the layouts that PEFT has. That with the method's own factors and axes applies.
+ADAPTERS: dict[type[Method], dict[Kind, list[Layout]]] = {
+    LoRA: {
+        "linear": [_LORA],
+        "conv1d": [_LORA],
+        "conv": [_LORA],
+        "embedding": [_EMBEDDING],
+        "parameter": [_EXPERTS],
+    },
+    DoRA: {
+        "linear": [{**_LORA, **_MAGNITUDE}],
+        "conv1d": [{**_LORA, **_MAGNITUDE}],
+        "conv": [{**_LORA, **_CONV_MAGNITUDE}],
+        "embedding": [{**_EMBEDDING, **_MAGNITUDE}],
+    },
+    LoHa: {"linear": [_LOHA], "conv": [_LOHA]},
+    LoKr: {"linear": _LOKR, "conv": _LOKR},
+    VeRA: {"linear": [_VERA], "conv1d": [_VERA]},
+    IA3: {"linear": _IA3, "conv1d": _IA3, "conv": _CONV_IA3},
+}
+# Parameters that are trained in full.
+FULL: dict[Kind, list[Layout]] = {
+    "linear": [_layout(d=("weight", "out in"))],
+    "conv1d": [_layout(d=("weight", "in out"))],
+    "embedding": [_layout(d=("weight", "in out"))],
+    "conv": [_layout(d=("weight", "out kernel"))],
+    "parameter": [_layout(d=("", "out"))],
+}
+SUFFIXES = sorted(
+    {
+        factor.suffix
+        for by_kind in ADAPTERS.values()
+        for layouts in by_kind.values()
+        for layout in layouts
+        for factor in layout.values()
+    }
+)
+
+
+def axis_groups(axes: str) -> list[list[str]]:
+    """The names that each axis of a file joins: `[["rank", "in"], ["out"]]` for `"(rank in) out"`."""
+    groups: list[list[str]] = []
+    is_open = False
+    for token in axes.replace("(", "( ").replace(")", " )").split():
+        if token == "(":
+            groups.append([])
+        elif is_open and token != ")":
+            groups[-1].append(token)
+        elif token != ")":
+            groups.append([token])
+        is_open = token == "(" or (is_open and token != ")")
+    return groups
+
+
+def flat_names(axes: str) -> FlatAxes:
+    """The axes of the factor in the order of the file, without axes of size 1."""
+    names = [name for group in axis_groups(axes) for name in group if name not in ("1", "1...")]
+    return tuple("in" if name == "kernel" else name for name in names)
+
+
+def layouts_of(method: Method, kind: Kind, axes: Mapping[str, FlatAxes], name: str) -> list[Layout]:
+    """The layouts that PEFT has for a module.
+
+    Arguments:
+        method: of the module.
+        kind: of the module.
+        axes: of every factor that the method can have, by `flat_axes`.
+        name: of the module, for the error.
+
+    Raises:
+        ValueError: if PEFT has none, or jlora does not know it.
+    """
+    by_kind = FULL if isinstance(method, Full) else ADAPTERS.get(type(method), {})
+    layouts = [layout for layout in by_kind.get(kind, ()) if _fits(layout, axes)]
+    if not layouts:
+        raise ValueError(
+            f"{type(method).__name__} of {name}, {kind}, has no form in PEFT's files that jlora knows. An update of "
+            "low rank becomes a LoRA by jlora.to_lora."
+        )
+    return layouts
+
+
+def _fits(layout: Layout, axes: Mapping[str, FlatAxes]) -> bool:
+    return all(set(flat_names(row.axes)) == set(axes[factor]) for factor, row in layout.items())

@@ -1,0 +1,136 @@
+"""The method of each module from the fields of a configuration, and those fields from the methods."""
+
+import collections
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jlora.io.peft.config import Config
+from jlora.io.peft.module_entry import ModuleEntry, shared_field
+from jlora.io.peft.targets import by_pattern, exact_patterns, is_feedforward
+from jlora.methods import IA3, DoRA, LoHa, LoKr, LoRA, VeRA
+from jlora.methods._base import Method
+
+
+def method_of(config: Config, name: str) -> Method:
+    """The method of a module.
+
+    Raises:
+        ValueError: if a rank, an alpha or a dropout is not a number that makes sense.
+    """
+    match config["peft_type"]:
+        case "IA3":
+            return IA3("in" if is_feedforward(config, name) else "out")
+        case "VERA":
+            start, dropout = (_number(config.get(field, 0.0), field) for field in ("d_initial", "vera_dropout"))
+            return VeRA(_rank(config, name), start, config["projection_prng_key"], dropout)
+        case "LOHA":
+            return LoHa(_rank(config, name), _alpha(config, name, "alpha"))
+        case "LOKR":
+            factor, decompose_both = config.get("decompose_factor", -1), bool(config.get("decompose_both"))
+            return LoKr(_rank(config, name), _alpha(config, name, "alpha"), factor, decompose_both)
+        case _:
+            rank, alpha = _rank(config, name), _alpha(config, name, "lora_alpha")
+            dropout = _number(config.get("lora_dropout", 0.0), "lora_dropout")
+            method_class = DoRA if config.get("use_dora") else LoRA
+            return method_class(rank, alpha, bool(config.get("use_rslora")), dropout=dropout)
+
+
+def _rank(config: Config, name: str) -> int:
+    rank = by_pattern(config.get("rank_pattern"), name, config["r"])
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise ValueError(f"The rank of {name} must be a positive integer; the configuration has {rank!r}.")
+    return rank
+
+
+def _alpha(config: Config, name: str, field: str) -> float:
+    return _number(by_pattern(config.get("alpha_pattern"), name, config[field]), f"alpha of {name}")
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"The {what} must be a number; the configuration has {value!r}.")
+    return float(value)
+
+
+def rank_fields(entries: Mapping[str, ModuleEntry]) -> Config:
+    """The fields of LoRA, DoRA, LoHa and LoKr; ranks and alphas that most modules have are the default."""
+    methods = [entry.factors.method for entry in entries.values()]
+    stabilized = all(getattr(method, "rank_stabilized", False) for method in methods)
+    ranks = {name: _saved_rank(entry) for name, entry in entries.items()}
+    alphas = {name: _as_int(_saved_alpha(entry, ranks[name], stabilized)) for name, entry in entries.items()}
+    # PEFT reads the default for parameters, so theirs is the default if there are any.
+    defaulted = [name for name, entry in entries.items() if entry.location.module.kind == "parameter"] or list(entries)
+    rank, alpha = (_most_common(values[name] for name in defaulted) for values in (ranks, alphas))
+    fields = {
+        "r": rank,
+        "rank_pattern": exact_patterns(ranks, rank),
+        "alpha_pattern": exact_patterns(alphas, alpha),
+        "modules_to_save": None,
+    }
+    if isinstance(methods[0], (LoRA, DoRA)):
+        return fields | {
+            "bias": "none",
+            "fan_in_fan_out": is_flipped(entries),
+            "init_lora_weights": True,
+            "lora_alpha": alpha,
+            "lora_dropout": shared_field(entries, "dropout"),
+            "use_dora": isinstance(methods[0], DoRA),
+            "use_rslora": stabilized,
+        }
+    fields |= {"alpha": alpha, "init_weights": True, "module_dropout": 0.0, "rank_dropout": 0.0}
+    if isinstance(methods[0], LoKr):
+        fields["decompose_both"] = shared_field(entries, "decompose_both")
+        fields["decompose_factor"] = shared_field(entries, "factor")
+    return fields | {"use_effective_conv2d": False}
+
+
+def ia3_fields(entries: Mapping[str, ModuleEntry]) -> Config:
+    """The fields of IA3. PEFT matches `feedforward_modules` by endings, or by one expression for the whole name."""
+    scale_input = [name for name, entry in entries.items() if entry.factors.has_axis("channels")]
+    others = [name for name in entries if name not in scale_input]
+    is_ambiguous = any(name.endswith(ending) for ending in scale_input for name in others)
+    expression = "|".join(name.replace(".", r"\.") for name in sorted(scale_input))
+    return {
+        "fan_in_fan_out": is_flipped(entries),
+        "feedforward_modules": expression if is_ambiguous else sorted(scale_input),
+        "init_ia3_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def is_flipped(entries: Mapping[str, ModuleEntry]) -> bool:
+    """Whether some modules hold their weight as (in, out): PEFT's `fan_in_fan_out`."""
+    return any(entry.location.module.kind == "conv1d" for entry in entries.values())
+
+
+def _saved_rank(entry: ModuleEntry) -> int:
+    method = entry.factors.method
+    rank = getattr(method, "rank", None)
+    if isinstance(method, LoKr) and rank is None:  # so that PEFT keeps both factors whole, too
+        n_out = entry.factors.arrays["d"].shape[-1]
+        return max(n_out, entry.factors.arrays["d"].size // n_out)
+    return rank or 0
+
+
+def _saved_alpha(entry: ModuleEntry, rank: int, stabilized: bool) -> float:
+    """The numerator of PEFT's scale, which always has one: alpha / rank, or alpha / sqrt(rank) if stabilized."""
+    method, scale = entry.factors.method, entry.factors.scale
+    if isinstance(method, LoKr) and not entry.factors.has_axis("rank"):  # jlora does not scale it, and PEFT does
+        return scale * rank
+    alpha = getattr(method, "alpha", None)
+    if alpha is None:
+        return scale * (math.sqrt(rank) if stabilized else rank)
+    divides_by_root = getattr(method, "rank_stabilized", False) and not stabilized
+    return alpha * scale * (math.sqrt(rank) if divides_by_root else 1)
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    """The value that occurs most often; of several the smallest."""
+    counts = collections.Counter(values)
+    return min(counts, key=lambda value: (-counts[value], value))
+
+
+def _as_int(value: float) -> int | float:
+    """A whole number as an int, all others as a float."""
+    return int(value) if float(value).is_integer() else float(value)

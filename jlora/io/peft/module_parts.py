@@ -1,0 +1,73 @@
+"""The modules that an adapter's weights make up; several weights may be parts of one module."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from jlora.io.peft.module_entry import ModuleEntry
+from jlora.io.torch.join_modules import concatenate_out_axis
+from jlora.io.torch.split_modules import split_modules
+from jlora.io.torch.weight_location import ModuleOwner, WeightLocation, owners_of
+from jlora.methods import Full
+from jlora.methods._base import Adapter, Update
+
+
+def complete_modules(adapter: Adapter, locations: Mapping[str, WeightLocation]) -> Adapter:
+    """The adapter with the missing parts of modules that are trained in full: a difference of zero for each.
+
+    Arguments:
+        adapter: the adapter.
+        locations: of all weights that the map knows.
+    """
+    complete = dict(adapter)
+    trained = {
+        name: update
+        for path, update in adapter.items()
+        if isinstance(update.method, Full)
+        for name in locations[path].first_modules
+    }
+    for path, location in locations.items():
+        sibling = next((trained[name] for name in location.first_modules if name in trained), None)
+        if sibling is not None and path not in adapter:
+            shape = location.weight.shape
+            complete[path] = Update({"d": np.zeros(shape, np.float32)}, Full(), sibling.roles, shape)
+    return complete
+
+
+def module_entries(adapter: Adapter, locations: Mapping[str, WeightLocation]) -> dict[str, ModuleEntry]:
+    """Every adapted module with its factors; weights that are parts of one module are joined.
+
+    Arguments:
+        adapter: the adapter.
+        locations: of all weights that the map knows.
+
+    Raises:
+        ValueError: if the updates of the parts have no common form, or a part's size is not known.
+    """
+    by_path = {path: split_modules(update, locations[path]) for path, update in adapter.items()}
+    entries = {}
+    for name, owners in owners_of(locations).items():
+        parts = [
+            by_path[o.location.path][o.stack_index][o.position] if o.location.path in by_path else None for o in owners
+        ]
+        adapted = [owner.location for owner, part in zip(owners, parts, strict=True) if part is not None]
+        if not adapted:
+            continue
+        factors = parts[0]
+        if adapted[0].module.part is not None:
+            factors = concatenate_out_axis(parts, _out_sizes(name, owners, adapted[0]), name)
+        assert factors is not None
+        entries[name] = ModuleEntry(adapted[0], factors)
+    return entries
+
+
+def _out_sizes(name: str, owners: list[ModuleOwner], adapted: WeightLocation) -> list[int]:
+    """The out sizes of a module's parts, by the sizes of an adapted one: the others have no roles."""
+    if [owner.location.module.part for owner in owners] != list(range(len(owners))):
+        raise ValueError(
+            f"{name} consists of several weights, and some are not in the adapter: pass params=, the base parameters, "
+            "for their sizes."
+        )
+    per_out = math.prod(adapted.sizes("stack")) * max(adapted.count("in"), 1)
+    return [math.prod(owner.location.weight.shape) // per_out for owner in owners]

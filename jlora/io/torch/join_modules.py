@@ -1,0 +1,221 @@
+"""From the factors of torch modules to the update of the weight that they make up."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jlora.io.torch.factor_layout import ModuleFactors, declared_axes, unflatten
+from jlora.io.torch.weight_location import Index, WeightLocation
+from jlora.methods import DoRA, LoRA
+from jlora.methods._base import Update
+
+Parts = Sequence[ModuleFactors | None]
+
+
+def join_modules(parts: Parts, location: WeightLocation) -> ModuleFactors:
+    """The factors of a weight from those of the modules that are concatenated in it; None for one without an adapter.
+
+    Modules with the same A share it. LoRAs that are otherwise alike become groups, and all others one LoRA with a
+    block-diagonal B.
+
+    Raises:
+        ValueError: if no method has such factors.
+    """
+    present = [part for part in parts if part is not None]
+    if len(parts) == 1:
+        return present[0]
+    width = location.count("out") // location.num_joined
+    sizes = [width if part is None else part.size("out") or width for part in parts]
+    if not _can_share_factors(parts) and _are_groups(parts, sizes, location):
+        return _as_groups(parts, location)
+    return concatenate_out_axis(parts, sizes, location.path)
+
+
+def _are_groups(parts: Parts, sizes: Sequence[int], location: WeightLocation) -> bool:
+    """Whether the parts are LoRAs of one rank, scale and width that divide the weight's first out axis."""
+    present = [part for part in parts if part is not None]
+    first = present[0]
+    is_alike = all((part.method, part.scale) == (first.method, first.scale) for part in present)
+    axis_size = location.sizes("out")[0]
+    return type(first.method) is LoRA and is_alike and len(set(sizes)) == 1 and axis_size % len(parts) == 0
+
+
+def _as_groups(parts: Parts, location: WeightLocation) -> ModuleFactors:
+    """LoRAs that are alike as one LoRA with a group for each."""
+    present = [part for part in parts if part is not None]
+    first = present[0]
+    enable = None if len(present) == len(parts) else tuple(part is not None for part in parts)
+    axis = location.axes("out")[0]
+    method = dataclasses.replace(first.method, groups=len(parts), enable=enable, group_axis=axis)
+    a = np.stack([part.arrays["a"] for part in present], 1)
+    b = np.stack([part.arrays["b"] for part in present])
+    axes = {"a": ("in", "group", "rank"), "b": ("group", "rank", "group_out")}
+    return ModuleFactors(method, first.scale, {"a": a, "b": b}, axes)
+
+
+def concatenate_out_axis(parts: Parts, sizes: Sequence[int], name: str) -> ModuleFactors:
+    """Parts as one along the out axis.
+
+    Factors without that axis are shared if they are equal. Otherwise several LoRAs become one with a block-diagonal B:
+
+        [A_1 A_2],  [[B_1 0], [0 (s_2 / s_1) B_2]],  scale s_1
+
+    Arguments:
+        parts: the factors of each part; None for one without an adapter, where B is zero.
+        sizes: the out sizes of the parts.
+        name: of the module or weight, for errors.
+
+    Raises:
+        ValueError: if no method has such factors.
+    """
+    if _can_share_factors(parts):
+        return _with_shared_factors([part for part in parts if part is not None])
+    present = [part for part in parts if part is not None]
+    classes = {type(part.method) for part in present}
+    is_incomplete_dora = classes == {DoRA} and len(present) < len(parts)
+    if classes not in ({LoRA}, {DoRA}) or is_incomplete_dora or present[0].has_axis("experts"):
+        raise ValueError(
+            f"{name}: the modules that are concatenated in it have different factors of "
+            f"{', '.join(sorted(c.__name__ for c in classes))}, and no single update has both. Adapt all of them "
+            "by LoRA."
+        )
+    return _with_block_diagonal_b(parts, sizes)
+
+
+def _can_share_factors(parts: Parts) -> bool:
+    """Whether all parts have the same method and scale, and the same factors but for those with an out axis."""
+    present = [part for part in parts if part is not None]
+    first = present[0]
+    if len(present) < len(parts) or not first.is_separable:
+        return False
+    return all(
+        (part.method, part.scale) == (first.method, first.scale)
+        and all("out" in first.axes[f] or np.array_equal(part.arrays[f], array) for f, array in first.arrays.items())
+        for part in present
+    )
+
+
+def _with_shared_factors(parts: Sequence[ModuleFactors]) -> ModuleFactors:
+    arrays, axes = dict(parts[0].arrays), parts[0].axes
+    for factor in arrays:
+        if "out" in axes[factor]:
+            arrays[factor] = np.concatenate([part.arrays[factor] for part in parts], axes[factor].index("out"))
+    return dataclasses.replace(parts[0], arrays=arrays)
+
+
+def _with_block_diagonal_b(parts: Parts, sizes: Sequence[int]) -> ModuleFactors:
+    present = [part for part in parts if part is not None]
+    first = present[0]
+    rank, scale, dtype = sum(_rank(part) for part in present), total_scale(first), first.arrays["b"].dtype
+    b, row, column = np.zeros((rank, sum(sizes)), dtype), 0, 0
+    for part, size in zip(parts, sizes, strict=True):
+        if part is not None:
+            stop = row + _rank(part)
+            b[row:stop, column : column + size] = part.arrays["b"] * dtype.type(total_scale(part) / scale)
+            row = stop
+        column += size
+    arrays = {"a": np.concatenate([part.arrays["a"] for part in present], 1), "b": b}
+    if isinstance(first.method, DoRA):
+        arrays["m"] = np.concatenate([part.arrays["m"] for part in present])
+    dropout = max(part.method.dropout for part in present)
+    method_class = DoRA if isinstance(first.method, DoRA) else LoRA
+    return dataclasses.replace(
+        first, method=method_class(rank, scale * rank, dropout=dropout), scale=1.0, arrays=arrays
+    )
+
+
+def _rank(factors: ModuleFactors) -> int:
+    return factors.size("rank") or 0
+
+
+def total_scale(factors: ModuleFactors) -> float:
+    """The scale of a LoRA's product A B, that of the method times that of the update."""
+    method = factors.method.direction if isinstance(factors.method, DoRA) else factors.method
+    assert isinstance(method, LoRA)
+    return method.scale * factors.scale
+
+
+def stack_modules(by_index: Mapping[Index, ModuleFactors], location: WeightLocation) -> Update:
+    """The update of a weight from the factors at every index of its stack.
+
+    LoRAs that differ in rank and scale become one of the largest rank, with zeros in A and in B for what a module
+    lacks: no gradient reaches those, so they stay zero.
+
+    Raises:
+        ValueError: if a module has no factors, or differs otherwise in method or scale.
+    """
+    missing = [location.modules[index][0] for index in location.modules if index not in by_index]
+    if missing:
+        raise ValueError(
+            f"{location.path} holds all layers of its stack in one weight, and {', '.join(missing)} has no adapter. "
+            "Adapt all layers, or keep those without an adapter in a weight of their own."
+        )
+    by_index = _with_equal_ranks(by_index)
+    first = by_index[next(iter(location.modules))]
+    for index, factors in by_index.items():
+        if (factors.method, factors.scale) != (first.method, first.scale):
+            raise ValueError(
+                f"{location.path} holds all layers of its stack in one weight, which takes one method and scale: "
+                f"{location.modules[index][0]} has {factors.method} and scale {factors.scale}, the first module "
+                f"{first.method} and scale {first.scale}."
+            )
+    loop_sizes = location.sizes("stack")[: location.loop_axes]
+    arrays = {}
+    for factor in first.arrays:
+        stacked = np.stack([by_index[index].arrays[factor] for index in location.modules])
+        arrays[factor] = stacked.reshape(*loop_sizes, *stacked.shape[1:])
+    factors = _unflatten_all(first.method, arrays, location)
+    return Update(factors, first.method, location.weight.roles, location.weight.shape, scale=first.scale)
+
+
+def _unflatten_all(method, arrays: Mapping[str, np.ndarray], location: WeightLocation) -> dict[str, np.ndarray]:
+    if isinstance(method, LoRA) and method.groups > 1:
+        a, stack = arrays["a"], len(location.sizes("stack"))
+        return {**arrays, "a": a.reshape(*a.shape[:stack], *location.sizes("in"), *a.shape[stack + 1 :])}
+    declared = declared_axes(method)
+    return {name: unflatten(array, declared[name], location) for name, array in arrays.items()}
+
+
+def _with_equal_ranks(by_index: Mapping[Index, ModuleFactors]) -> Mapping[Index, ModuleFactors]:
+    """Plain LoRAs of several ranks or scales with the largest rank and one scale; all else unchanged."""
+    methods = {index: factors.method for index, factors in by_index.items()}
+    loras = [method for method in methods.values() if type(method) is LoRA and method.groups == 1]
+    is_alike = len({(factors.method, factors.scale) for factors in by_index.values()}) == 1
+    if is_alike or len(loras) < len(by_index) or len({method.dropout for method in loras}) > 1:
+        return by_index
+    rank, scales = max(method.rank for method in loras), [total_scale(factors) for factors in by_index.values()]
+    scale = max(scales, key=abs) or 1.0
+    if not all(_is_power_of_two(one / scale) for one in scales):  # bfloat16 would round the product
+        by_index = {index: _with_float32_b(factors) for index, factors in by_index.items()}
+    return {index: pad_rank(factors, rank, scale) for index, factors in by_index.items()}
+
+
+def _is_power_of_two(ratio: float) -> bool:
+    return abs(math.frexp(ratio)[0]) == 0.5
+
+
+def _with_float32_b(factors: ModuleFactors) -> ModuleFactors:
+    b = factors.arrays["b"]
+    wide = b.astype(np.promote_types(b.dtype, np.float32))
+    return dataclasses.replace(factors, arrays=factors.arrays | {"b": wide})
+
+
+def pad_rank(factors: ModuleFactors, rank: int, scale: float) -> ModuleFactors:
+    """A LoRA with zeros up to a rank, and with a given scale; B takes what the scale lacks.
+
+        s A B  =  scale [A 0] [(s / scale) B; 0]
+
+    Arguments:
+        factors: of a plain LoRA.
+        rank: at least that of the LoRA.
+        scale: the new scale, alpha / rank.
+    """
+    assert isinstance(factors.method, LoRA)
+    a, b = factors.arrays["a"], factors.arrays["b"]
+    missing, ratio = rank - factors.method.rank, total_scale(factors) / scale
+    a = np.pad(a, [*[(0, 0)] * (a.ndim - 1), (0, missing)])
+    b = np.pad(b * b.dtype.type(ratio), [*[(0, 0)] * (b.ndim - 2), (0, missing), (0, 0)])
+    method = LoRA(rank, scale * rank, dropout=factors.method.dropout)
+    return dataclasses.replace(factors, method=method, scale=1.0, arrays={"a": a, "b": b})
