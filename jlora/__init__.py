@@ -1,6 +1,17 @@
-"""Low-rank adaptation (LoRA) of any JAX program, as a function transformation."""
+"""Low-rank adaptation (LoRA) of any JAX program, as a function transformation.
 
-from jlora import quantized as quantized
+    sites   = jlora.trace(model.apply, params, tokens)       # what can be adapted, and what it costs
+    adapter = jlora.init(key, sites, jlora.LoRA(rank=8))     # a small trainable pytree
+    apply   = jlora.adapt(model.apply)                       # f(params, *args) -> g(params, adapter, *args)
+    merged  = jlora.merge(params, adapter)                   # plain parameters for inference
+
+The law: `jlora.adapt(f)(params, adapter, *args) == f(jlora.merge(params, adapter), *args)`.
+"""
+
+import importlib
+import types
+import typing
+
 from jlora._adapter.adapt import DenseError as DenseError
 from jlora._adapter.adapt import DenseWarning as DenseWarning
 from jlora._adapter.adapt import adapt as adapt
@@ -25,13 +36,7 @@ from jlora._trace.sites import Sites as Sites
 from jlora._trace.trace import trace as trace
 from jlora._tree.leaves import Quantized as Quantized
 from jlora._tree.leaves import dequantize as dequantize
-from jlora.io import loralib as loralib
-from jlora.io import peft as peft
-from jlora.io.checkpoint.orbax import CheckpointError as CheckpointError
-from jlora.io.checkpoint.orbax import checkpoint_args as checkpoint_args
-from jlora.io.checkpoint.orbax import load as load
-from jlora.io.checkpoint.orbax import load_state as load_state
-from jlora.io.checkpoint.orbax import save as save
+from jlora.io.checkpoint.errors import CheckpointError as CheckpointError
 from jlora.methods import BOFT as BOFT
 from jlora.methods import HRA as HRA
 from jlora.methods import IA3 as IA3
@@ -54,14 +59,60 @@ from jlora.methods import MiSS as MiSS
 from jlora.methods import RandLoRA as RandLoRA
 from jlora.methods import SHiRA as SHiRA
 from jlora.methods import VeRA as VeRA
+from jlora.methods._base import Adapter as Adapter
 from jlora.methods._base import Method as Method
 from jlora.methods._base import Update as Update
-from jlora.optim.adalora import rank_budget as rank_budget
-from jlora.optim.gradients import lora_fa_gradient as lora_fa_gradient
-from jlora.optim.gradients import lora_plus as lora_plus
-from jlora.optim.gradients import orthogonality as orthogonality
-from jlora.optim.gradients import riemannian as riemannian
 from jlora.optim.labels import labels as labels
 from jlora.optim.labels import mask as mask
 from jlora.quantized.loftq import loftq as loftq
 from jlora.quantized.quantize import quantize as quantize
+
+if typing.TYPE_CHECKING:
+    from jlora import quantized as quantized
+    from jlora.io import loralib as loralib
+    from jlora.io import peft as peft
+    from jlora.io.checkpoint.orbax import checkpoint_args as checkpoint_args
+    from jlora.io.checkpoint.orbax import load as load
+    from jlora.io.checkpoint.orbax import load_state as load_state
+    from jlora.io.checkpoint.orbax import save as save
+    from jlora.optim.adalora import rank_budget as rank_budget
+    from jlora.optim.gradients import lora_fa_gradient as lora_fa_gradient
+    from jlora.optim.gradients import lora_plus as lora_plus
+    from jlora.optim.gradients import orthogonality as orthogonality
+    from jlora.optim.gradients import riemannian as riemannian
+
+__version__ = "0.1.0"
+
+# Orbax, TensorStore, optax and safetensors take as long to import as JAX itself. The modules that import them are
+# imported when one of these names is first used.
+_LAZY_MODULES = {"loralib": "jlora.io.loralib", "peft": "jlora.io.peft", "quantized": "jlora.quantized"}
+_LAZY = {
+    "checkpoint_args": "jlora.io.checkpoint.orbax",
+    "load": "jlora.io.checkpoint.orbax",
+    "load_state": "jlora.io.checkpoint.orbax",
+    "save": "jlora.io.checkpoint.orbax",
+    "rank_budget": "jlora.optim.adalora",
+    "lora_fa_gradient": "jlora.optim.gradients",
+    "lora_plus": "jlora.optim.gradients",
+    "orthogonality": "jlora.optim.gradients",
+    "riemannian": "jlora.optim.gradients",
+}
+
+# Every name that is imported above, with the lazy ones.
+__all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]
+    {*_LAZY, *_LAZY_MODULES}
+    | {name for name, value in globals().items() if name[0] != "_" and not isinstance(value, types.ModuleType)}
+)
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name in _LAZY_MODULES:
+        return importlib.import_module(_LAZY_MODULES[name])
+    if name in _LAZY:
+        value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

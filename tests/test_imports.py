@@ -1,6 +1,9 @@
 """Imports run from later packages to earlier ones, and only documented JAX is used outside of `_compat.py`."""
 
 import ast
+import importlib.metadata
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -215,6 +218,34 @@ def test_flax_is_never_imported(file: Path):
     assert not {m for m in imports(file) if m.split(".")[0] in ("flax", "equinox", "haiku")}
 
 
-def test_init_only_reexports():
-    body = ast.parse((ROOT / "__init__.py").read_text()).body
-    assert all(isinstance(node, ast.ImportFrom) and node.names[0].asname for node in body[1:])
+def test_every_exported_name_is_listed_and_exists():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    imported = {a.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names if a.asname}
+    assert set(jlora.__all__) == imported
+    assert set(dir(jlora)) >= imported
+    assert all(getattr(jlora, name) is not None for name in jlora.__all__)
+    assert jlora.__version__ == importlib.metadata.version("jlora")
+    with pytest.raises(AttributeError, match="no attribute 'LORA'"):
+        _ = jlora.LORA  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def in_a_fresh_process(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_import_loads_only_jax():
+    heavy = "orbax", "tensorstore", "optax", "safetensors", "flax", "qwix"
+    assert in_a_fresh_process(f"import sys, jlora; print(sorted(sys.modules.keys() & {set(heavy)}))") == "[]"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import jlora; print(jlora.peft.load.__name__)",
+        "from jlora.io import peft; print(peft.load.__name__)",
+        "from jlora import load; print(load.__name__)",
+        "from jlora import *; print(load.__name__)",
+    ],
+)
+def test_lazy_names_are_reached_in_every_way(program: str):
+    assert in_a_fresh_process(program) == "load"
