@@ -1,4 +1,4 @@
-"""LoRA as it is written into a model by hand: what a transformation has to be as good as."""
+"""LoRA written by hand into a model: the reference for the cost of the transformation."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import jlora
 
 
 class Weight(NamedTuple):
-    """A frozen kernel `(in, out)`, maybe quantised, with its factors `(in, rank)` and `(rank, out)`, maybe stacked."""
+    """A frozen kernel `(in, out)`, dense or quantised, with `(in, rank)` and `(rank, out)`, or stacks of them."""
 
     w: Any
     a: jax.Array
@@ -21,17 +21,17 @@ Factors = Mapping[str, tuple[jax.Array, jax.Array]]
 
 
 def attach(params: Any, factors: Factors) -> Any:
-    """The parameters with a `Weight` wherever there are factors for the path."""
+    """The parameters with a `Weight` in place of every kernel whose path has factors."""
 
-    def leaf(path: Any, w: jax.Array) -> Any:
-        found = factors.get(jax.tree_util.keystr(path, simple=True, separator="/"))
-        return w if found is None else Weight(w, *found)
+    def replace(keypath: Any, w: jax.Array) -> Any:
+        path = jax.tree_util.keystr(keypath, simple=True, separator="/")
+        return Weight(w, *factors[path]) if path in factors else w
 
-    return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=lambda node: isinstance(node, jlora.Quantized))
+    return jax.tree_util.tree_map_with_path(replace, params, is_leaf=lambda node: isinstance(node, jlora.Quantized))
 
 
-def usual(scale: float) -> Callable[[jax.Array, Any], jax.Array]:
-    """The product as nearly every model has it, on activations `(batch, length, in)`; one without factors stays."""
+def standard(scale: float) -> Callable[[jax.Array, Any], jax.Array]:
+    """The matmul as most models write it, on activations `(batch, length, in)`; weights without factors are frozen."""
 
     def product(x: jax.Array, weight: Any) -> jax.Array:
         if not isinstance(weight, Weight):
@@ -42,21 +42,21 @@ def usual(scale: float) -> Callable[[jax.Array, Any], jax.Array]:
 
 
 def flattened(scale: float) -> Callable[[jax.Array, Weight], jax.Array]:
-    """The same with the leading axes of the low-rank products made one.
+    """The same with the leading axes of the low-rank products flattened into one.
 
-    The gradient of `b` then contracts one axis. With two, XLA for the CPU first makes a transposed copy of the
-    wide cotangent, which takes longer than the product.
+    The gradient of `b` then contracts one axis. With two, XLA for the CPU first writes a transposed copy of the wide
+    cotangent, which takes longer than the product.
     """
 
     def product(x: jax.Array, weight: Weight) -> jax.Array:
-        low = (x.reshape(-1, x.shape[-1]) @ weight.a) @ weight.b
-        return x @ weight.w + scale * low.reshape(*x.shape[:-1], -1)
+        low_rank = (x.reshape(-1, x.shape[-1]) @ weight.a) @ weight.b
+        return x @ weight.w + scale * low_rank.reshape(*x.shape[:-1], -1)
 
     return product
 
 
 def _frozen(x: jax.Array, w: Any) -> jax.Array:
-    """`x @ w`. For the gradient a quantised kernel keeps its codes and not its floats."""
+    """`x @ w`. A quantised kernel is dequantised again in the backward pass, so that only its codes are saved."""
     if not isinstance(w, jlora.Quantized):
         return x @ w
     return jax.checkpoint(lambda x, w: x @ w.dequantize())(x, w)

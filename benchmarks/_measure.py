@@ -1,28 +1,31 @@
-"""What every benchmark shares: compile and cost a program, time programs against each other, judge and report."""
+"""What all benchmarks share: compiled costs, wall times in turns, limits, tables and result files."""
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
+RESULTS = Path(__file__).parent / "results"
+
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program and what XLA says that it costs.
+    """A compiled program and its costs as reported by XLA.
 
     Arguments:
         run: calls the program on the arguments that it was compiled for.
         flops: floating-point operations. XLA counts the body of a loop once, however often it runs.
-        temp_bytes: memory beyond arguments and results.
-        compile_seconds: XLA's own time, tracing and lowering not included.
+        temp_bytes: memory in bytes beyond arguments and results.
+        compile_seconds: XLA's own time, without tracing and lowering.
     """
 
     run: Callable[[], Any]
@@ -31,27 +34,41 @@ class Program:
     compile_seconds: float
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A ratio that a release must not exceed."""
+
+    name: str
+    value: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the ratio is within its limit; not-a-number never is."""
+        return self.value <= self.limit
+
+
 def compile(function: Callable[..., Any], *args: Any) -> Program:
-    """Compiles `function` for `args`; all arrays are arguments, as a closed-over one would become a constant."""
+    """Compiles `function` for `args`. All arrays must be arguments: a closed-over array would become a constant."""
     lowered = jax.jit(function).lower(*args)
     start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
     if costs is None or memory is None:
-        raise NotImplementedError(f"XLA says nothing of costs or memory on {jax.default_backend()}.")
+        raise NotImplementedError(f"XLA reports no costs or no memory on {jax.default_backend()}: use the CPU.")
     return Program(lambda: compiled(*args), costs["flops"], memory.temp_size_in_bytes, seconds)
 
 
 def interleave(calls: Mapping[str, Callable[[], Any]], rounds: int, warm: int = 1) -> dict[str, list[float]]:
-    """Seconds of every call in every round, after `warm` rounds that are not kept.
+    """Seconds of every call in every round, after `warm` rounds that are not recorded; without rounds nothing runs.
 
-    Calls take turns, so that a machine which slows down slows all of them, and the turn starts one call later in
-    every round, so that none always runs in the caches that the same neighbour left.
+    The calls run in turns, so that a machine that slows down slows all of them. Each round starts one call later than
+    the round before, so that no call always runs on the caches that the same neighbour has filled.
     """
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in tqdm(range(-warm, rounds), "timing"):
+    for number in tqdm(range(-warm if rounds else 0, rounds), "timing", disable=not rounds):
         start = number % len(names)
         for name in names[start:] + names[:start]:
             begin = time.perf_counter()
@@ -61,37 +78,29 @@ def interleave(calls: Mapping[str, Callable[[], Any]], rounds: int, warm: int = 
     return seconds
 
 
-def ratio(seconds: Mapping[str, Sequence[float]], numerator: str, denominator: str) -> float:
-    """The median over rounds of one call's time in units of another's: both sides saw the same machine."""
-    pairs = zip(seconds[numerator], seconds[denominator], strict=True)
-    return statistics.median(a / b for a, b in pairs)
-
-
 def lowering(
     traced: Mapping[str, tuple[Callable[[], Callable[..., Any]], tuple[Any, ...]]], rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds to trace and lower, in turns.
+    """Seconds to trace and lower each function, in turns.
 
     Arguments:
-        traced: by name, what makes a function that no cache of JAX has seen, and the arguments to trace it with.
+        traced: for each name a call that makes a function which no cache of JAX has seen, and the arguments to trace it
+            with.
         rounds: as in `interleave`.
     """
     calls = {name: (lambda make=make, args=args: jax.jit(make()).lower(*args)) for name, (make, args) in traced.items()}
     return interleave(calls, rounds)
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A ratio that a release has to stay below."""
+def median(seconds: Sequence[float]) -> float | None:
+    """The median, or None if nothing was timed."""
+    return statistics.median(seconds) if seconds else None
 
-    name: str
-    value: float
-    limit: float
 
-    @property
-    def passed(self) -> bool:
-        """Whether it does; not-a-number never passes."""
-        return self.value <= self.limit
+def ratio(seconds: Mapping[str, Sequence[float]], numerator: str, denominator: str) -> float:
+    """The median over rounds of one call's time divided by another's: both sides saw the same machine."""
+    pairs = zip(seconds[numerator], seconds[denominator], strict=True)
+    return statistics.median(a / b for a, b in pairs)
 
 
 def environment() -> dict[str, Any]:
@@ -103,18 +112,56 @@ def environment() -> dict[str, Any]:
         "device": device.device_kind,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
-        "load": os.getloadavg()[0],  # wall times of a machine that was busy before say little
+        "load": os.getloadavg()[0],  # wall times of a busy machine mean little
     }
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A markdown table, the first column to the left and the rest to the right."""
+def parser(description: str | None, result: str) -> argparse.ArgumentParser:
+    """A parser with the option `--out`, whose default is a file in `results/`."""
+    out = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument(
+        "--out", type=Path, default=RESULTS / result, help=f"file to write (default: benchmarks/results/{result})"
+    )
+    return out
+
+
+def run_forms(
+    options: argparse.Namespace,
+    key: str,
+    measure: Callable[[str, argparse.Namespace], tuple[dict[str, Any], list[Bar]]],
+    show: Callable[[str, dict[str, Any], list[Bar]], None],
+) -> None:
+    """Measures and prints every form that the options name, and saves the figures if there are timed rounds.
+
+    Arguments:
+        options: with `forms`, `rounds` and `out`; all but `out` are recorded in the result file.
+        key: the name of a form's rows in the result file.
+        measure: gives the rows and the bars of one form.
+        show: prints them.
+    """
+    recorded = {name: value for name, value in vars(options).items() if name != "out"}
+    result: dict[str, Any] = {"environment": environment(), "options": recorded}
+    for form in options.forms:
+        rows, bars = measure(form, options)
+        show(form, rows, bars)
+        result[form] = {key: rows, "bars": [asdict(bar) | {"passed": bar.passed} for bar in bars]}
+        if options.rounds:
+            save(options.out, result)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for a table; empty if there is none."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table, the first column aligned left and the others right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def verdicts(bars: Sequence[Bar]) -> str:
-    """A markdown table of bars."""
+    """A Markdown table of bars."""
     rows = [[b.name, f"{b.value:.4f}", f"{b.limit:.3f}", "pass" if b.passed else "FAIL"] for b in bars]
     return table(["bar", "ratio", "at most", ""], rows)
 

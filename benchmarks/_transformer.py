@@ -1,4 +1,4 @@
-"""A decoder-only transformer in plain functions on plain dictionaries, its layers in a loop or in a scan."""
+"""A decoder-only transformer in plain functions on plain dictionaries, its layers in a Python loop or in a scan."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# The projections of one layer: every weight that LoRA adapts.
+# The projections of one layer: the weights that LoRA adapts.
 KERNELS = ("wq", "wk", "wv", "wo", "w1", "w2")
 
 Params = dict[str, Any]
-# x (..., in), weight -> (..., out). The weight is an array, or whatever a model with factors in it holds instead.
+# x (..., in), weight -> (..., out). The weight is an array, or what a model with factors holds in its place.
 Product = Callable[[jax.Array, Any], jax.Array]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of the model: layers, width of the residual stream and of the MLP, heads, tokens known and seen."""
+    """Layers, width of the residual stream, hidden width of the MLP, heads, vocabulary, and tokens of a sequence."""
 
     layers: int = 4
     width: int = 512
@@ -51,7 +51,7 @@ def init(key: jax.Array, sizes: Sizes) -> Params:
 
 
 def stack(params: Params) -> Params:
-    """The same parameters with every layer's in one array, `(layers, in, out)`, as `scanned` wants them."""
+    """The same parameters with the layers stacked in one array, `(layers, in, out)`, as `scanned` expects them."""
     return {**params, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])}
 
 

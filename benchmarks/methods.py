@@ -1,18 +1,16 @@
 """One training step of every method against LoRA of the same rank: on a transformer, and on a single large kernel.
 
-    python -m benchmarks.methods
+    python -m benchmarks.methods                  # about five minutes on two cores
+    python -m benchmarks.methods --rounds 0       # prints the compiled costs alone
 
-FLOPs and temporary bytes are XLA's own counts. Wall times are from one run in which all steps take turns, and every
-ratio of them is the median of the ratios of single rounds. Dense methods are listed as dense and have no bar.
+FLOPs and temporary bytes are XLA's own counts. Wall times are from one run in which all steps run in turns; every ratio
+is the median over rounds of the ratios of one round. Dense methods are marked as dense and have no bar.
 """
 
 import argparse
 import re
-import statistics
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +25,7 @@ from benchmarks._measure import Bar
 RANK = 16
 OPTIMISER = optax.adamw(1e-3)
 
-# What each is compared with is LoRA(16): the rank of every update is 16 where the method has one.
+# All are compared with LoRA(16): the rank of every update is 16 if the method has a rank.
 METHODS: dict[str, jlora.Method] = {
     "LoRA": jlora.LoRA(RANK),
     "LoRA, offset": jlora.LoRA(RANK, start="orthogonal", offset=True),
@@ -76,7 +74,7 @@ def transformer(method: jlora.Method, options: argparse.Namespace) -> tuple[Call
 
 
 def kernel(method: jlora.Method, options: argparse.Namespace) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A step through one square kernel and what follows it."""
+    """A step through one square kernel, tanh and a mean squared error."""
     keys = jax.random.split(jax.random.key(0), 3)
     width = options.width
     params = {"w": jax.random.normal(keys[0], (width, width)) / width**0.5}
@@ -111,82 +109,69 @@ def step(
 PROGRAMS = {"transformer": transformer, "kernel": kernel}
 
 
-def weight_sized(function: Callable[..., Any], args: tuple[Any, ...], width: int) -> int:
-    """How many values of the kernel's own shape the compiled step computes."""
+def count_weight_sized(function: Callable[..., Any], args: tuple[Any, ...], width: int) -> int:
+    """How many arrays of the kernel's shape the compiled step computes."""
     text = jax.jit(function).lower(*args).compile().as_text() or ""
     entry = text[text.index("ENTRY") :]
-    made = re.findall(rf"= f32\[{width},{width}\]\S* (\w+)", entry)
-    return sum(kind not in ("parameter", "bitcast", "copy") for kind in made)
+    operations = re.findall(rf"= f32\[{width},{width}\]\S* (\w+)", entry)
+    return sum(operation not in ("parameter", "bitcast", "copy") for operation in operations)
 
 
 def measure(form: str, options: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
     """Costs and times of all steps in one form, and the bars of those that are not dense."""
-    made, programs = {}, {}
+    steps, programs = {}, {}
     for name, method in tqdm((METHODS | DENSE).items(), f"compiling, {form}"):
-        run, args = made[name] = PROGRAMS[form](method, options)
+        run, args = steps[name] = PROGRAMS[form](method, options)
         programs[name] = _measure.compile(run, *args)
-    seconds = _measure.interleave({name: p.run for name, p in programs.items()}, options.rounds)
+    seconds = _measure.interleave({name: program.run for name, program in programs.items()}, options.rounds)
     lora = programs["LoRA"]
     rows = {
         name: {
-            "parameters": sum(f.size for u in made[name][1][0].values() for f in u.factors.values()),
-            "flops": p.flops / lora.flops,
-            "temp_bytes": p.temp_bytes / lora.temp_bytes,
-            "seconds": statistics.median(seconds[name]),
-            "of_lora": _measure.ratio(seconds, name, "LoRA"),
+            "parameters": sum(f.size for update in steps[name][1][0].values() for f in update.factors.values()),
+            "flops": program.flops / lora.flops,
+            "temp_bytes": program.temp_bytes / lora.temp_bytes,
+            "seconds": _measure.median(seconds[name]),
+            "of_lora": _measure.ratio(seconds, name, "LoRA") if options.rounds else None,
             "dense": name in DENSE,
         }
-        for name, p in programs.items()
+        for name, program in programs.items()
     }
     bars = []
     for name in METHODS:
         bars.append(Bar(f"{name}: FLOPs / LoRA", rows[name]["flops"], 1.10))
         bars.append(Bar(f"{name}: temporary bytes / LoRA", rows[name]["temp_bytes"], 1.15))
         if form == "kernel":
-            bars.append(Bar(f"{name}: temporaries as large as the weight", weight_sized(*made[name], options.width), 0))
+            count = count_weight_sized(*steps[name], options.width)
+            bars.append(Bar(f"{name}: temporaries as large as the weight", count, 0))
     return rows, bars
 
 
-def show(form: str, rows: dict[str, Any], judged: list[Bar]) -> None:
+def show(form: str, rows: dict[str, Any], bars: list[Bar]) -> None:
     """Prints the figures of one form, and the bars that it misses."""
     header = ["method", "parameters", "FLOPs", "temporary bytes", "seconds", "of LoRA", ""]
     body = [
         [
             name,
             f"{row['parameters']:,}",
-            f"{row['flops']:.3f}",
-            f"{row['temp_bytes']:.3f}",
-            f"{row['seconds']:.3f}",
-            f"{row['of_lora']:.3f}",
+            *(_measure.number(row[key]) for key in ("flops", "temp_bytes", "seconds", "of_lora")),
             "dense" if row["dense"] else "",
         ]
         for name, row in rows.items()
     ]
-    missed = [bar for bar in judged if not bar.passed]
+    missed = [bar for bar in bars if not bar.passed]
     print(f"\n### {form}, FLOPs and bytes in units of LoRA's\n\n{_measure.table(header, body)}\n", flush=True)
-    print(_measure.verdicts(missed) if missed else f"All {len(judged)} bars pass.", flush=True)
+    print(_measure.verdicts(missed) if missed else f"All {len(bars)} bars pass.", flush=True)
 
 
 def main() -> None:
     """Reads the options, measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--forms", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
-    parser.add_argument("--batch", type=int, default=8, help="sequences of the transformer")
-    parser.add_argument("--width", type=int, default=4096, help="of the single kernel")
-    parser.add_argument("--tokens", type=int, default=1024, help="of the single kernel")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "methods.json")
-    options = parser.parse_args()
-
-    result: dict[str, Any] = {
-        "environment": _measure.environment(),
-        "options": {k: v for k, v in vars(options).items() if k != "out"},
-    }
-    for form in options.forms:
-        rows, judged = measure(form, options)
-        show(form, rows, judged)
-        result[form] = {"methods": rows, "bars": [asdict(b) | {"passed": b.passed} for b in judged]}
-        _measure.save(options.out, result)
+    parser = _measure.parser(__doc__, "methods.json")
+    parser.add_argument("--forms", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="default: both")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds; 0 only prints compiled costs (default: 5)")
+    parser.add_argument("--batch", type=int, default=8, help="sequences of the transformer (default: 8)")
+    parser.add_argument("--width", type=int, default=4096, help="of the single kernel (default: 4096)")
+    parser.add_argument("--tokens", type=int, default=1024, help="of the single kernel (default: 1024)")
+    _measure.run_forms(parser.parse_args(), "methods", measure, show)
 
 
 if __name__ == "__main__":

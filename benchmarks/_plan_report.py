@@ -1,0 +1,176 @@
+"""Tables, limits and the picture of `benchmarks.plan`, from the results of its rows."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from benchmarks import _llama, _measure
+from benchmarks._measure import Bar
+from benchmarks._plan_rows import FORMS, ROWS, SMALLEST, WEAK, Row, slice_name
+
+# form -> plan of one row; and the same for every row by its name
+Plans = dict[str, dict[str, Any]]
+Results = dict[str, Plans]
+
+
+def bars(results: Results) -> list[Bar]:
+    """The limits that jlora has to keep, of the rows that have results."""
+    out = []
+    for name, plans in results.items():
+        if all_fit(plans, "jlora", "by hand"):
+            ratio = plans["jlora"]["temporary_bytes"] / plans["by hand"]["temporary_bytes"]
+            out.append(Bar(f"{name}: temporary bytes / by hand", ratio, 1.02))
+        if all_fit(plans, "jlora", "base"):
+            adapted, base = (count_weight_gathers(ROWS[name], plans[form]) for form in ("jlora", "base"))
+            out.append(Bar(f"{name}: gathers of weights / base's", adapted / base, 1.0))
+    largest = results.get("70B v5e:16x16", {})
+    if all_fit(largest, "jlora"):
+        out.append(Bar("70B v5e:16x16: bytes a chip / 9 GB", largest["jlora"]["needed"] / 9e9, 1.0))
+    quantized = results.get("70B nf4 v5e:4x4", {})
+    if "jlora" in quantized:
+        ratio = quantized["jlora"]["needed"] / quantized["jlora"]["hbm"]
+        out.append(Bar("70B nf4 v5e:4x4: bytes a chip / its memory", ratio, 1.0))
+    return out + weak_scaling_bars(results)
+
+
+def weak_scaling_bars(results: Results) -> list[Bar]:
+    """FLOPs and temporary bytes of a chip must not grow with the number of chips."""
+    rows = [results.get(f"weak {shape}", {}) for shape in WEAK]
+    plans = [row["jlora"] for row in rows if all_fit(row, "jlora")]
+    if len(plans) < 2:
+        return []
+    chips = f"{plans[0]['devices']} to {plans[-1]['devices']} chips"
+    out = []
+    for key in ("flops", "temporary_bytes"):
+        figures = [plan[key] for plan in plans]
+        out.append(Bar(f"weak scaling, {chips}: {key}, largest / smallest", max(figures) / min(figures), 1.03))
+    return out
+
+
+def all_fit(plans: Plans, *forms: str) -> bool:
+    """Whether all these steps were compiled and fit into a chip's memory."""
+    return all(form in plans and plans[form]["fits"] for form in forms)
+
+
+def count_weight_gathers(row: Row, plan: dict[str, Any]) -> int:
+    """How often a step gathers a kernel of a layer over the devices along `data`."""
+    sizes = {2 * math.prod(shape[1:]) // row.mesh[2] for shape, _ in _llama.kernels(row.sizes).values()}
+    return sum(c["count"] for c in plan["collectives"] if c["kind"] == "all-gather" and c["bytes"] in sizes)
+
+
+def collective_bytes(plan: dict[str, Any]) -> int:
+    """Bytes of all collectives of a step on one chip."""
+    return sum(c["bytes"] * c["count"] for c in plan["collectives"])
+
+
+def gib(size: int, digits: int = 2) -> str:
+    """Bytes as GiB."""
+    return f"{size / 2**30:.{digits}f}"
+
+
+def show(results: Results) -> None:
+    """Prints the tables: steps, smallest slices, collectives and bars."""
+    print(f"\n### GiB and TFLOPs a chip\n\n{step_table(results)}")
+    print(f"\n### the smallest slices, GiB a chip\n\n{slice_table(results)}")
+    for name, plans in results.items():
+        forms = [form for form in FORMS if all_fit(plans, form)]
+        if "base" in forms:
+            print(f"\n### collectives of {name}, counts\n\n{collective_table({form: plans[form] for form in forms})}")
+    print(f"\n{_measure.verdicts(bars(results))}")
+
+
+def step_table(results: Results) -> str:
+    """Every compiled step."""
+    header = ["row", "step", "trained", "arguments", "temporaries", "all", "of GiB", "TFLOPs", "collectives GiB"]
+    body = []
+    for name, plans in results.items():
+        for form, plan in plans.items():
+            needed, memory = gib(plan["needed"]), gib(plan["hbm"])
+            if plan["fits"]:
+                figures = [gib(plan["argument_bytes"]), gib(plan["temporary_bytes"]), needed, memory]
+                figures += [f"{plan['flops'] / 1e12:.1f}", gib(collective_bytes(plan), 1)]
+            else:
+                figures = ["", "", needed, f"{memory}: does not fit", "", ""]
+            body.append([name, form, f"{plan['trained']:.3g}", *figures])
+    return _measure.table(header, body)
+
+
+def slice_table(results: Results) -> str:
+    """For every model, base and generation the smallest slice that holds the step, beside the next smaller one."""
+    body = []
+    for (model, base), generations in SMALLEST.items():
+        for generation, (too_small, smallest) in generations.items():
+            plans = results.get(slice_name(model, base, f"{generation}:{smallest}"), {})
+            if not all_fit(plans, "jlora", "by hand"):
+                continue
+            smaller = results.get(slice_name(model, base, f"{generation}:{too_small}"), {})
+            adapted, by_hand = plans["jlora"], plans["by hand"]
+            keys = ("argument_bytes", "temporary_bytes", "needed", "hbm")
+            optional = (plans.get("merged"), smaller.get("jlora"))
+            body.append(
+                [
+                    *(model, base, f"{generation}:{smallest}", adapted["devices"]),
+                    *(gib(adapted[key]) for key in keys),
+                    f"{adapted['temporary_bytes'] / by_hand['temporary_bytes']:.3f}",
+                    *(gib(plan["needed"]) if plan else "" for plan in optional),
+                    *(gib(collective_bytes(plan), 1) for plan in (adapted, by_hand)),
+                ]
+            )
+    header = ["model", "base", "slice", "chips", "arguments", "temporaries", "all", "of", "temporaries / by hand"]
+    return _measure.table([*header, "merged: all", "next smaller: all", "sent", "by hand: sent"], body)
+
+
+def collective_table(plans: Plans, smallest: float = 1e6) -> str:
+    """Every kind and shape of collective of at least `smallest` bytes in a step, and how often each step runs it."""
+    by_form = {form: {(c["kind"], c["shape"]): c for c in plan["collectives"]} for form, plan in plans.items()}
+    sizes = {
+        key: c["bytes"]
+        for collectives in by_form.values()
+        for key, c in collectives.items()
+        if c["bytes"] * c["count"] >= smallest
+    }
+    body = []
+    for key, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        counts = [collectives[key]["count"] if key in collectives else "" for collectives in by_form.values()]
+        body.append([" ".join(key), f"{size:,}", *counts])
+    return _measure.table(["collective", "bytes", *by_form], body)
+
+
+def draw(results: Results, file: Path) -> None:
+    """Draws what fills the memory of the smallest slices' chips with jlora, and how far the merged step goes."""
+    rows = {}
+    for (model, base), generations in SMALLEST.items():
+        for generation, (_, shape) in generations.items():
+            plans = results.get(slice_name(model, base, f"{generation}:{shape}"), {})
+            if all_fit(plans, "jlora"):
+                label = f"{model.removeprefix('Llama 3 ')} {base}, {generation}:{shape} ({plans['jlora']['devices']})"
+                rows[label] = plans
+    if not rows:
+        return
+    import matplotlib  # here, because the tests of plans run without it
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7.5, 0.6 + 0.27 * len(rows)), layout="constrained")
+    for position, plans in enumerate(rows.values()):
+        adapted, merged = plans["jlora"], plans.get("merged")
+        percent = 100 / adapted["hbm"]
+        arguments = percent * adapted["argument_bytes"]
+        temporaries = percent * adapted["needed"] - arguments
+        axis.barh(position, arguments, color="#4c72b0", label="parameters, adapter, Adam")
+        axis.barh(position, temporaries, left=arguments, color="#dd8452", label="temporaries")
+        if merged and (end := percent * merged["needed"]) < 150:
+            ends = [position - 0.4, position + 0.4]
+            axis.plot([end] * 2, ends, color="black", linewidth=2, label="merged in the step")
+        elif merged:
+            axis.text(158, position, f"{end:.0f}% >", va="center", ha="right", fontsize=8)
+    axis.axvline(100, color="grey", linestyle="--", linewidth=1)
+    axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 160)
+    axis.set_xlabel("% of a chip's memory")
+    handles, labels = axis.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), fontsize=8, loc="outside upper center", ncols=3)
+    figure.savefig(file, dpi=150)
