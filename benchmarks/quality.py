@@ -1,15 +1,15 @@
 """What every method learns: film reviews with MiniLM-L6, at about as many trained parameters as LoRA of rank 8.
 
-    PYTHONPATH=examples python -m benchmarks.quality                # every method, three seeds: hours on two cores
+    PYTHONPATH=examples python -m benchmarks.quality                # every method, three seeds: an hour on two cores
     PYTHONPATH=examples python -m benchmarks.quality --methods LoRA DoRA --seeds 0
 
-The job is that of examples/finetune_reviews.py, one epoch of it on sentences cut to 32 tokens. The upper half of the
-encoder is adapted, and what the lower half makes of each sentence is computed once; what is judged is the model with
-the adapter merged into it. Results are kept as they come, and a run that was stopped goes on where it was.
-A method that learns worse than the frozen encoder has a fault until shown otherwise.
+The task is that of examples/finetune_reviews.py: one epoch, on sentences cut to 32 tokens. The upper half of the
+encoder is adapted; the outputs of the lower half are computed once. The evaluated model has the adapter merged into it.
+Every result is written at once, and a run that was stopped continues with the next one. A method that learns less than
+the frozen encoder is assumed to have a bug.
 """
 
-import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -20,6 +20,7 @@ import jax
 import matplotlib
 import numpy as np
 from flax import linen as nn
+from tqdm import tqdm
 
 import assets
 import jlora
@@ -33,7 +34,7 @@ from matplotlib import pyplot
 
 TARGETS = r"params/layer_\d+/(attention|feed_forward)/\w+/kernel"
 
-# With the peak learning rate of each: that of the main job, and more where few numbers move much.
+# Each with its peak learning rate: that of examples/finetune_reviews.py, or a higher one for small methods.
 METHODS: dict[str, tuple[jlora.Method, float]] = {
     "LoRA": (jlora.LoRA(8, 16.0), 2e-3),
     "LoRA-FA": (jlora.LoRA(16, 32.0, freeze_a=True), 2e-3),
@@ -66,54 +67,56 @@ METHODS: dict[str, tuple[jlora.Method, float]] = {
 
 
 class Upper(nn.Module):
-    """The last layers of the encoder, by the names that they have there, and the mean of what comes out."""
+    """The layers of the encoder from `first` on, with their names in the encoder, and the mean of their outputs."""
 
-    whole: minilm.MiniLM
+    encoder: minilm.MiniLM
     first: int
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        for i in range(self.first, self.whole.layers):
-            x = minilm.Layer(self.whole.heads, self.whole.hidden, self.whole.epsilon, name=f"layer_{i}")(x, mask > 0)
+        encoder = self.encoder
+        for i in range(self.first, encoder.layers):
+            x = minilm.Layer(encoder.heads, encoder.hidden, encoder.epsilon, name=f"layer_{i}")(x, mask > 0)
         weights = mask.astype(x.dtype)[..., None]
         return (x * weights).sum(axis=1) / weights.sum(axis=1)
 
 
-class Job:
-    """The upper half of the encoder, and every sentence as the lower half hands it over."""
+class Task:
+    """The upper half of the encoder, and the outputs of the lower half for every sentence."""
 
     def __init__(self) -> None:
         folder = assets.minilm()
-        whole, variables = minilm.load(folder)
-        first = whole.layers // 2
-        self.width, self.model = whole.width, Upper(whole, first)
+        encoder, variables = minilm.load(folder)
+        first = encoder.layers // 2
+        self.width, self.model = encoder.width, Upper(encoder, first)
         self.variables = {
-            "params": {f"layer_{i}": variables["params"][f"layer_{i}"] for i in range(first, whole.layers)}
+            "params": {f"layer_{i}": variables["params"][f"layer_{i}"] for i in range(first, encoder.layers)}
         }
         last = f"layer_{first - 1}"
 
         @jax.jit
         def lower(variables: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
-            _, found = whole.apply(variables, ids, mask, capture_intermediates=lambda m, _: m.name == last)
-            return found["intermediates"][last]["__call__"][0]
+            _, state = encoder.apply(variables, ids, mask, capture_intermediates=lambda m, _: m.name == last)
+            return state["intermediates"][last]["__call__"][0]
 
-        def below(split: reviews.Split, length: int = 32, batch: int = 100) -> reviews.Split:
+        def encode(split: reviews.Split, length: int = 32, batch: int = 100) -> reviews.Split:
             ids, mask = split.ids[:, :length], split.mask[:, :length]
-            parts = [slice(at, at + batch) for at in range(0, len(ids), batch)]
+            parts = [slice(start, start + batch) for start in range(0, len(ids), batch)]
             states = np.concatenate([np.asarray(lower(variables, ids[part], mask[part])) for part in parts])
             return reviews.Split(states, mask, split.labels)
 
         train, _, test = reviews.load(assets.reviews(), folder / "tokenizer.json")
-        self.train, self.test = below(train), below(test)
+        self.train, self.test = encode(train), encode(test)
         self.sites = jlora.trace(self.model.apply, self.variables, self.train.ids[:1], self.train.mask[:1])
         self.embed = jax.jit(lambda _, variables, states, mask: self.model.apply(variables, states, mask))
 
     def accuracy(self, head: Any, variables: Any) -> float:
+        """The share of test sentences that are classified correctly."""
         features = predict(self.embed, None, variables, self.test)
         return accuracy(jax.device_get(apply_head(head, features)), self.test.labels)
 
     def run(self, name: str, seed: int, steps: int) -> dict[str, Any]:
-        """Trains one method with one seed; gives its accuracy, parameters and seconds."""
+        """Trains one method with one seed; returns its accuracy, parameters and seconds."""
         head_key, adapter_key = jax.random.split(jax.random.key(seed))
         head = init_head(head_key, self.width, classes=2)
         if name == FROZEN:
@@ -150,50 +153,47 @@ class Job:
 FROZEN = "frozen encoder"
 
 
-def show(found: dict[str, dict[str, Any]], path: Path) -> None:
+def show(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Prints the table and draws the picture, the best method first."""
-    means = {name: statistics.mean(r["accuracy"] for r in runs.values()) for name, runs in found.items()}
+    means = {name: statistics.mean(r["accuracy"] for r in runs.values()) for name, runs in results.items()}
     order = sorted(means, key=lambda name: -means[name])
     rows = []
     for name in order:
-        runs = list(found[name].values())
-        right = [100 * r["accuracy"] for r in runs]
-        rows.append(
-            [name, f"{runs[0]['parameters']:,}", f"{statistics.mean(right):.1f}%", f"{min(right):.1f}-{max(right):.1f}"]
-        )
-    print(_measure.table(["method", "parameters", "test accuracy", "seeds from-to"], rows))
+        runs = list(results[name].values())
+        percent = [100 * r["accuracy"] for r in runs]
+        spread = f"{min(percent):.1f} to {max(percent):.1f}"
+        rows.append([name, f"{runs[0]['parameters']:,}", f"{statistics.mean(percent):.1f}%", spread])
+    print(_measure.table(["method", "parameters", "test accuracy", "lowest to highest seed"], rows))
 
     figure, axes = pyplot.subplots(figsize=(8, 0.28 * len(order) + 1.2), layout="constrained")
     for k, name in enumerate(reversed(order)):
-        right = [100 * r["accuracy"] for r in found[name].values()]
-        axes.plot(right, [k] * len(right), "o", color="tab:grey" if name == FROZEN else "tab:blue", markersize=4)
+        percent = [100 * r["accuracy"] for r in results[name].values()]
+        axes.plot(percent, [k] * len(percent), "o", color="tab:grey" if name == FROZEN else "tab:blue", markersize=4)
         axes.plot([100 * means[name]], [k], "|", color="black", markersize=12)
     axes.set_yticks(range(len(order)), list(reversed(order)), fontsize=8)
-    axes.set(xlabel="right answers on 1,500 test sentences (%)", title="MiniLM-L6 on film reviews, one epoch")
+    axes.set(xlabel="accuracy on 1,500 test sentences (%)", title="MiniLM-L6 on film reviews, one epoch")
     axes.grid(True, axis="x", alpha=0.25)
     figure.savefig(path.with_suffix(".png"), dpi=130)
 
 
 def main() -> None:
     """Reads the options, trains what is missing, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _measure.parser(__doc__, "quality.json")
     names = [FROZEN, *METHODS]
-    parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="METHOD")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="METHOD", help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--steps", type=int, default=93, help="of 32 sentences (default: 93, one epoch)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quality.json")
     options = parser.parse_args()
     result = json.loads(options.out.read_text()) if options.out.exists() else {"steps": options.steps, "methods": {}}
     if result["steps"] != options.steps:
         parser.error(f"{options.out} holds runs of {result['steps']} steps: give another --out")
     jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())  # seeds share their compiled programs
-    job = Job()
-    for seed in options.seeds:
-        for name in options.methods:
-            runs = result["methods"].setdefault(name, {})
-            if str(seed) not in runs:
-                runs[str(seed)] = job.run(name, seed, options.steps)
-                _measure.save(options.out, result)
+    done = {(name, int(seed)) for name, runs in result["methods"].items() for seed in runs}
+    missing = [(name, seed) for seed in options.seeds for name in options.methods if (name, seed) not in done]
+    make_task = functools.cache(Task)  # made by the first run: it downloads and encodes
+    for name, seed in tqdm(missing, "runs", disable=not missing):
+        result["methods"].setdefault(name, {})[str(seed)] = make_task().run(name, seed, options.steps)
+        _measure.save(options.out, result)
     show({name: runs for name, runs in result["methods"].items() if runs}, options.out)
 
 
