@@ -1,7 +1,7 @@
-"""Where the weights of common models lie in torch, for `jlora.peft`: paths on the left, modules on the right.
+"""The torch modules that hold the weights of common models, for `jlora.peft`: paths on the left, modules on the right.
 
-`{i}` is an index. Where the path lacks it the weight is stacked, as scan wants it, and the index runs over its layers.
-A map for another model is a few such lines.
+`{i}` is an index. An index absent from the path enumerates the stacked axis of a weight that `scan` runs over. A map
+for another model is a few such lines.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from jlora.io.peft import Module, Names
 
 
 def stacked(names: Names) -> Names:
-    """The same map for layers that are scanned over: one weight for all of them."""
+    """The same map for a model whose layers are stacked for `scan`: one weight for all of them."""
     return {path.replace("layers/{i}/", "layers/"): module for path, module in names.items()}
 
 
 def under(prefix: str, names: Names) -> Names:
-    """The same map for parameters under a prefix, such as `params/`."""
+    """The same map for paths with a prefix, such as `params/`."""
     return {prefix + path: module for path, module in names.items()}
 
 
@@ -45,7 +45,7 @@ BERT: Names = {
     "layer_{i}/feed_forward_norm/bias": Module(f"{_LAYER}.output.LayerNorm.bias", "parameter"),
 }
 
-# transformers' GPT2LMHeadModel: one layer makes query, key and value there, and the embedding is the head as well.
+# transformers' GPT2LMHeadModel: one layer computes query, key and value there, and the embedding is also the head.
 _LAYER = "transformer.h.{i}"
 GPT2: Names = {
     "embed/embedding": Module("transformer.wte", "embedding", tied="lm_head"),
@@ -70,7 +70,7 @@ GPT2: Names = {
     "norm/bias": Module("transformer.ln_f.bias", "parameter"),
 }
 
-# transformers' LlamaForCausalLM, and what is built like it: Mistral, Qwen.
+# transformers' LlamaForCausalLM, and models with the same modules: Mistral, Qwen.
 _LAYER = "model.layers.{i}"
 LLAMA: dict[str, str | Module] = {
     "embed/embedding": Module("model.embed_tokens", "embedding"),
@@ -87,10 +87,10 @@ LLAMA: dict[str, str | Module] = {
     "layers/{i}/norm_2/scale": Module(f"{_LAYER}.post_attention_layernorm.weight", "parameter"),
 }
 
-# The same where the embedding is the output head as well: SmolLM, small Llamas.
+# The same if the embedding is also the output head: SmolLM, small Llamas.
 LLAMA_TIED: Names = {**LLAMA, "embed/embedding": Module("model.embed_tokens", "embedding", tied="lm_head")}
 
-# transformers' MixtralForCausalLM: Llama with experts, whose kernels are parameters of three dimensions.
+# transformers' MixtralForCausalLM: Llama with experts, whose kernels are three-dimensional parameters.
 MIXTRAL: Names = {path: module for path, module in LLAMA.items() if "/mlp/" not in path} | {
     "layers/{i}/mlp/router/kernel": f"{_LAYER}.mlp.gate",
     "layers/{i}/mlp/gate_up/kernel": Module(f"{_LAYER}.mlp.experts.gate_up_proj", "parameter"),

@@ -1,1 +1,1 @@
-"""Formats, one a file."""
+"""File formats: checkpoints of adapters, and the files of other libraries."""

@@ -37,16 +37,16 @@ VALUES = (
 )
 @dataclasses.dataclass(frozen=True)
 class NF4(Quantized):
-    """A weight in 4-bit NormalFloat with a scale for every block, and the scales in 8 bits.
+    """A weight in 4-bit NormalFloat with a scale for each block; the scales themselves have 8 bits.
 
         W = VALUES[codes] * scale,    scale = mean + unit * scale8
 
     Arguments:
-        codes: uint8, of the weight's shape but with half the size along `axis`: of a block of 2k entries, byte j holds
-            entry j in its low and entry k + j in its high bits.
-        scale: int8 (or, not quantised again, of a float dtype), the weight's shape with one entry a block.
-        unit, mean: float32, for groups of scales along the last axis; None where the scales are not quantised.
-        axis: along which the blocks lie, counted from the end (negative), so that a slice of a stack has it too.
+        codes: uint8, of the weight's shape with half the size along `axis`. In a block of 2k entries, byte j holds
+            entry j in its low bits and entry k + j in its high bits.
+        scale: int8 (a float dtype if scales are not quantised), of the weight's shape with one entry for each block.
+        unit, mean: float32, one for each group of scales along the last axis; None if scales are not quantised.
+        axis: of the blocks, counted from the end (negative), so that a slice of a stack has the same.
         dtype: of the weight.
 
     Dettmers et al. 2023, arXiv:2305.14314.
@@ -73,11 +73,12 @@ class NF4(Quantized):
         blocks = self.scale.shape[self.axis]
         axis = self.axis % self.codes.ndim
         codes = _split(self.codes, axis, blocks)
-        whole = jnp.concatenate([codes & 15, codes >> 4], axis=axis + 1)
-        out = _looked_up(whole) * jnp.expand_dims(self._scales(), axis + 1)
-        return out.reshape(self.shape).astype(self.dtype)
+        unpacked = jnp.concatenate([codes & 15, codes >> 4], axis=axis + 1)
+        values = _look_up(unpacked) * jnp.expand_dims(self.float_scale(), axis + 1)
+        return values.reshape(self.shape).astype(self.dtype)
 
-    def _scales(self) -> jax.Array:
+    def float_scale(self) -> jax.Array:
+        """The scale of every block in float32: mean + unit * scale8."""
         if self.unit is None or self.mean is None:
             return self.scale.astype(jnp.float32)
         groups = self.unit.shape[-1]
@@ -95,18 +96,27 @@ def quantize(weight: jax.Array, axis: int, block: int = 64, group: int | None = 
 
     Arguments:
         weight: floating-point.
-        axis: along which blocks lie; for a product the axis that it contracts.
-        block: entries that share a scale; where it does not divide the axis, the largest common divisor is taken.
-        group: scales along the last axis that are rounded to 8 bits together (their largest common divisor with that
-            axis), None to keep them in float32.
+        axis: of the blocks; for a matmul the axis that it contracts.
+        block: the number of entries that share a scale; if it does not divide the axis, their greatest common divisor.
+        group: the number of scales along the last axis that are rounded to 8 bits together, or its greatest common
+            divisor with that axis; None keeps the scales in float32.
+
+    Returns:
+        the weight in 4 bits.
 
     Raises:
-        ValueError: where an axis is odd, so that no two codes fill a byte.
+        ValueError: if the axis has an odd size, so that two codes of a block cannot share a byte.
+
+    Example:
+        nf4.quantize(jnp.ones((128, 256), jnp.bfloat16), axis=0).dequantize()
     """
     axis = axis % weight.ndim
     block = math.gcd(block, weight.shape[axis])
     if block % 2:
-        raise ValueError(f"4-bit codes lie in pairs, and axis {axis} of {weight.shape} has no blocks of even size.")
+        raise ValueError(
+            f"A byte holds two 4-bit codes, and axis {axis} of {weight.shape} has no blocks of even size. Choose "
+            "another axis, or another format."
+        )
     split = _split(weight.astype(jnp.float32), axis, weight.shape[axis] // block)
     scale = jnp.abs(split).max(axis=axis + 1)
     unit = mean = None
@@ -117,27 +127,27 @@ def quantize(weight: jax.Array, axis: int, block: int = 64, group: int | None = 
         unit = jnp.maximum(jnp.abs(grouped - mean[..., None]).max(axis=-1) / 127, jnp.finfo(jnp.float32).tiny)
         rounded = jnp.round((grouped - mean[..., None]) / unit[..., None])
         scale = rounded.reshape(scale.shape).astype(jnp.int8)
-    out = NF4(jnp.zeros((0,), jnp.uint8), scale, unit, mean, axis - weight.ndim, weight.dtype)
-    used = jnp.expand_dims(out._scales(), axis + 1)
-    relative = split / jnp.where(used == 0, 1, used)
-    middles = [(a + b) / 2 for a, b in itertools.pairwise(VALUES)]
-    codes = jnp.searchsorted(jnp.asarray(middles, jnp.float32), relative).astype(jnp.uint8)
+    without_codes = NF4(jnp.zeros((0,), jnp.uint8), scale, unit, mean, axis - weight.ndim, weight.dtype)
+    rounded_scale = jnp.expand_dims(without_codes.float_scale(), axis + 1)
+    relative = split / jnp.where(rounded_scale == 0, 1, rounded_scale)
+    midpoints = [(a + b) / 2 for a, b in itertools.pairwise(VALUES)]
+    codes = jnp.searchsorted(jnp.asarray(midpoints, jnp.float32), relative).astype(jnp.uint8)
     low, high = jnp.split(codes, 2, axis=axis + 1)
     shape = list(weight.shape)
     shape[axis] //= 2
-    return dataclasses.replace(out, codes=(low | (high << 4)).reshape(shape))
+    return dataclasses.replace(without_codes, codes=(low | (high << 4)).reshape(shape))
 
 
 def _coefficients() -> list[float]:
-    """Of the polynomial in the four bits of a code, linear in each, that has the values."""
-    out = list(VALUES)
+    """The coefficients of the polynomial in the four bits of a code, linear in each, whose values are `VALUES`."""
+    coefficients = list(VALUES)
     for bit in range(4):
-        out = [c - out[k ^ 1 << bit] if k >> bit & 1 else c for k, c in enumerate(out)]
-    return out
+        coefficients = [c - coefficients[k ^ 1 << bit] if k >> bit & 1 else c for k, c in enumerate(coefficients)]
+    return coefficients
 
 
-def _looked_up(codes: jax.Array) -> jax.Array:
-    """VALUES[codes], to the last bits, in sums and products: what fuses into a product where a lookup would not."""
+def _look_up(codes: jax.Array) -> jax.Array:
+    """VALUES[codes] to the last bits, by sums and products: XLA fuses these into a matmul, but not a gather."""
     sums: list[Any] = [jnp.float32(c) for c in _coefficients()]
     for bit in range(4):
         is_set = (codes >> bit & 1).astype(jnp.float32)
@@ -146,5 +156,5 @@ def _looked_up(codes: jax.Array) -> jax.Array:
 
 
 def _split(array: jax.Array, axis: int, count: int) -> jax.Array:
-    """An axis as two: `count` pieces, and what each holds."""
+    """Splits an axis into two: `count` blocks, and the entries of a block."""
     return array.reshape(*array.shape[:axis], count, -1, *array.shape[axis + 1 :])

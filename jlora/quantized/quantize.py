@@ -1,4 +1,4 @@
-"""Quantised bases: which weights of a model, and in how many bits."""
+"""Quantised bases: which weights of a model are quantised, and in which format."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -15,76 +15,88 @@ from jlora._tree.leaves import is_quantized
 from jlora._tree.paths import flatten, named_leaves
 from jlora.quantized import nf4
 
-Form = str | Callable[[jax.Array, Site], Any]
+Format = str | Callable[[jax.Array, Site], Any]
 
 
-def quantize(params: Any, sites: Sites, targets: Mapping[str, Form | None]) -> Any:
+def quantize(params: Any, sites: Sites, targets: Mapping[str, Format | None]) -> Any:
     """Rounds weights to fewer bits: a frozen base that takes an eighth to a half of the memory.
 
-    The result goes wherever parameters go (`trace`, `init`, `adapt`, `merge`, `save`). An adapted program makes such a
-    weight anew in every product that consumes it, and again for that product's gradient, a layer at a time: there is
-    never a float copy of the model. `merge` makes plain weights of them all, or, with `requantize=True`, none.
+    The result goes wherever parameters go (`trace`, `init`, `adapt`, `merge`, `save`). In an adapted program the op
+    that consumes a weight dequantises it, and its backward pass dequantises it again, one layer at a time: there is
+    never a float copy of the model. `merge` returns plain weights; with `requantize=True` they are quantised again.
 
     Arguments:
-        params: the base parameters; they stay as they are.
+        params: the base parameters; they are not changed.
         sites: from `jlora.trace`, for the axes that the program contracts.
-        targets: patterns (`re.fullmatch` on the path; the first that matches decides) with a form, None to exclude:
-            `"nf4"`, 4-bit NormalFloat in blocks of 64 along the last contracted axis (in a table along its rows), the
-            scales in 8 bits; `"int8"` and `"fp8"` (e4m3), a scale for every output (or row); `"int4"`, a scale for
-            every 32 entries along that axis (these three need qwix); or a function of a weight and its site.
+        targets: patterns (`re.fullmatch` on the path; the first match decides), each with a format, or None to exclude:
+
+            - `"nf4"`: 4-bit NormalFloat in blocks of 64 along the last contracted axis (of a lookup table along its
+              rows), with 8-bit scales;
+            - `"int8"`, `"fp8"` (e4m3): one scale for each output, or row of a table; needs qwix;
+            - `"int4"`: one scale for each 32 entries along that axis; needs qwix;
+            - a function of the weight and its site.
+
+    Returns:
+        the parameters, with the chosen weights quantised.
 
     Raises:
-        ValueError: where a pattern matches nothing or never decides, where a form is unknown, where a weight is no
-            matrix or quantised already.
-        ImportError: where qwix is needed and missing.
+        ValueError: if a pattern matches nothing or is shadowed by an earlier one, a format is unknown, or a weight is
+            not a matrix or is already quantised.
+        ImportError: if qwix is needed and not installed.
+
+    Example:
+        base = jlora.quantize(params, jlora.trace(apply, params, x), {".*/kernel": "nf4"})
 
     Dettmers et al. 2023, arXiv:2305.14314.
     """
     chosen = choose_paths(sites, targets)
-    leaves = named_leaves(params)
-    new = []
-    for path, leaf in leaves:
-        form = chosen.get(path)
-        new.append(leaf if form is None else _rounded(leaf, sites[path], form))
-    return jax.tree.unflatten(flatten(params)[1], new)
+    leaves = []
+    for path, leaf in named_leaves(params):
+        format_ = chosen.get(path)
+        leaves.append(leaf if format_ is None else _quantize_leaf(leaf, sites[path], format_))
+    return jax.tree.unflatten(flatten(params)[1], leaves)
 
 
-def _rounded(leaf: Any, site: Site, form: Form) -> Any:
+def _quantize_leaf(leaf: Any, site: Site, format_: Format) -> Any:
     if is_quantized(leaf):
-        raise ValueError(f"{site.path} is quantised already: dequantise it first, or exclude it with None.")
+        raise ValueError(f"{site.path} is already quantised: dequantise it first, or exclude it with None.")
     if site.unsupported_reason:
         raise ValueError(
             f"{site.path} {site.shape} cannot be quantised: {site.unsupported_reason}. Exclude it with None."
         )
-    if isinstance(form, str) and form not in FORMS:
-        raise ValueError(f"{form!r} is no form for {site.path}: {', '.join(FORMS)}, or a function of weight and site.")
-    run = FORMS[form] if isinstance(form, str) else form
+    if isinstance(format_, str) and format_ not in FORMATS:
+        raise ValueError(
+            f"{format_!r} is not a format for {site.path}: use {', '.join(FORMATS)}, or a function of weight and site."
+        )
+    run = FORMATS[format_] if isinstance(format_, str) else format_
     return jax.jit(lambda weight: run(weight, site))(leaf)
 
 
 def _nf4(weight: jax.Array, site: Site) -> Any:
-    return nf4.quantize(weight, _blocked(site))
+    return nf4.quantize(weight, _block_axis(site))
 
 
 def _qwix(weight: jax.Array, site: Site, qtype: Any, block: int | None = None) -> Any:
     try:
         import qwix
     except ImportError:
-        raise ImportError("This form is qwix's: pip install 'jlora[quant]'.") from None
-    last = _blocked(site)
+        raise ImportError(
+            f"{site.path}: int8, int4 and fp8 need qwix, which is not installed: pip install 'jlora[quant]'."
+        ) from None
+    last = _block_axis(site)
     tiled = {} if block is None or weight.shape[last] % block else {last: block}
     shared = {axis for axis, role in enumerate(site.roles) if matrix_side(role) == matrix_side(site.roles[last])}
-    apart = [axis for axis in range(weight.ndim) if axis not in shared]
-    return qwix.quantize(weight, qtype, channelwise_axes=apart, tiled_axes=tiled)
+    channelwise = [axis for axis in range(weight.ndim) if axis not in shared]
+    return qwix.quantize(weight, qtype, channelwise_axes=channelwise, tiled_axes=tiled)
 
 
-def _blocked(site: Site) -> int:
-    """The last axis that products contract, or of a table whose rows are looked up the last within a row."""
-    wanted = "out" if site.is_lookup else "in"
-    return max(axis for axis, role in enumerate(site.roles) if matrix_side(role) == wanted)
+def _block_axis(site: Site) -> int:
+    """The last axis that the program contracts; of a lookup table the last axis of a row."""
+    block_role = "out" if site.is_lookup else "in"
+    return max(axis for axis, role in enumerate(site.roles) if matrix_side(role) == block_role)
 
 
-FORMS: dict[str, Callable[[jax.Array, Site], Any]] = {
+FORMATS: dict[str, Callable[[jax.Array, Site], Any]] = {
     "nf4": _nf4,
     "int8": functools.partial(_qwix, qtype=jnp.int8),
     "int4": functools.partial(_qwix, qtype=jnp.int4, block=32),
