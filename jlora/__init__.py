@@ -25,6 +25,8 @@ from jlora._adapter.merge import merge as merge
 from jlora._adapter.merge import scale as scale
 from jlora._adapter.merge import unmerge as unmerge
 from jlora._adapter.sharding import shardings as shardings
+from jlora._adapter.summary import Summary as Summary
+from jlora._adapter.summary import summary as summary
 from jlora._adapter.to_lora import to_lora as to_lora
 from jlora._interpreter.site import Site as Site
 from jlora._plan.plan import Plan as Plan

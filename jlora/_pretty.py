@@ -130,6 +130,13 @@ def _ranges(numbers: Sequence[int]) -> str:
 # ---- Values
 
 
+def short_bytes(count: int) -> str:
+    """A number of bytes in its largest unit: `1.5 GiB`."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    unit = min(max(count.bit_length() - 1, 0) // 10, len(units) - 1)
+    return f"{count / 2 ** (10 * unit):.4g} {units[unit]}"
+
+
 def short_dtype(dtype: Any) -> str:
     """A dtype as in `f32`, `bf16`, `i8`, `bool`."""
     name = str(dtype)
@@ -146,21 +153,41 @@ def short(value: Any) -> str:
     return repr(value)
 
 
-def non_defaults(instance: Any, always: Collection[str] = ()) -> str:
+def short_call(instance: Any, always: Collection[str] = ()) -> str:
     """A dataclass as a call, with those fields that differ from their defaults: `LoRA(rank=8)`.
 
     Arguments:
         instance: the dataclass.
         always: names of fields that are shown even if they have their default.
     """
-    shown = [
-        f"{field.name}={short(getattr(instance, field.name))}"
-        for field in dataclasses.fields(instance)
-        if field.repr and (field.name in always or _differs(field, getattr(instance, field.name)))
-    ]
+    values = {field: getattr(instance, field.name) for field in dataclasses.fields(instance) if field.repr}
+    shown = [f"{f.name}={short(v)}" for f, v in values.items() if f.name in always or _differs(f, v)]
     return f"{type(instance).__name__}({', '.join(shown)})"
 
 
+def short_arrays(instance: Any, first: str, spread: str, hidden: Collection[str] = ()) -> str:
+    """A dataclass of arrays with their dtypes and shapes: `Update(LoRA(rank=8), a: f32[512, 8], b: f32[8, 512])`.
+
+    Arguments:
+        instance: the dataclass. A dict of arrays is shown as one entry for each array, `frozen c: f32[8]`.
+        first: the field whose value comes first, without its name.
+        spread: the dict whose entries are shown without its name.
+        hidden: fields that are not shown.
+    """
+    parts = [repr(getattr(instance, first))]
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if field.name == first or field.name in hidden or not (field.name == spread or _differs(field, value)):
+            continue
+        if isinstance(value, dict):
+            prefix = "" if field.name == spread else f"{field.name} "
+            parts += [f"{prefix}{name}: {short(array)}" for name, array in value.items()]
+        else:
+            parts.append(f"{field.name}: {short(value)}" if hasattr(value, "dtype") else f"{field.name}={value!r}")
+    return f"{type(instance).__name__}({', '.join(parts)})"
+
+
 def _differs(field: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether a field has another value than its default; an array always does."""
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return default is dataclasses.MISSING or bool(value != default)
+    return default is dataclasses.MISSING or hasattr(value, "dtype") or value != default

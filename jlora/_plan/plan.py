@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from jlora._plan import hlo as _hlo
 from jlora._plan import topology as _topology
 from jlora._plan.hlo import Collective
-from jlora._pretty import Table
+from jlora._pretty import Table, short_bytes
 from jlora._tree.paths import is_array, named_leaves
 
 _OVER = re.compile(r"\(([\d.]+)([KMGTP]?)\) exceeds available HBM \(([\d.]+)([KMGTP]?)\)")
@@ -67,13 +67,13 @@ class Plan:
 
     def __str__(self) -> str:
         verdict = {True: "it fits", False: "it does not fit", None: "compiled"}[self.fits]
-        room = f" of {_size(self.hbm)}" if self.hbm else ""
-        head = f"{self.topology}, {self.devices} x {self.device}: {verdict}, {_size(self.needed)}{room} a device"
+        room = f" of {short_bytes(self.hbm)}" if self.hbm else ""
+        head = f"{self.topology}, {self.devices} x {self.device}: {verdict}, {short_bytes(self.needed)}{room} a device"
         if self.refusal:
             return f"{head}\n{self.refusal}"
         names = ("argument", "temporary", "output", "aliased", "code")
         counts = [(f"{name} bytes", getattr(self, f"{name}_bytes")) for name in names]
-        rows = [(name, f"{count:,}", _size(count)) for name, count in counts]
+        rows = [(name, f"{count:,}", short_bytes(count)) for name, count in counts]
         rows.append(("FLOPs of products", f"{self.flops:.4g}", "" if self.exact else "loops of unknown length once"))
         rows.append(("bytes accessed", f"{self.bytes_accessed:.4g}", "bodies of loops once"))
         parts = [head, Table(("a device", "", ""), rows, right=(1,)).text()]
@@ -208,8 +208,3 @@ def _place(devices: Sequence[Any], name: str, tree: Any) -> tuple[Any, Mesh]:
 
 def _bytes(number: str, unit: str) -> int:
     return int(float(number) * 2 ** (10 * " KMGTP".index(unit or " ")))
-
-
-def _size(count: int) -> str:
-    unit = min(max(count.bit_length() - 1, 0) // 10, 4)
-    return f"{count / 2 ** (10 * unit):.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"

@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jlora
@@ -106,11 +107,12 @@ def test_an_explanation_is_shown_with_repeated_layers_as_one_row():
     assert re.sub("-+\n", "-----\n", text, count=1) == EXPLANATION
 
 
-@pytest.mark.parametrize("shown", ["sites", "explanation"])
+@pytest.mark.parametrize("shown", ["sites", "explanation", "summary"])
 def test_notebooks_show_the_same_cells(shown):
     sites = toy_model.sites()
     explanation = jlora.explain(toy_model.model, toy_model.params(), toy_model.adapter(), toy_model.tokens())
-    table = {"sites": sites, "explanation": explanation}[shown]
+    summary = jlora.summary(toy_model.adapter(), toy_model.params())
+    table = {"sites": sites, "explanation": explanation, "summary": summary}[shown]
     markup = html.unescape(table._repr_html_())
     assert markup.count("<tr>") == len(str(table).splitlines()) - 2  # neither the rule nor the last line
     assert f"<p>{str(table).splitlines()[-1]}</p>" in markup
@@ -121,3 +123,57 @@ def test_markup_is_escaped():
     sites = jlora.trace(lambda p, x: x @ p["<w>"], {"<w>": jnp.ones((4, 4))}, jnp.ones((2, 4)))
     assert "&lt;w&gt;" in sites._repr_html_()
     assert "<w>" not in sites._repr_html_()
+
+
+SUMMARY = """\
+path                       count  method  rank  shape  numbers  bytes   norm
+-------------------------  -----  ------  ----  -----  -------  -----  -----
+head                           1  LoRA       2  4x3         14     56   6.93
+layer_{0..2}/query/kernel      3  LoRA       2  4x4         48    192  8..72
+layer_3/query/kernel           1  LoRA       1  4x4          8     32      4
+layer_{4,5}/w_0                2  IA3           4x2          4     16      0
+7 updates, 74 numbers (19.5% of the base's 380), 296 bytes"""
+
+
+def layered_adapter() -> jlora.Adapter:
+    """What a LoRA of ones adds has its rank in every entry, here times 1, 5 and 9; an IA3 of ones adds nothing."""
+    low_rank = {"head|layer_[0-2]/query/kernel": jlora.LoRA(rank=2), "layer_3/query/kernel": jlora.LoRA(rank=1)}
+    adapter = jlora.init(jax.random.key(0), layered_sites(), {**low_rank, "layer_[45]/w_0": jlora.IA3()})
+    adapter = jax.tree.map(jnp.ones_like, adapter)
+    for k in range(3):
+        query = adapter[f"layer_{k}/query/kernel"]
+        query.factors["b"] = (1 + 4 * k) * query.factors["b"]
+    return adapter
+
+
+def test_a_summary_is_shown_as_a_table():
+    assert str(jlora.summary(layered_adapter(), layered_params())) == SUMMARY
+    without = SUMMARY.replace("     16      0", "     16").replace(" (19.5% of the base's 380)", "")
+    assert str(jlora.summary(layered_adapter())) == without
+
+
+def test_the_norm_is_that_of_the_change():
+    adapter, params = toy_model.adapter(), toy_model.params()
+    adapter["mix/kernel"] = toy_model.adapter(jlora.DoRA(rank=2))["mix/kernel"]
+    merged = jlora.merge(params, adapter)
+    changes = {
+        "embed": merged["embed"] - params["embed"],
+        "mix/kernel": merged["mix"]["kernel"] - params["mix"]["kernel"],
+    }
+    norms = {update.path: update.norm for update in jlora.summary(adapter, params).updates}
+    for path, change in changes.items():
+        assert norms[path] == pytest.approx(np.linalg.norm(change), rel=1e-5)
+    without = {update.path: update.norm for update in jlora.summary(adapter).updates}
+    assert without["embed"] == pytest.approx(norms["embed"], rel=1e-5)
+    assert without["mix/kernel"] is None
+    abstract = jlora.summary(jax.eval_shape(lambda: adapter), params)
+    assert {update.norm for update in abstract.updates} == {None}
+    assert abstract.bytes == sum(a.nbytes for a in jax.tree.leaves(adapter))
+    assert abstract.base_numbers == 760
+
+
+def test_a_summary_checks_its_arguments():
+    with pytest.raises(ValueError, match="no such parameter"):
+        jlora.summary(layered_adapter(), toy_model.params())
+    with pytest.raises(TypeError, match="one adapter"):
+        jlora.summary([layered_adapter()])  # pyright: ignore[reportArgumentType]
