@@ -1,9 +1,13 @@
-"""Settings under which every test runs: strict promotion, raised rank promotion, checked leaks."""
+"""Settings under which every test runs: strict promotion, warnings as errors, leak checks, and the draw of pairs."""
 
+from __future__ import annotations
+
+import contextlib
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices; and machine code as it comes, since most of the time here goes into compiling.
+# Eight simulated devices. Compiling takes most of the time here, so the most expensive passes are left out.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 "
@@ -11,6 +15,24 @@ os.environ.setdefault(
 )
 
 import jax
+import pytest
+
+from tests.support import draw
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def checked_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test if a tracer outlives its trace: in the nightly tests, and in modules marked `check_leaks`.
+
+    Leak checks switch off JAX's caches, which doubles the time of tests that call JAX outside of `jax.jit`.
+    """
+    marks = {mark.name for mark in request.node.iter_markers()}
+    with jax.checking_leaks() if marks & {"check_leaks", "nightly"} else contextlib.nullcontext():
+        yield
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"pairs of the law drawn by {draw.VARIABLE}={draw.SEED}")
