@@ -73,33 +73,58 @@ def test_factors_follow_their_weight():
     assert jax.tree.structure(found) == jax.tree.structure(adapter())
 
 
-def test_weights_on_one_device_or_nowhere():
+def test_factors_of_a_weight_on_one_device_are_placed_on_it():
     device = jax.devices()[3]
     there = jax.device_put(params(), device)
     assert {s.device_set == {device} for s in jax.tree.leaves(jlora.shardings(adapter(), there))} == {True}
-    assert jax.tree.leaves(jlora.shardings(adapter(), jax.tree.map(np.asarray, params())))
     with pytest.raises(ValueError, match="no such parameter"):
         jlora.shardings(adapter(), {"embed": there["embed"]})
 
 
+def test_factors_of_a_weight_in_numpy_are_placed_on_the_default_device():
+    default = {jax.local_devices()[0]}
+    shardings = jlora.shardings(adapter(), jax.tree.map(np.asarray, params()))
+    assert jax.tree.structure(shardings) == jax.tree.structure(adapter())
+    assert [s.device_set for s in jax.tree.leaves(shardings)] == [default] * len(jax.tree.leaves(adapter()))
+
+
+# Sizes that no rank, number of blocks or number of coefficients of the methods has by chance.
+LAYERS, IN, OUT = 12, 20, 28
+SHORTER = ("randlora", "b")  # its last axis has the length of the shorter side, but is neither side
+STACK = {"up": PartitionSpec("x", "y", None), "down": PartitionSpec(None, "y", "x"), "mix": PartitionSpec("y", "x")}
+
+
+def stack(p, x):
+    def layer(x, w):
+        return jnp.tanh(x @ w["up"]) @ w["down"].T, None
+
+    return jax.lax.scan(layer, x, {name: p[name] for name in ("up", "down")})[0] @ p["mix"]
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_every_method_is_divided_where_it_can_be(name):
-    """What is as long as a divided axis of the weight, and along it, is divided alike; nothing is divided unevenly."""
-    sites = jlora.trace(model, params(), jnp.ones((3, 16)))
-    targets = {path: fitting(name, site) for path, site in sites.items()}
-    made = jax.eval_shape(lambda p: jlora.init(jax.random.key(0), sites, targets, params=p), params())
-    found = jlora.shardings(made, on_mesh(params(), "4x2"))
-    for array, sharding in zip(jax.tree.leaves(made), jax.tree.leaves(found), strict=True):
-        sharding.shard_shape(array.shape)
-    if name == "full":
-        assert found["layers/up"].factors["d"].spec == SPECS["layers/up"]
-    if name == "vera":
-        assert found["layers/up"].factors["b"].spec == PartitionSpec(None, "y")
-        assert found["layers/up"].factors["d"].spec == PartitionSpec(None, None)
+def test_an_axis_as_long_as_one_of_the_weight_is_sharded_as_that_axis(name):
+    """And every other axis, of ranks, blocks and coefficients, is replicated."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    shapes = {"up": (LAYERS, IN, OUT), "down": (LAYERS, IN, OUT), "mix": (IN, OUT)}
+    weights = {
+        path: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, STACK[path]))
+        for path, shape in shapes.items()
+    }
+    sites = jlora.trace(stack, weights, jax.ShapeDtypeStruct((3, IN), jnp.float32))
+    targets = {path: fitting(name, sites[path]) for path in shapes}
+    updates = jax.eval_shape(lambda p: jlora.init(jax.random.key(0), sites, targets, params=p), weights)
+    shardings = jlora.shardings(updates, weights)
+    for path, update in updates.items():
+        mesh_axis = dict(zip(shapes[path], STACK[path], strict=True))
+        for group in ("factors", "frozen"):
+            for array, axes in getattr(update, group).items():
+                lengths = axes.shape if (name, array) != SHORTER else (*axes.shape[:-1], 0)
+                expected = PartitionSpec(*(mesh_axis.get(n) for n in lengths))
+                spec = getattr(shardings[path], group)[array].spec
+                assert (path, array, tuple(spec)) == (path, array, tuple(expected))
 
 
-def test_adapted_programs_keep_the_shardings():
-    """A step on placed factors computes what it does on one device."""
+def test_an_adapted_program_on_a_mesh_computes_what_it_computes_on_one_device():
     made = adapter(jlora.LoRA(rank=2))
     apply = jax.jit(jlora.adapt(model))
     expected = apply(params(), made, jnp.ones((3, 16)))

@@ -110,6 +110,7 @@ def kept(folder: Path) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves((jlora.load(folder / "6", params=variables), rest))]
 
 
+@pytest.mark.nightly
 def test_processes_and_one_that_is_lost(losses: list[float], tmp_path: Path) -> None:
     """A run as a cluster starts it, of which one process is killed; and the same run again, started by one command.
 

@@ -35,6 +35,7 @@ def test_tokens_are_those_of_transformers(loaded: Any) -> None:
         assert tokenizer.encode(smollm.chat(conversation["question"])).ids == conversation["ids"]
 
 
+@pytest.mark.nightly
 def test_replies_are_those_of_transformers(loaded: Any) -> None:
     model, _ = loaded
     graph, params = nnx.split(model)

@@ -21,6 +21,7 @@ from tests.support.checkpoints import GOLDEN, same, varied
 KILLS = 50
 
 
+@pytest.mark.nightly
 def test_a_killed_save_leaves_the_last_complete_one(tmp_path):
     """At every kill, what is at a path is whole, and what was there before still is."""
     command = [sys.executable, "-m", kill_worker.__name__, str(tmp_path), str(KILLS), "0"]
@@ -138,7 +139,7 @@ def load_or_refuse(folder) -> int:
 @pytest.mark.parametrize("kind", ["1", "2", "managed"])
 @pytest.mark.parametrize("rounds", [1, pytest.param(15, marks=pytest.mark.nightly)])
 def test_every_region_of_every_file_may_be_damaged(tmp_path, managed, kind, rounds):
-    """By day every region is damaged once, in one of the ways; by night fifteen times."""
+    """By default every region is damaged once, in one of the ways; nightly fifteen times."""
     source = managed if kind == "managed" else GOLDEN / kind
     shutil.copytree(source, tmp_path / "a")
     rng = random.Random(f"{kind} {rounds}")

@@ -19,8 +19,8 @@ from tests.support.agreement import F32, adapter_for, check_law, random
 from tests.support.random_chains import Chain, any_chains, apply, factored_chains, seeds
 
 _HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-FIXED = settings(deadline=None, derandomize=True, database=None, max_examples=80, suppress_health_check=_HEALTH)
-CHAINS = settings(FIXED, max_examples=120)
+FIXED = settings(deadline=None, derandomize=True, database=None, max_examples=30, suppress_health_check=_HEALTH)
+CHAINS = settings(FIXED, max_examples=40)
 FRESH = settings(FIXED, derandomize=False, max_examples=1500, print_blob=True)
 DTYPES = ("float32", "float32", "bfloat16", "float16")
 

@@ -1,6 +1,11 @@
-"""What every method owes: the base at its start, a gradient there, a place on disk, and the same on eight devices."""
+"""What every method has to do: start at the base, receive a gradient there, be saved, and run on eight devices."""
+
+from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jlora
 from tests.support import toy_model
+from tests.support.checkpoints import same
 from tests.support.methods import METHODS, fitting, shapes_of_adapter
 from tests.support.weight_uses import KINDS
 
@@ -17,54 +23,73 @@ KEY = jax.random.key(0)
 PATHS = ("embed", "layers/down", "layers/up", "mix/kernel")
 NAMES = sorted(METHODS)
 
-# One method of every nature; the others by night.
-NATURES = {"lora", "additive", "delora", "dora", "full", "hadamard_sigmoid", "hra", "ia3_in", "lokr_both", "oft"}
-BY_NIGHT = [pytest.param(name, marks=[] if name in NATURES else [pytest.mark.nightly]) for name in NAMES]
+# One method of every form in the default run; the others in the nightly run.
+FORMS = {"lora", "additive", "delora", "dora", "full", "hadamard_sigmoid", "hra", "ia3_in", "lokr_both", "oft"}
+MULTIPLICATIVE = {"boft", "dora", "ia3", "ia3_in"}
+DEPENDS_ON_WEIGHT = {"boft", "delora", "dora", "hira", "hra", "oft"}
 
 
-def targets_of(name: str, **changes: object) -> dict[str, jlora.Method]:
+def cases(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in FORMS else [pytest.mark.nightly]) for name in sorted(names)]
+
+
+def targets_of(name: str, **changes: Any) -> dict[str, jlora.Method]:
     sites = toy_model.sites()
     return {path: dataclasses.replace(fitting(name, sites[path]), **changes) for path in PATHS}
 
 
-def adapter_of(name: str, **changes: object) -> dict:
-    """A new adapter, made in one compiled call."""
-    return jax.jit(lambda params: jlora.init(KEY, toy_model.sites(), targets_of(name, **changes), params=params))(
-        toy_model.params()
-    )
+@functools.cache
+def adapter_of(name: str, **changes: Any) -> dict[str, jlora.Update]:
+    """A new adapter of a method, initialised in one compiled call."""
+
+    def init(params: dict) -> dict[str, jlora.Update]:
+        return jlora.init(KEY, toy_model.sites(), targets_of(name, **changes), params=params)
+
+    return jax.jit(init)(toy_model.params())
 
 
 @jax.jit
-def run(params: dict, adapter: dict) -> jax.Array:
+def run(params: dict, adapter: Any) -> jax.Array:
     return jlora.adapt(toy_model.model, on_dense="allow")(params, adapter, toy_model.tokens())
 
 
 @jax.jit
-def derivative(params: dict, adapter: dict) -> tuple[jax.Array, dict]:
+def base(params: dict) -> jax.Array:
+    return toy_model.model(params, toy_model.tokens())
+
+
+@jax.jit
+def derivative(params: dict, adapter: Any) -> tuple[jax.Array, Any]:
     """The output, and the gradient of a sum of it."""
     y, pull = jax.vjp(lambda adapter: run(params, adapter), adapter)
     (gradient,) = pull(jnp.cos(jnp.arange(float(y.size))).reshape(y.shape))
     return y, gradient
 
 
+def assert_close(got: Any, want: Any, tolerance: float) -> None:
+    """Equal up to the tolerance, in units of the largest entry of all arrays."""
+    scale = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(want))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance * scale, rtol=0), got, want)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_the_start_is_the_base_and_can_be_left(name):
+def test_a_new_adapter_leaves_the_base_program_unchanged_and_gets_a_gradient(name):
     params, adapter = toy_model.params(), adapter_of(name)
-    base = toy_model.model(params, toy_model.tokens())
     y, gradient = derivative(params, adapter)
-    np.testing.assert_allclose(y, base, atol=3e-6 * float(jnp.abs(base).max()))
+    assert_close(y, base(params), 3e-6)
     for path, update in gradient.items():
         assert any(float(jnp.abs(g).max()) > 1e-7 for g in update.factors.values()), path
         assert all(not g.any() for g in jax.tree.leaves(update.frozen)), path
 
 
-@pytest.mark.parametrize("name", BY_NIGHT)
-def test_an_offset_starts_anywhere(name):
-    if fitting(name, toy_model.sites()["mix/kernel"]).is_multiplicative:
-        with pytest.raises(ValueError, match="leave out offset"):
-            adapter_of(name, offset=True)
-        return
-    params = toy_model.params()
+@pytest.mark.parametrize("name", sorted(MULTIPLICATIVE))
+def test_a_multiplicative_method_refuses_an_offset(name):
+    with pytest.raises(ValueError, match="leave out offset"):
+        adapter_of(name, offset=True)
+
+
+@pytest.mark.parametrize("name", cases(METHODS.keys() - MULTIPLICATIVE))
+def test_an_offset_subtracts_the_initial_factors(name):
     adapter = adapter_of(name, offset=True)
     moved = {
         path: dataclasses.replace(
@@ -74,33 +99,32 @@ def test_an_offset_starts_anywhere(name):
         )
         for path, update in adapter.items()
     }
-    base = toy_model.model(params, toy_model.tokens())
-    np.testing.assert_allclose(run(params, moved), base, atol=2e-4 * float(jnp.abs(base).max()))
+    assert_close(run(toy_model.params(), moved), base(toy_model.params()), 2e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_survives_the_disk(name, tmp_path):
-    params, adapter = toy_model.params(), toy_model.nonzero(adapter_of(name))
+def test_a_saved_adapter_is_loaded_to_the_bit(name, tmp_path):
+    adapter = toy_model.nonzero(adapter_of(name))
     jlora.save(tmp_path / "adapter", adapter)
-    again = jlora.load(tmp_path / "adapter")
-    assert jax.tree.structure(again) == jax.tree.structure(adapter)
-    np.testing.assert_array_equal(run(params, again), run(params, adapter))
+    same(jlora.load(tmp_path / "adapter"), adapter)
 
 
-@pytest.mark.parametrize("name", BY_NIGHT)
-def test_it_comes_out_again_unless_it_reads_the_base(name):
+@pytest.mark.parametrize("name", sorted(DEPENDS_ON_WEIGHT))
+def test_unmerge_refuses_a_method_that_depends_on_the_base(name):
+    with pytest.raises(ValueError, match="Keep the base parameters"):
+        jlora.unmerge(toy_model.params(), adapter_of(name))
+
+
+@pytest.mark.parametrize("name", cases(METHODS.keys() - DEPENDS_ON_WEIGHT))
+def test_unmerge_restores_the_base(name):
     params, adapter = toy_model.params(), toy_model.nonzero(adapter_of(name))
-    merged = jlora.merge(params, adapter)
-    if any(update.method.depends_on_weight for update in adapter.values()):
-        with pytest.raises(ValueError, match="Keep the base parameters"):
-            jlora.unmerge(merged, adapter)
-        return
-    again = jlora.unmerge(merged, adapter)
+    merged = jax.jit(jlora.merge)(params, adapter)
     scale = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(merged))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * scale, rtol=1e-3), again, params)
+    restored = jax.jit(jlora.unmerge)(merged, adapter)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * scale, rtol=1e-3), restored, params)
 
 
-@pytest.mark.parametrize("name", BY_NIGHT)
+@pytest.mark.parametrize("name", cases(NAMES))
 def test_eight_devices_compute_the_same(name):
     params, adapter = toy_model.params(), toy_model.nonzero(adapter_of(name))
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -109,31 +133,34 @@ def test_eight_devices_compute_the_same(name):
         "layers": {"up": PartitionSpec(None, "data", "model"), "down": PartitionSpec(None, "model"), "bias": None},
         "mix": {"kernel": PartitionSpec("data"), "bias": PartitionSpec("model")},
     }
-    cut = jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s or PartitionSpec())), params, specs)
-    whole = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec())), adapter)
-    (want, right), (got, left) = derivative(params, adapter), derivative(cut, whole)
-    np.testing.assert_allclose(got, want, atol=2e-5 * float(jnp.abs(want).max()))
-    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(right))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), left, right)
+    sharded = jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s or PartitionSpec())), params, specs)
+    replicated = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec())), adapter)
+    (want, want_gradient), (got, gradient) = derivative(params, adapter), derivative(sharded, replicated)
+    assert_close(got, want, 2e-5)
+    assert_close(gradient, want_gradient, 2e-5)
 
 
-@pytest.mark.parametrize("second", BY_NIGHT)
+@jax.jit
+def two_ways(params: dict, adapters: list[Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The outputs of the adapted program, of weights merged one by one, and of weights merged at once."""
+    one_by_one = functools.reduce(jlora.merge, adapters, params)
+    return run(params, adapters), base(one_by_one), base(jlora.merge(params, adapters))
+
+
+@pytest.mark.parametrize("second", cases(NAMES))
 @pytest.mark.parametrize("first", ["ia3", "lokr"])
 def test_two_adapters_apply_in_order(first, second):
-    params = toy_model.params()
-    both = [toy_model.nonzero(adapter_of(first), 1), toy_model.nonzero(adapter_of(second), 2)]
-    merged = jlora.merge(jlora.merge(params, both[0]), both[1])
-    want = toy_model.model(merged, toy_model.tokens())
-    np.testing.assert_allclose(run(params, both), want, atol=3e-5 * float(jnp.abs(want).max()))
-    together = toy_model.model(jlora.merge(params, both), toy_model.tokens())
-    np.testing.assert_allclose(together, want, atol=3e-5 * float(jnp.abs(want).max()))
+    adapters = [toy_model.nonzero(adapter_of(first), 1), toy_model.nonzero(adapter_of(second), 2)]
+    adapted, want, at_once = two_ways(toy_model.params(), adapters)
+    assert_close(adapted, want, 3e-5)
+    assert_close(at_once, want, 3e-5)
 
 
 def test_sixty_adapters_are_one_product():
     params = toy_model.params()
     many = [toy_model.nonzero(adapter_of("lora"), seed) for seed in range(60)]
-    want = toy_model.model(jlora.merge(params, many), toy_model.tokens())
-    np.testing.assert_allclose(run(params, many), want, atol=3e-5 * float(jnp.abs(want).max()))
+    adapted, want, _ = two_ways(params, many[:3])
+    assert_close(adapted, want, 3e-5)
     programs = [str(jax.make_jaxpr(run)(params, adapters)) for adapters in (many[:1], many)]
     assert len({(text.count("dot_general"), text.count("jlora_product")) for text in programs}) == 1
 
@@ -171,8 +198,8 @@ FACTORED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(FACTORED | set(FORMED)))
-def test_what_is_formed(name):
+@pytest.mark.parametrize("name", cases(FACTORED | FORMED.keys()))
+def test_which_weights_are_materialised(name):
     formed = set()
     for kind in KINDS:
         params, x = kind.values(np.random.default_rng(0))
