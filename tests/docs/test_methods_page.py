@@ -1,0 +1,95 @@
+"""The tables of the methods page agree with the methods and with the results of the benchmark."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jlora
+from tests.support.pages import ROOT
+
+PAGE = (ROOT / "jlora" / "methods" / "README.md").read_text()
+RESULTS = json.loads((ROOT / "benchmarks" / "results" / "methods.json").read_text())
+SIZE = 96  # the smallest weight that all methods of the table fit and in which rank 32 is low
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the table under a heading, its head left out."""
+    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
+
+
+COSTS = rows("What each method costs")
+every_row = pytest.mark.parametrize("row", COSTS, ids=[row[0] for row in COSTS])
+
+
+def method_of(row: list[str]) -> jlora.Method:
+    return eval(f"jlora.{row[1]}", {"jlora": jlora})
+
+
+def model(params: dict, x: jax.Array) -> jax.Array:
+    return x @ params["w"]
+
+
+def example(method: jlora.Method) -> tuple[dict, dict]:
+    """Parameters, and an adapter of theirs whose arrays are all non-zero."""
+    params = {"w": jax.random.normal(jax.random.key(0), (SIZE, SIZE)) / SIZE**0.5}
+    sites = jlora.trace(model, params, jnp.zeros((2, SIZE)))
+    adapter = jlora.init(jax.random.key(1), sites, {"w": method}, params=params)
+    update = adapter["w"]
+    factors = {n: a + 0.1 * jax.random.normal(jax.random.key(2), a.shape) for n, a in update.factors.items()}
+    return params, {"w": dataclasses.replace(update, factors=factors)}
+
+
+def test_every_method_is_on_the_page():
+    public = {
+        name
+        for name in dir(jlora)
+        if inspect.isclass(value := getattr(jlora, name))
+        and issubclass(value, jlora.Method)
+        and value is not jlora.Method
+    }
+    assert {row[0] for row in rows("What each method learns")} == public
+
+
+def test_every_result_is_on_the_page():
+    assert [row[0] for row in COSTS] == list(RESULTS["transformer"]["methods"])
+
+
+@every_row
+def test_figures_are_those_of_the_benchmark(row: list[str]):
+    results = [RESULTS[program]["methods"][row[0]] for program in ("transformer", "kernel")]
+    assert row[2:6] == [f"{result[key]:.3f}" for result in results for key in ("flops", "temp_bytes")]
+    assert row[6] == ("dense" if results[0]["dense"] else "factored")
+
+
+@every_row
+def test_unmerge_and_dropout(row: list[str]):
+    method = method_of(row)
+    params, adapter = example(method)
+    assert row[8] == ("yes" if "dropout" in {field.name for field in dataclasses.fields(method)} else "no")
+    merged = jlora.merge(params, adapter)
+    if row[7] == "no":
+        with pytest.raises(ValueError, match="depends on the base"):
+            jlora.unmerge(merged, adapter)
+    else:
+        assert jnp.allclose(jlora.unmerge(merged, adapter)["w"], params["w"], atol=1e-4)
+
+
+@every_row
+def test_form_in_peft(row: list[str], tmp_path: Path):
+    params, adapter = example(method_of(row))
+    try:
+        changes = jlora.peft.save(tmp_path / "adapter", adapter, {"w": "w"}, params=params)
+        form = "as LoRA" if changes else "native"
+    except ValueError as error:
+        form = "beside LoRA" if "adapt a weight by LoRA too" in str(error) else "refused"
+    assert row[9] == form
