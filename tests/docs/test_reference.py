@@ -1,0 +1,78 @@
+"""Every public name has a docstring that names its arguments, and a place in the generated reference and in `help`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import inspect
+import pydoc
+import re
+from types import ModuleType
+from typing import Any
+
+import pdoc
+import pytest
+
+import jlora
+
+# A name of `jlora` that is a module has a page of its own.
+MODULES: list[ModuleType] = [jlora, *(m for name in jlora.__all__ if inspect.ismodule(m := getattr(jlora, name)))]
+NAMES = [(module, name) for module in MODULES for name in module.__all__ if not inspect.ismodule(getattr(module, name))]
+every_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+every_name = pytest.mark.parametrize(("module", "name"), NAMES, ids=[f"{m.__name__}.{name}" for m, name in NAMES])
+
+
+@every_module
+def test_public_names_are_listed_once_and_exist(module: ModuleType):
+    assert len(set(module.__all__)) == len(module.__all__)
+    assert not {name for name in module.__all__ if not hasattr(module, name)}
+    assert set(module.__all__) <= set(dir(module))
+
+
+def arguments(value: Any) -> set[str]:
+    """The parameters of a function, or the fields of a dataclass."""
+    if dataclasses.is_dataclass(value):
+        return {field.name for field in dataclasses.fields(value)}
+    return set(inspect.signature(value).parameters) if inspect.isfunction(value) else set()
+
+
+@every_name
+def test_docstring(module: ModuleType, name: str):
+    """One sentence first, and a word about every argument; a name for a type (`Adapter`) needs none of its own."""
+    value = getattr(module, name)
+    if not (inspect.isclass(value) or inspect.isfunction(value)):
+        assert re.search(rf"\b{name}\b", PAGES[module.__name__]), f"{name} has no page"
+        return
+    doc = value.__dict__.get("__doc__") if inspect.isclass(value) else value.__doc__
+    assert doc and not doc.startswith(f"{value.__name__}("), f"{name} has no docstring"
+    assert re.match(r"[^\n]+[.:]$", doc, flags=re.MULTILINE), f"{name}: the first line is not one sentence"
+    missing = {argument for argument in arguments(value) if not re.search(rf"\b{argument}\b", inspect.getdoc(value) or "")}
+    if inspect.isclass(value):
+        for base in value.__mro__[1:]:
+            missing -= arguments(base)
+    assert not missing, f"{name} does not say what {missing} are"
+
+
+PAGES = {module.__name__: pdoc.render.html_module(pdoc.doc.Module(module), {}) for module in MODULES}
+
+
+@every_module
+def test_the_reference_has_every_name(module: ModuleType):
+    shown = set(re.findall(r'<section id="(\w+)">', PAGES[module.__name__]))
+    assert set(module.__all__) <= shown, f"not in the reference: {set(module.__all__) - shown}"
+
+
+def test_the_reference_has_a_page_for_every_public_module_and_no_private_one():
+    written = set(pdoc.extract.walk_specs(["jlora"]))
+    assert {module.__name__ for module in MODULES} <= written
+    assert not {name for name in written if re.search(r"\._", name)}
+
+
+def test_help_shows_every_name():
+    text = pydoc.plain(pydoc.render_doc(jlora))
+    assert not {name for name in jlora.__all__ if not re.search(rf"\b{name}\b", text)}
+
+
+def test_version():
+    assert jlora.__version__ == importlib.metadata.version("jlora")
