@@ -85,9 +85,10 @@ def names_in(file: Path) -> set[str]:
     """The functions, classes, methods and variables that a file defines at its top level."""
     out = set()
     for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef):
             out.add(node.name)
-            out |= {f"{node.name}.{n.name}" for n in ast.walk(node) if isinstance(n, ast.FunctionDef)}
+        elif isinstance(node, ast.ClassDef):
+            out |= {node.name, *(f"{node.name}.{n.name}" for n in node.body if isinstance(n, ast.FunctionDef))}
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             out |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     return out
