@@ -70,6 +70,7 @@ from jlora.quantized.loftq import loftq as loftq
 from jlora.quantized.quantize import quantize as quantize
 
 if typing.TYPE_CHECKING:
+    from jlora import io as io
     from jlora import quantized as quantized
     from jlora.io import loralib as loralib
     from jlora.io import peft as peft
@@ -84,10 +85,16 @@ if typing.TYPE_CHECKING:
     from jlora.optim.gradients import riemannian as riemannian
 
 __version__ = "0.1.0"
+__docformat__ = "google"
 
 # Orbax, TensorStore, optax and safetensors take as long to import as JAX itself. The modules that import them are
 # imported when one of these names is first used.
-_LAZY_MODULES = {"loralib": "jlora.io.loralib", "peft": "jlora.io.peft", "quantized": "jlora.quantized"}
+_LAZY_MODULES = {
+    "io": "jlora.io",
+    "loralib": "jlora.io.loralib",
+    "peft": "jlora.io.peft",
+    "quantized": "jlora.quantized",
+}
 _LAZY = {
     "checkpoint_args": "jlora.io.checkpoint.orbax",
     "load": "jlora.io.checkpoint.orbax",
@@ -109,7 +116,8 @@ __all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]
 
 def __getattr__(name: str) -> typing.Any:
     if name in _LAZY_MODULES:
-        return importlib.import_module(_LAZY_MODULES[name])
+        value = globals()[name] = importlib.import_module(_LAZY_MODULES[name])
+        return value
     if name in _LAZY:
         value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
         return value

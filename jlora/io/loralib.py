@@ -17,6 +17,9 @@ from jlora.io.torch.weight_location import Index, Owners, Weight, WeightLocation
 from jlora.methods import LoRA
 from jlora.methods._base import Adapter
 
+__all__ = ["load"]
+__docformat__ = "google"
+
 
 def load(
     state: Mapping[str, ArrayLike],

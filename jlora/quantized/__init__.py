@@ -2,3 +2,6 @@
 
 from jlora.quantized.gguf import GGUF as GGUF
 from jlora.quantized.nf4 import NF4 as NF4
+
+__all__ = ["GGUF", "NF4"]
+__docformat__ = "google"

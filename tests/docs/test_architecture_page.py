@@ -33,6 +33,7 @@ def test_arrows_run_to_earlier_packages():
 
 def test_the_table_has_every_package():
     table = PAGE.split("\n## Packages\n")[1].split("\n## ")[0]
-    rows = {name.removesuffix(".py").strip("/") for name in re.findall(r"^\| `([\w./]+)` \|", table, flags=re.MULTILINE)}
+    names = re.findall(r"^\| `([\w./]+)` \|", table, flags=re.MULTILINE)
+    rows = {name.removesuffix(".py").strip("/") for name in names}
     assert {package for package in INSIDE if package != "_pretty"} <= rows | {"extend"}
     assert rows <= INSIDE | {"extend"}

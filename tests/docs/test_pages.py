@@ -13,9 +13,9 @@ from pathlib import Path
 
 import jax
 import pytest
-from tests.support.pages import PAGES, ROOT, anchors, blocks, links, spans
 
 import jlora
+from tests.support.pages import PAGES, ROOT, anchors, blocks, links, spans
 
 
 def page_name(page: Path) -> str:
