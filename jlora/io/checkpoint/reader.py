@@ -23,7 +23,7 @@ from jlora.io.checkpoint.errors import CheckpointError
 from jlora.io.checkpoint.placement import Placement
 
 _THREADS = 2
-_BYTES_AHEAD = 16 << 20  # of chunks that a thread requests before it awaits the first
+_BYTES_AHEAD = 4 << 20  # of chunks that a thread requests beside the one that it awaits
 _ALIGNMENT = 64  # bytes; JAX uses memory that is aligned so as it is, without a copy, on a CPU
 
 Record: TypeAlias = Mapping[str, Any]
