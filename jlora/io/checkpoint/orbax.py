@@ -86,14 +86,11 @@ def checkpoint_args(
     arrays = metadata.arrays_of(as_single(adapter))
     if not arrays:
         raise ValueError("The adapter is empty: there is nothing to save.")
-    if hashes and params is None:
-        raise ValueError("hashes=True records hashes of the base parameters: pass params too.")
-    if params is not None:
-        check_fits([adapter], {path: leaf for path, leaf in named_leaves(params) if is_array(leaf)})
+    base = _describe_base(adapter, params, hashes)
     state_arrays, leaves = train_state.split(state)
     arrays |= state_arrays
     rest = {
-        "base": None if params is None else fingerprint.fingerprint(params, hashes),
+        "base": base,
         "state": None if state is None else leaves,
         "arrays": {name: checksums.record(array) for name, array in arrays.items()},
     }
@@ -179,6 +176,16 @@ def _open(path: str | os.PathLike[str]) -> tuple[Path, metadata.Meta]:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no saved adapter at {folder}; jlora.save(path, adapter) writes one.")
     return folder, metadata.read(folder / METADATA)
+
+
+def _describe_base(adapter: Adapter, params: Any, hashes: bool) -> dict[str, Any] | None:
+    """Returns what is recorded of the base, which the adapter has to fit."""
+    if params is None:
+        if hashes:
+            raise ValueError("hashes=True records hashes of the base parameters: pass params too.")
+        return None
+    check_fits([adapter], {path: leaf for path, leaf in named_leaves(params) if is_array(leaf)})
+    return fingerprint.fingerprint(params, hashes)
 
 
 def _check_base(folder: Path, meta: metadata.Meta, params: Any) -> None:

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -118,17 +118,20 @@ def _read_array(
 
 
 def _targets(shape: tuple[int, ...], dtype: np.dtype, placement: Placement) -> list[_Target]:
-    devices: dict[Any, list[Any]] = {tuple((0, n) for n in shape): []}
-    if isinstance(placement, jax.sharding.Sharding):
-        devices = {}
-        for device, index in placement.addressable_devices_indices_map(shape).items():
-            region = normalize_index(index or (), shape)
-            devices.setdefault(tuple((i.start, i.stop) for i in region), []).append(device)
-    regions = [(tuple(slice(*pair) for pair in pairs), held_by) for pairs, held_by in devices.items()]
-    return [_Target(region, _empty([i.stop - i.start for i in region], dtype), held_by) for region, held_by in regions]
+    """Returns the parts of an array that the devices of this process hold, each once; all of it without devices."""
+    if not isinstance(placement, jax.sharding.Sharding):
+        return [_Target(tuple(slice(0, n) for n in shape), _empty(shape, dtype), [])]
+    devices: dict[Any, list[Any]] = {}  # slices are not hashable before Python 3.12
+    for device, index in placement.addressable_devices_indices_map(shape).items():
+        region = normalize_index(index or (), shape)
+        devices.setdefault(tuple((i.start, i.stop) for i in region), []).append(device)
+    return [
+        _Target(tuple(slice(*i) for i in bounds), _empty([stop - start for start, stop in bounds], dtype), group)
+        for bounds, group in devices.items()
+    ]
 
 
-def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
+def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """Returns memory that JAX uses as it is on a CPU."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
@@ -137,12 +140,14 @@ def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _fill(array: ts.TensorStore, target: _Target) -> None:
-    """Reads a part of an array, chunk by chunk."""
+    """Reads a part of an array, chunk by chunk: TensorStore holds every chunk that is requested in memory."""
     chunk = tuple(c or n for c, n in zip(array.chunk_layout.read_chunk.shape or (), array.shape, strict=True))
-    starts = [range(i.start - i.start % c, i.stop, c) for i, c in zip(target.region, chunk, strict=True)]
-    chunks = (tuple(slice(s, s + c) for s, c in zip(at, chunk, strict=True)) for at in itertools.product(*starts))
+    cuts = [
+        [slice(start, start + c) for start in range(i.start - i.start % c, i.stop, c)]
+        for i, c in zip(target.region, chunk, strict=True)
+    ]
     ahead = _BYTES_AHEAD // (math.prod(chunk) * target.buffer.itemsize)
-    for _ in _results((_copy(array, region, target) for region in chunks), ahead):
+    for _ in _results((_copy(array, region, target) for region in itertools.product(*cuts)), ahead):
         pass
 
 

@@ -11,6 +11,8 @@ import tensorstore as ts
 
 from jlora.io.checkpoint.errors import CheckpointError
 
+ADVICE = "Use an earlier checkpoint."
+
 _DESCRIPTIONS = {"zarr": ".zarray", "zarr3": "zarr.json"}  # by TensorStore's driver, the file that describes an array
 _INDEX = "manifest.ocdbt"
 _LIMITS = {
@@ -98,9 +100,6 @@ def detect(folder: Path, names: Iterable[str]) -> Storage:
         f"without OCDBT, found the files {', '.join(files[:5])}. Upgrade jlora, or save the adapter again with the "
         "library that wrote it."
     )
-
-
-ADVICE = "Use an earlier checkpoint."
 
 
 def _declares_ocdbt(folder: Path) -> bool:
