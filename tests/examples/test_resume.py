@@ -1,4 +1,4 @@
-"""Training that was stopped or killed goes on to the same bits, on one device and on eight."""
+"""Training that was stopped or killed resumes with the same bits, on one device and on eight."""
 
 import json
 import signal
@@ -22,21 +22,21 @@ STEPS, EVERY = 16, 4
 
 
 @pytest.fixture(scope="module", params=[1, 8], ids=lambda count: f"{count}_devices")
-def whole(request, tmp_path_factory):
-    """A run that nothing stopped."""
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(request, tmp_path_factory):
+    """A run that was not stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     return request.param, folder, train(folder, STEPS, request.param)
 
 
 def train(folder, steps, count):
-    """The example, whose optimiser promotes dtypes and ranks."""
+    """Runs the example, whose optimiser promotes dtypes and ranks."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         return resume.train(folder, steps, EVERY, count)
 
 
-def test_resume_is_exact(whole, tmp_path):
-    """2N steps in one go and N, an end, and N more, which a save in the background overlaps."""
-    count, _, (adapter, state, losses) = whole
+def test_resume_is_exact(uninterrupted, tmp_path):
+    """2N steps in one run equal N steps, a restart, and N steps, with saves in the background."""
+    count, _, (adapter, state, losses) = uninterrupted
     *_, first = train(tmp_path, STEPS // 2, count)
     again_adapter, again_state, second = train(tmp_path, STEPS, count)
     same(again_adapter, adapter)
@@ -45,10 +45,10 @@ def test_resume_is_exact(whole, tmp_path):
     assert {a.sharding.num_devices for a in jax.tree.leaves(again_adapter)} == {count}
 
 
-@pytest.mark.parametrize("whole", [pytest.param(1, marks=pytest.mark.nightly), 8], indirect=True)
-def test_resume_after_a_kill(whole, tmp_path):
-    """The same with a process that is killed somewhere after the second checkpoint began."""
-    count, _, (adapter, state, losses) = whole
+@pytest.mark.parametrize("uninterrupted", [pytest.param(1, marks=pytest.mark.nightly), 8], indirect=True)
+def test_resume_after_a_kill(uninterrupted, tmp_path):
+    """The same with a process that is killed after the second checkpoint began."""
+    count, _, (adapter, state, losses) = uninterrupted
     command = [sys.executable, resume.__file__, f"--folder={tmp_path}", f"--steps={STEPS}"]
     process = subprocess.Popen([*command, f"--every={EVERY}", f"--devices={count}"], stdout=subprocess.PIPE, text=True)
     with process.stdout as out:
@@ -64,9 +64,9 @@ def test_resume_after_a_kill(whole, tmp_path):
     assert rest == losses[-len(rest) :]
 
 
-def test_the_latest_and_the_best_are_kept(whole):
-    _, folder, (*_, losses) = whole
-    kept = {int(found.name) for found in folder.iterdir()}
+def test_the_latest_and_the_best_are_kept(uninterrupted):
+    _, folder, (*_, losses) = uninterrupted
+    kept = {int(path.name) for path in folder.iterdir()}
     best = min(range(EVERY, STEPS + 1, EVERY), key=lambda step: losses[step - 1])
     assert kept == {STEPS - EVERY, STEPS, best}
 
@@ -106,8 +106,8 @@ def test_a_state_of_every_kind(tmp_path):
         jlora.load_state(folder, abstract)
 
 
-def test_what_a_manager_compressed_goes_to_a_mesh(tmp_path):
-    """Orbax's default compresses, and a state may have any sharding."""
+def test_a_compressed_state_goes_to_a_mesh(tmp_path):
+    """Orbax compresses by default, and a state may have any sharding."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     spec = jax.sharding.PartitionSpec("y", "x")
     wide = jax.random.normal(jax.random.key(0), (64, 32))
@@ -129,10 +129,10 @@ def test_a_save_in_the_background_has_the_values_of_its_step(tmp_path):
     for number in range(5):
         loaded = jlora.load(tmp_path / str(number))
         assert np.array_equal(loaded["w"].factors["d"], np.full((1024, 512), 2.0 * number))
-        step(loaded)  # what was loaded may be given away too
+        step(loaded)  # loaded arrays may be donated too
 
 
-def test_another_tree_is_refused_with_every_misfit(tmp_path):
+def test_another_tree_is_refused_with_every_difference(tmp_path):
     adapter = toy_model.adapter()
     folder = put(tmp_path, adapter, {"step": 3, "m": jnp.ones((2, 3)), "seed": 1, "gone": 0, "key": jax.random.key(0)})
     other = {"step": 0.5, "m": jnp.ones((3, 2)), "seed": jnp.ones(()), "new": 1, "key": jax.random.key(0, impl="rbg")}

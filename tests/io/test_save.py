@@ -1,4 +1,4 @@
-"""Adapters on disk: exact, self-describing, and refused when damaged."""
+"""Saved adapters: exact, self-describing, and refused if altered."""
 
 import dataclasses
 import functools
@@ -28,28 +28,28 @@ def saved(tmp_path):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("method", [jlora.LoRA(rank=2, alpha=3.0, dropout=0.1), jlora.Full()], ids=repr)
 def test_round_trip(tmp_path, dtype, method):
-    made = jlora.init(jax.random.key(0), toy_model.sites(), {"mix/kernel|embed|layers/up": method}, dtype=dtype)
-    adapter = toy_model.nonzero(made)
+    initial = jlora.init(jax.random.key(0), toy_model.sites(), {"mix/kernel|embed|layers/up": method}, dtype=dtype)
+    adapter = toy_model.nonzero(initial)
     jlora.save(tmp_path / "a", jlora.with_dropout(adapter, jax.random.key(1)))
     same(jlora.load(str(tmp_path / "a")), adapter)
 
 
-def description(folder):
+def metadata_of(folder):
     return json.loads((folder / "jlora" / "metadata").read_text())
 
 
 def test_it_describes_itself(saved):
-    meta = description(saved[0])
+    meta = metadata_of(saved[0])
     assert meta["format"] == 2
     assert set(meta["versions"]) == {"jlora", "jax", "orbax-checkpoint"}
-    said = meta["updates"]["layers/up"]
-    method = meta["methods"][said["method"]]
+    update = meta["updates"]["layers/up"]
+    method = meta["methods"][update["method"]]
     assert method["name"] == "LoRA"
     assert method["hyperparameters"]["rank"] == 2
     assert method["hyperparameters"]["alpha"] == 3.0
-    assert said["roles"] == ["stack", "in", "out"]
-    assert said["shape"] == [toy_model.LAYERS, toy_model.WIDTH, toy_model.HIDDEN]
-    array = meta["arrays"][said["factors"]["a"]]
+    assert update["roles"] == ["stack", "in", "out"]
+    assert update["shape"] == [toy_model.LAYERS, toy_model.WIDTH, toy_model.HIDDEN]
+    array = meta["arrays"][update["factors"]["a"]]
     assert array["shape"] == [toy_model.LAYERS, toy_model.WIDTH, 2]
     assert array["dtype"] == "float32"
     assert meta["base"] is None
@@ -57,7 +57,7 @@ def test_it_describes_itself(saved):
 
 @pytest.mark.parametrize(("layers", "size"), [(1, 512), (24, 384)])
 def test_only_the_adapter_is_stored(tmp_path, layers, size):
-    """One weight, and as many as a small encoder has, with their base's fingerprint."""
+    """For one weight, and for as many as a small encoder has, with the fingerprint of the base."""
     params = {f"layer_{k}/attention/query/kernel": jnp.ones((size, size)) for k in range(layers)}
 
     def model(params, x):
@@ -97,7 +97,7 @@ def test_nothing_is_overwritten(saved):
         (lambda meta: meta.pop("sha256"), "damaged"),
     ],
 )
-def test_an_altered_description(saved, change, message):
+def test_altered_metadata(saved, change, message):
     file = saved[0] / "jlora" / "metadata"
     meta = json.loads(file.read_text())
     change(meta)
@@ -121,8 +121,8 @@ def test_an_altered_description(saved, change, message):
         lambda meta: meta["methods"][0]["hyperparameters"].update(unheard_of=1),
     ],
 )
-def test_a_description_that_somebody_else_wrote(saved, change):
-    """Its sum is right, and what it says makes no sense."""
+def test_metadata_that_another_program_wrote(saved, change):
+    """Their checksum is correct, and their contents are not."""
     file = saved[0] / "jlora" / "metadata"
     meta = json.loads(file.read_text())
     del meta["sha256"]
@@ -142,10 +142,10 @@ def test_an_unknown_method(saved, monkeypatch):
 
 @pytest.mark.parametrize("folder", sorted(GOLDEN.iterdir()), ids=lambda folder: folder.name)
 def test_every_format_that_was_ever_released(folder):
-    """A checkpoint of each is kept. A new format adds a folder, and no folder changes."""
+    """A checkpoint of each format is kept. A new format adds a folder; no folder changes."""
     same(jlora.load(folder), varied())
     same(jlora.load(folder, params=toy_model.params()), varied())
-    assert {found.name for found in GOLDEN.iterdir()} == {"1", "2"}
+    assert {path.name for path in GOLDEN.iterdir()} == {"1", "2"}
 
 
 def test_nothing_is_unpickled(saved, monkeypatch):
@@ -157,13 +157,13 @@ def test_nothing_is_unpickled(saved, monkeypatch):
     same(jlora.load(saved[0]), saved[1])
 
 
-def test_hyperparameters_that_are_no_plain_numbers(tmp_path):
+def test_values_that_json_does_not_hold(tmp_path):
     update = toy_model.adapter()["embed"]
     jlora.save(tmp_path / "a", {"embed": dataclasses.replace(update, scale=jnp.float32(0.5))})
     assert jlora.load(tmp_path / "a")["embed"].scale == 0.5
-    broken = dataclasses.replace(update, method=jlora.LoRA(rank=2, a_init=jax.nn.initializers.zeros))
+    unserializable = dataclasses.replace(update, method=jlora.LoRA(rank=2, a_init=jax.nn.initializers.zeros))
     with pytest.raises(ValueError, match="Only numbers, strings"):
-        jlora.save(tmp_path / "b", {"embed": broken})
+        jlora.save(tmp_path / "b", {"embed": unserializable})
 
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn]
@@ -173,7 +173,7 @@ PATHS = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from([""
 @given(data=st.data())
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_adapter_comes_back(tmp_path_factory, data):
-    """Random methods, shapes, stackings, dtypes and paths, exactly."""
+    """Random methods, shapes, stacks, dtypes and paths come back exactly."""
     paths = data.draw(st.lists(PATHS, min_size=1, max_size=3, unique=True))
     adapter = {}
     for path in paths:
@@ -188,12 +188,12 @@ def test_any_adapter_comes_back(tmp_path_factory, data):
         method = fitting(data.draw(st.sampled_from(sorted(METHODS))), sites[""])
         dtype = data.draw(st.sampled_from(DTYPES))
         targets = {"": method}
-        made = jax.eval_shape(
+        initial = jax.eval_shape(
             lambda w, sites=sites, targets=targets: jlora.init(jax.random.key(0), sites, targets, params=w),
             jnp.ones(shape),
         )
         seed = data.draw(st.integers(0, 9))
-        values = jax.tree.map(lambda a, dtype=dtype: jnp.asarray(a, dtype), toy_model.nonzero(made, seed))
+        values = jax.tree.map(lambda a, dtype=dtype: jnp.asarray(a, dtype), toy_model.nonzero(initial, seed))
         adapter[path] = jlora.scale(values, data.draw(st.sampled_from([1.0, 0.1, -2.0])))[""]
     folder = tmp_path_factory.mktemp("any") / "a"
     jlora.save(folder, adapter)
@@ -209,7 +209,7 @@ def test_the_same_base(tmp_path):
     same(jlora.load(tmp_path / "a"), adapter)
 
 
-def test_another_base_is_refused_with_every_misfit(tmp_path):
+def test_another_base_is_refused_with_every_difference(tmp_path):
     adapter, params = toy_model.adapter(), toy_model.params()
     jlora.save(tmp_path / "a", adapter, params=params, hashes=True)
     other = toy_model.params()
@@ -231,7 +231,7 @@ def test_another_base_is_refused_with_every_misfit(tmp_path):
 
 
 def test_another_base_without_a_fingerprint(saved):
-    """The weights that the adapter changes have to be there, of their shape."""
+    """The adapted weights must exist and have the same shape."""
     params = toy_model.params()
     params["embed"] = params["embed"][:-1]
     params["extra"] = params["embed"]

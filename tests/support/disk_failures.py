@@ -1,8 +1,8 @@
-"""Saves that cannot succeed, in a process of their own: a program for `tests/io/test_durability.py`.
+"""Saves that cannot succeed, as a program of their own for `tests/io/test_durability.py`.
 
     python -m tests.support.disk_failures FOLDER
 
-Prints a line of JSON for each: what was raised, and what is in the folder afterwards.
+Prints a line of JSON for each save: the error, and the contents of the folder afterwards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def attempt(folder: Path, name: str, adapter: dict) -> None:
         raised = ""
     except jlora.CheckpointError as error:
         raised = str(error)
-    print(json.dumps({"raised": raised, "there": sorted(found.name for found in folder.iterdir())}), flush=True)
+    print(json.dumps({"raised": raised, "there": sorted(path.name for path in folder.iterdir())}), flush=True)
 
 
 def main() -> None:
@@ -35,13 +35,13 @@ def main() -> None:
     large = jax.tree.map(lambda a: jnp.ones((300, 300), a.dtype), adapter)
     attempt(folder, "before", adapter)
 
-    # A disk that is full: no file may grow beyond 100 KB.
+    # As on a full disk: no file may be larger than 100 KB.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     attempt(folder, "full", large)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    # A folder in which nothing may be written; root may write anywhere, so it becomes nobody.
+    # A folder without permission to write. Root may write anywhere, so it becomes the user "nobody".
     folder.chmod(0o555)
     root = os.geteuid() == 0
     if root:
@@ -51,7 +51,7 @@ def main() -> None:
         os.seteuid(0)
     folder.chmod(0o755)
 
-    attempt(folder, "full", adapter)  # once there is space again
+    attempt(folder, "full", adapter)  # after space was freed
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Saves again and again, and is killed at random moments: a program for `tests/io/test_durability.py`.
+"""Saves repeatedly and is killed at random moments: a program for `tests/io/test_durability.py`.
 
     python -m tests.support.kill_worker FOLDER ROUNDS SEED
 
-Every round is a process of its own, which saves to `FOLDER/<round>/0`, `1`, ... (odd rounds through Orbax's
-`CheckpointManager`) until it gets SIGKILL. It is forked from this one, which has imported all and started nothing.
+Every round is a process of its own. It saves to `FOLDER/<round>/0`, `1`, ... (odd rounds through Orbax's
+`CheckpointManager`) until it receives SIGKILL. It is forked from this process, which has imported the modules and
+started no threads.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import jlora
 
 
 def adapter(number: int) -> dict:
-    """A few KiB that tell which save they are from."""
+    """Returns an adapter of a few KiB whose values identify the save."""
     update = jlora.Update(
         factors={"a": np.full((64, 2), number, np.float32), "b": np.full((2, 48), -number, np.float32)},
         method=jlora.LoRA(rank=2),
@@ -34,7 +35,7 @@ def adapter(number: int) -> dict:
 
 
 def save_forever(folder: Path, ready: int) -> None:
-    """Saves until it is killed, and writes to `ready` once the first adapter is there."""
+    """Saves until it is killed, and writes to `ready` after the first adapter is complete."""
     jlora.save(folder / "0", adapter(0))
     os.write(ready, b"x")
     for number in itertools.count(1):
@@ -42,12 +43,12 @@ def save_forever(folder: Path, ready: int) -> None:
 
 
 def manage_forever(folder: Path, ready: int) -> None:
-    """The same in the background, with old ones removed."""
+    """Does the same with saves in the background, and removes old checkpoints."""
     with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
         for number in itertools.count():
             items = jlora.checkpoint_args(adapter(number), {"step": number})
             manager.save(number, args=ocp.args.Composite(**items))
-            if number == 1:  # the first is there
+            if number == 1:  # the first save is complete
                 os.write(ready, b"x")
 
 

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,7 @@ from jlora.io.checkpoint.checksums import Region, checksum, contains, intersect,
 from jlora.io.checkpoint.errors import CheckpointError
 from jlora.io.checkpoint.placement import Placement
 
-_THREADS = 2
+_THREADS = max(2, min(8, os.cpu_count() or 1))
 _BYTES_AHEAD = 4 << 20  # of chunks that a thread requests beside the one that it awaits
 _ALIGNMENT = 64  # bytes; JAX uses memory that is aligned so as it is, without a copy, on a CPU
 
