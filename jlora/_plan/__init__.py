@@ -1,1 +1,1 @@
-"""Plans of compiled programs for hardware that is not there."""
+"""Plans: what a compiled program needs on hardware that need not exist."""

@@ -1,9 +1,10 @@
-"""What a compiled program does, from the text of its HLO: FLOPs of products, and collectives, loops multiplied out."""
+"""FLOPs of products and collectives of a compiled program, over all iterations of its loops, from its HLO text."""
 
 import collections
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
@@ -13,19 +14,19 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.-]+)"
 )
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind and shape, as one chip runs them in one step.
+    """Collectives of one kind and shape, as one device runs them in one step.
 
     Arguments:
         kind: `all-gather`, `all-reduce`, `reduce-scatter`, `all-to-all`, `ragged-all-to-all`, `collective-permute`.
-        shape: of what is gathered, reduced or sent, on one chip, as HLO writes it.
-        bytes: its size.
-        count: how often it runs.
-        exact: whether the count is; where it is not, a loop of unknown length or a branch counts once.
+        shape: the array that is gathered, reduced or sent, on one device, as HLO writes it.
+        bytes: the size of that array.
+        count: how often the collective runs.
+        exact: whether the count is exact. If not, loops of unknown length and branches count once.
     """
 
     kind: str
@@ -37,12 +38,12 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a program does in one run on one chip.
+    """What a program does in one run on one device.
 
     Arguments:
         flops: of products and convolutions.
-        exact: whether the lengths of all loops with products in them are known; the others count once.
-        collectives: the collectives, the heaviest first.
+        exact: whether the lengths of all loops with products in them are known. Other loops count once.
+        collectives: the collectives, in descending order of bytes.
     """
 
     flops: float
@@ -52,20 +53,22 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
+    """One line of HLO: `[ROOT] %name = type opcode(arguments), attributes`."""
+
     name: str
-    root: bool
+    is_root: bool
     type: str
     opcode: str
-    inside: str
-    rest: str
+    arguments: str
+    attributes: str
 
     @property
     def operands(self) -> list[str]:
-        return re.findall(r"%([\w.-]+)", self.inside)
+        return re.findall(r"%([\w.-]+)", self.arguments)
 
-    def field(self, name: str) -> str:
-        found = re.search(rf"\b{name}=%?([\w.-]+)", self.rest)
-        return found[1] if found else ""
+    def attribute(self, name: str) -> str:
+        match = re.search(rf"\b{name}=%?([\w.-]+)", self.attributes)
+        return match[1] if match else ""
 
 
 _Computation = dict[str, _Instruction]
@@ -74,31 +77,35 @@ _Computation = dict[str, _Instruction]
 def cost(text: str) -> Cost:
     """Reads the text of an optimised module."""
     computations, entry = _parse(text)
-    runs = _runs(computations, entry)
+    run_counts = _run_counts(computations, entry)
     flops, exact = 0.0, True
-    found: dict[object, tuple[str, str, int, int, bool]] = {}
+    collectives: dict[object, Collective] = {}
     for name, computation in computations.items():
-        count, known = runs.get(name, (0, True))
+        count, is_exact = run_counts.get(name, (0, True))
         types = {i.name: i.type for i in computation.values()}
-        for i in computation.values():
-            work = _flops(i, types) if count else 0
+        for i in computation.values() if count else ():
+            work = _flops(i, types)
             flops += count * work
-            exact &= known or not work
+            exact &= is_exact or not work
             kind = i.opcode.removesuffix("-start")
-            if count and kind in KINDS:
-                # The TPU spreads an asynchronous collective over several computations, under one channel.
-                channel = re.search(r"channel_id=(\d+)", i.rest)
+            if kind in KINDS:
+                # The TPU splits an asynchronous collective over several computations with one channel.
+                channel = re.search(r"channel_id=(\d+)", i.attributes)
                 key = (kind, channel[1]) if channel else (name, i.name)
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
-                before = found[key][3] if key in found else 0
-                found[key] = (kind, *_moved(i, types), max(count, before), known)
-    totals: collections.Counter[tuple[str, str, int]] = collections.Counter()
-    sure: dict[tuple[str, str, int], bool] = {}
-    for kind, shape, size, count, known in found.values():
-        totals[kind, shape, size] += count
-        sure[kind, shape, size] = sure.get((kind, shape, size), True) and known
-    heaviest = sorted(totals, key=lambda key: (-key[2] * totals[key], key))
-    return Cost(flops, exact, tuple(Collective(*key, totals[key], sure[key]) for key in heaviest))
+                most = max(count, collectives[key].count) if key in collectives else count
+                collectives[key] = Collective(kind, *_transferred(i, types), most, is_exact)
+    return Cost(flops, exact, _totals(collectives.values()))
+
+
+def _totals(runs: Iterable[Collective]) -> tuple[Collective, ...]:
+    """Collectives of one kind and shape as one, in descending order of bytes."""
+    totals: dict[tuple[str, str, int], Collective] = {}
+    for c in runs:
+        key = c.kind, c.shape, c.bytes
+        before = totals.get(key, Collective(*key, count=0, exact=True))
+        totals[key] = Collective(*key, count=before.count + c.count, exact=before.exact and c.exact)
+    return tuple(sorted(totals.values(), key=lambda c: (-c.bytes * c.count, c.kind, c.shape, c.bytes)))
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
@@ -124,64 +131,79 @@ def _instruction(name: str, root: bool, text: str) -> _Instruction:
 
 
 def _close(text: str) -> int:
-    """Where the first parenthesis is closed."""
+    """The position of the parenthesis that closes the first one."""
     depth = 0
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1
         if not depth:
             return match.start()
-    raise ValueError(f"A parenthesis stays open in {text[:100]!r}.")
+    raise ValueError(f"No parenthesis closes the first one of {text[:100]!r}.")
 
 
-def _runs(computations: dict[str, _Computation], entry: str) -> dict[str, tuple[int, bool]]:
-    """How often each computation runs in one run of the entry, and whether that is sure."""
-    runs: dict[str, tuple[int, bool]] = {entry: (1, True)}
+def _run_counts(computations: dict[str, _Computation], entry: str) -> dict[str, tuple[int, bool]]:
+    """How often each computation runs in one run of the entry, and whether that number is exact."""
+    counts: dict[str, tuple[int, bool]] = {entry: (1, True)}
     for name in reversed(computations):  # HLO prints a computation before those that call it
-        if name not in runs:
+        if name not in counts:
             continue
-        count, known = runs[name]
+        count, exact = counts[name]
         for i in computations[name].values():
-            trips = _trips(i, computations[name], computations) if i.opcode == "while" else 1
-            sure = known and trips is not None and i.opcode != "conditional"
+            trips = _trip_count(i, computations[name], computations) if i.opcode == "while" else 1
+            exact_inside = exact and trips is not None and i.opcode != "conditional"
             for inner in _called(i):
-                before, was = runs.get(inner, (0, True))
-                runs[inner] = (before + count * (trips or 1), was and sure)
-    return runs
+                before, exact_before = counts.get(inner, (0, True))
+                counts[inner] = (before + count * (trips or 1), exact_before and exact_inside)
+    return counts
 
 
 def _called(i: _Instruction) -> list[str]:
     """The computations that an instruction runs."""
     if i.opcode in ("async-update", "async-done"):
         return []
-    return [name for called in _CALLED.findall(i.rest) for name in re.findall(r"[\w.-]+", called)]
+    return [name for called in _CALLED.findall(i.attributes) for name in re.findall(r"[\w.-]+", called)]
 
 
-def _trips(loop: _Instruction, around: _Computation, computations: dict[str, _Computation]) -> int | None:
-    """How often a loop runs: as HLO says, or by its counter, from a constant by a constant to below a constant."""
-    said = _TRIPS.search(loop.rest)
-    if said:
-        return int(said[1])
-    condition, body = computations[loop.field("condition")], computations[loop.field("body")]
-    test, start = _root(condition), _behind(loop.operands[0], around)
-    if test.opcode != "compare" or test.field("direction") != "LT" or start is None or start.opcode != "tuple":
+def _trip_count(loop: _Instruction, computation: _Computation, computations: dict[str, _Computation]) -> int | None:
+    """How often a loop runs: as HLO specifies it, or else as its counter shows; None if neither does.
+
+    The counter is an element of the loop's state that starts at a constant, is compared with a constant by `<`, and is
+    increased by a constant.
+    """
+    specified = _TRIP_COUNT.search(loop.attributes)
+    if specified:
+        return int(specified[1])
+    condition, body = computations[loop.attribute("condition")], computations[loop.attribute("body")]
+    test, state = _root(condition), _defining(loop.operands[0], computation)
+    if test.opcode != "compare" or test.attribute("direction") != "LT" or state is None or state.opcode != "tuple":
         return None
-    counter = _behind(test.operands[0], condition)
-    at = counter.field("index") if counter and counter.opcode == "get-tuple-element" else ""
-    after = _behind(_root(body).operands[int(at)], body) if at else None
-    if after is None or after.opcode != "add":
+    counter = _defining(test.operands[0], condition)
+    if counter is None or counter.opcode != "get-tuple-element":
         return None
-    first, *rest = (_behind(name, body) for name in after.operands)
-    by = _constant(rest[0]) if first and first.opcode == "get-tuple-element" and first.field("index") == at else None
-    low, high = _constant(_behind(start.operands[int(at)], around)), _constant(_behind(test.operands[1], condition))
-    return None if by is None or low is None or high is None or by <= 0 else max(0, -(-(high - low) // by))
+    number = counter.attribute("index")
+    step = _increment(body, number)
+    start = _constant(_defining(state.operands[int(number)], computation))
+    stop = _constant(_defining(test.operands[1], condition))
+    if step is None or step <= 0 or start is None or stop is None:
+        return None
+    return max(0, math.ceil((stop - start) / step))
+
+
+def _increment(body: _Computation, number: str) -> int | None:
+    """By which constant a loop's body increases this element of its state, None if it does not."""
+    new = _defining(_root(body).operands[int(number)], body)
+    if new is None or new.opcode != "add":
+        return None
+    old, *added = (_defining(name, body) for name in new.operands)
+    is_old = old is not None and old.opcode == "get-tuple-element" and old.attribute("index") == number
+    return _constant(added[0]) if is_old else None
 
 
 def _root(computation: _Computation) -> _Instruction:
-    return next(i for i in computation.values() if i.root)
+    return next(i for i in computation.values() if i.is_root)
 
 
-def _behind(name: str, computation: _Computation) -> _Instruction | None:
-    """The instruction whose value a name has, copies left out."""
+def _defining(name: str, computation: _Computation) -> _Instruction | None:
+    """The instruction that computes the value with this name; copies are skipped."""
     i = computation.get(name)
     while i and i.opcode in ("copy", "bitcast"):
         i = computation.get(i.operands[0])
@@ -189,11 +211,11 @@ def _behind(name: str, computation: _Computation) -> _Instruction | None:
 
 
 def _constant(i: _Instruction | None) -> int | None:
-    return int(i.inside) if i and i.opcode == "constant" and re.fullmatch(r"-?\d+", i.inside) else None
+    return int(i.arguments) if i and i.opcode == "constant" and re.fullmatch(r"-?\d+", i.arguments) else None
 
 
 def _arrays(shape: str) -> list[tuple[int, tuple[int, ...]]]:
-    """Bits of an element and shape of every array in a type."""
+    """For every array in a type: the bits of an element, and the shape."""
     return [
         (int(bits or 8), tuple(int(n.removeprefix("<=")) for n in dims.split(",") if n))
         for _, bits, dims in _SHAPE.findall(shape)
@@ -204,16 +226,15 @@ def _bytes(shape: str) -> int:
     return sum(-(-bits * math.prod(dims) // 8) for bits, dims in _arrays(shape))
 
 
-def _moved(i: _Instruction, types: dict[str, str]) -> tuple[str, int]:
-    """The larger side of a collective, operands or results, and its bytes."""
-    given = ", ".join(types.get(name, "") for name in i.operands)
-    made = i.type
+def _transferred(i: _Instruction, types: dict[str, str]) -> tuple[str, int]:
+    """The larger of a collective's operands and results, and its bytes."""
+    operands, results = ", ".join(types.get(name, "") for name in i.operands), i.type
     if i.opcode in ("all-gather-start", "collective-permute-start"):  # (operands, results, ...)
-        arrays = list(_SHAPE.finditer(made))
-        count = len(_arrays(given))
-        made = ", ".join(match[0] for match in arrays[count : 2 * count])
-    side = max(made, given, key=_bytes)
-    return " + ".join(f"{n}x {s}" if n > 1 else s for s, n in collections.Counter(_names(side)).items()), _bytes(side)
+        arrays, count = _names(results), len(_arrays(operands))
+        results = ", ".join(arrays[count : 2 * count])
+    larger = max(results, operands, key=_bytes)
+    counts = collections.Counter(_names(larger))
+    return " + ".join(f"{n}x {name}" if n > 1 else name for name, n in counts.items()), _bytes(larger)
 
 
 def _names(shape: str) -> list[str]:
@@ -221,36 +242,38 @@ def _names(shape: str) -> list[str]:
 
 
 def _flops(i: _Instruction, types: dict[str, str]) -> float:
-    """FLOPs of a product or a convolution, two to a multiplication with its addition; 0 of anything else."""
+    """FLOPs of a product or a convolution, two for each multiply-add; 0 for any other instruction."""
     if i.opcode not in ("dot", "convolution"):
         return 0.0
     ((_, out),) = _arrays(i.type)
     left, right = (_arrays(types[name])[0][1] for name in i.operands)
     if i.opcode == "dot":
-        inner = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
+        inner = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
         return 2.0 * math.prod(out) * math.prod(left[int(k)] for k in inner[1].split(",") if k) if inner else 0.0
-    return 2.0 * _convolution(i.rest, left, right, out)
+    return 2.0 * _convolution(i.attributes, left, right, out)
 
 
-def _convolution(rest: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> int:
-    """Multiplications of a convolution, those with padding and with the holes of a dilation left out."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
-    assert labels, rest
+def _convolution(attributes: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> int:
+    """Multiplications of a convolution, without those by padding and by the holes of a dilated input."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    assert labels, attributes
+    window = (re.search(r"window=\{([^}]*)\}", attributes) or [""])[0]
+    fields = {key: value.split("x") for key, value in re.findall(r"(\w+)=([\dx_-]+)", window)}
     taps = 1
-    window = dict(re.findall(r"(\w+)=([\dx_-]+)", (re.search(r"window=\{([^}]*)\}", rest) or [""])[0]))
-    spatial = [c for c in labels[2] if c.isdigit()]
-    fields = {key: value.split("x") for key, value in window.items()}
-    for k in sorted(int(c) for c in spatial):
+    for k in sorted(int(c) for c in labels[2] if c.isdigit()):
+        length, size, n = (
+            shape[label.index(str(k))]
+            for shape, label in zip((left, right, out), (labels[1], labels[2], labels[3]), strict=True)
+        )
+        taps *= _taps({key: values[k] for key, values in fields.items()}, length, size, n)
+    batch, features, channels = out[labels[3].index("b")], out[labels[3].index("f")], right[labels[2].index("i")]
+    groups = re.search(r"batch_group_count=(\d+)", attributes)
+    return taps * batch * features * channels // (int(groups[1]) if groups else 1)
 
-        def field(key: str, default: str, k: int = k) -> str:
-            return fields[key][k] if key in fields else default
 
-        low = int(field("pad", "0_0").split("_")[0])
-        size, n = right[labels[2].index(str(k))], out[labels[3].index(str(k))]
-        stride, dilation = int(field("stride", "1")), int(field("lhs_dilate", "1"))
-        spread, length = int(field("rhs_dilate", "1")), left[labels[1].index(str(k))]
-        places = (o * stride + t * spread - low for o in range(n) for t in range(size))
-        taps *= sum(p % dilation == 0 and 0 <= p // dilation < length for p in places)
-    batch, features, inner = out[labels[3].index("b")], out[labels[3].index("f")], right[labels[2].index("i")]
-    groups = re.search(r"batch_group_count=(\d+)", rest)
-    return taps * batch * features * inner // (int(groups[1]) if groups else 1)
+def _taps(window: dict[str, str], length: int, size: int, outputs: int) -> int:
+    """Along one spatial axis, how many pairs of an output and an entry of the kernel meet an entry of the input."""
+    stride, dilation = int(window.get("stride", 1)), int(window.get("lhs_dilate", 1))
+    kernel_dilation, low = int(window.get("rhs_dilate", 1)), int(window.get("pad", "0_0").split("_")[0])
+    positions = (o * stride + t * kernel_dilation - low for o in range(outputs) for t in range(size))
+    return sum(p % dilation == 0 and 0 <= p // dilation < length for p in positions)
