@@ -79,6 +79,19 @@ def test_chunks_and_pieces_that_a_mesh_cuts(tmp_path, storage, spec, monkeypatch
     same(jax.device_get(loaded), {"w": values, "odd": odd})
 
 
+def test_another_kind_of_memory(tmp_path):
+    """An array that was offloaded to the host's memory goes there again."""
+    values = jnp.arange(24.0).reshape(8, 3)
+    folder = write(tmp_path / "a", toy_model.adapter(), {"w": values})
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    like = jax.ShapeDtypeStruct(
+        values.shape, values.dtype, sharding=NamedSharding(mesh, P("x"), memory_kind="pinned_host")
+    )
+    loaded = jlora.load_state(folder, {"w": like})["w"]
+    assert loaded.sharding == like.sharding
+    assert np.array_equal(jax.device_get(loaded), values)
+
+
 def test_a_bit_that_changed(tmp_path, storage):
     """The error names the array."""
     values = np.random.default_rng(0).normal(size=(40, 30)).astype(np.float32)

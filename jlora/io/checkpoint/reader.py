@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
+from jax.sharding import SingleDeviceSharding
 
 from jlora.io.checkpoint import storage as _storage
 from jlora.io.checkpoint.checksums import Region, checksum, contains, intersect, normalize_index, relative_to, split
@@ -25,7 +26,7 @@ from jlora.io.checkpoint.placement import Placement
 
 _THREADS = max(2, min(8, os.cpu_count() or 1))
 _BYTES_AHEAD = 4 << 20  # of chunks that a thread requests beside the one that it awaits
-_ALIGNMENT = 64  # bytes; JAX uses memory that is aligned so as it is, without a copy, on a CPU
+_ALIGNMENT = 64  # bytes; on a CPU, JAX uses memory with this alignment without a copy
 
 Record: TypeAlias = Mapping[str, Any]
 """What `checksums.record` returns for an array."""
@@ -133,7 +134,7 @@ def _targets(shape: tuple[int, ...], dtype: np.dtype, placement: Placement) -> l
 
 
 def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Returns memory that JAX uses as it is on a CPU."""
+    """Returns an uninitialised array that JAX uses without a copy on a CPU."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
@@ -185,6 +186,10 @@ def _digest(data: np.ndarray, recorded: int | str) -> int | str:
 def _place(shape: tuple[int, ...], placement: Placement, targets: list[_Target]) -> jax.Array | np.ndarray:
     """Returns an array on its devices; on a CPU it is the memory that it was read into."""
     if isinstance(placement, jax.sharding.Sharding):
-        shards = [jax.device_put(target.buffer, device) for target in targets for device in target.devices]
+        shards = [
+            jax.device_put(target.buffer, SingleDeviceSharding(device, memory_kind=placement.memory_kind))
+            for target in targets
+            for device in target.devices
+        ]
         return jax.make_array_from_single_device_arrays(shape, placement, shards)
     return jax.device_put(targets[0].buffer) if placement is None else targets[0].buffer
