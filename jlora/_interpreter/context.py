@@ -9,6 +9,7 @@ import jax
 
 from jlora import _compat
 from jlora._compat import Eqn, Jaxpr
+from jlora._interpreter.flops import equation_flops
 from jlora._ir.materialize import dense
 from jlora._ir.weight import AdaptedWeight, TensorNetwork
 
@@ -99,7 +100,6 @@ class Context:
         roles: Mapping[str, Role],
         *,
         factored: bool = True,
-        flops: float = 0,
         added: float = 0,
         primitive: str = "",
     ) -> None:
@@ -110,10 +110,11 @@ class Context:
             f: the weight.
             roles: the role of each index of the weight that the equation specifies.
             factored: whether the weight stays factored.
-            flops: of the base program's equation, in one run.
             added: FLOPs that the update adds, in one run.
             primitive: the name of the lookup that the equation completes, if it is not the equation's own.
         """
+        # The product of rows that were looked up is not one of the table; a weight that is materialised has no role.
+        flops = equation_flops(eqn) if eqn and roles and not primitive else 0
         indices = [x for x in f.indices if x.name in roles]
         indices.sort(key=lambda x: _RECORD_ORDER.index(roles[x.name]))
         for path in f.paths:

@@ -54,7 +54,7 @@ def _last_uses(jaxpr: Jaxpr) -> list[set[Any]]:
 def _apply(ctx: Context, eqn: Eqn, operands: list[Value]) -> list[Value]:
     """Applies the primitive's rule. If there is no rule, or it returns None, the weights are materialised."""
     rule = RULES.get(eqn.primitive.name)
-    out = rule(ctx, eqn, *operands) if rule else None
+    out: Sequence[Value] | None = rule(ctx, eqn, *operands) if rule else None
     if out is None:
         out = _compat.bind(eqn, *(ctx.to_array(eqn, v) for v in operands))
     for var, value in zip(eqn.outvars, out, strict=True):
@@ -65,4 +65,4 @@ def _apply(ctx: Context, eqn: Eqn, operands: list[Value]) -> list[Value]:
                 f"{value.dtype}{list(value.shape)}; the program has {expected.str_short()}. "
                 "This is a defect in jlora; please report it."
             )
-    return out
+    return list(out)

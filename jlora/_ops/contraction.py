@@ -1,5 +1,6 @@
-"""Products of an activation with a network, one factor at a time: the order that never forms the weight."""
+"""Products of an activation with a network, one factor at a time: the order that never materialises the weight."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,10 +15,12 @@ from jlora._ir.weight import AxisScale, TensorNetwork
 from jlora._ops.chained_matmul import chained_matmul
 from jlora._ops.matmul import rank_matmul
 
+Factor = tuple[jax.Array, str]  # an array and the indices of its axes
+
 
 def apply_network(
     x: jax.Array,
-    letters: str,
+    labels: str,
     network: TensorNetwork,
     out: str,
     *,
@@ -26,123 +29,169 @@ def apply_network(
     precision: Any = None,
     groups: tuple[str, jax.Array] | None = None,
 ) -> jax.Array:
-    """`scale * einsum(x, factors -> out)`, where `x` takes up the factors from the inside out.
+    """`scale * einsum(x, factors -> out)`: the activation is multiplied by one factor after the other.
 
     Arguments:
         x: the activation.
-        letters: one letter for every axis of `x`. Letters that are not in `out` are contracted.
-        network: what the weight's update is made of.
-        out: the letters of the result, in order.
-        dtype: of the result. Factors are cast to the dtype of `x` where they meet it.
-        first: whether `x` is the left operand, which says on which side its free axes end up.
+        labels: one index for every axis of `x`. Indices that are not in `out` are contracted.
+        network: the network.
+        out: the indices of the result, in order. Those that neither `x` nor a factor has get an axis of size one.
+        dtype: of the result. Factors are cast to the dtype of `x` before they are used.
+        first: whether `x` is the left operand, so that its free axes are before those of the factors.
         precision: as in `jax.lax.dot_general`.
-        groups: for a ragged product, the letter of the groups and their sizes along the only free axis of `x`.
+        groups: for a ragged product, the index of the groups and their sizes along the only free axis of `x`.
     """
-    x = apply_dropout(x, letters, network)
+    x = apply_dropout(x, labels, network)
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else dtype
     x = x.astype(compute)
-    terms = _ordered(_absorbed(list(zip(network.factors, network.terms, strict=True))), letters, out)
-    if terms and network.scale != 1:  # into what the activation meets first, before that is cast
-        (factor, term), *rest = terms
-        terms = [(factor * jnp.asarray(network.scale, factor.dtype), term), *rest]
-    terms = [(factor.astype(compute), term) for factor, term in terms]
-    done = 0
-    while done < len(terms):
-        x = name_intermediate(x) if done else x
-        (factor, term), *rest = terms[done:]
-        later = "".join([out, groups[0] if groups else "", *(t for _, t in rest)])
-        two = done > 0 and not groups and _apart(letters, [term, *(t for _, t in rest)], out)
-        done += 2 if two else 1
-        options: Any = {"dtype": compute if done < len(terms) else dtype, "first": first, "precision": precision}
-        if two:
-            (other, end), *rest = rest
-            later = "".join([out, *(t for _, t in rest)])
-            reached = "".join(c for c in letters + term + end if c in later)
-            x, letters = chained_matmul(x, factor, other, (letters, term, end, reached), **options), reached
+    factors = _cast_and_scale(_order(_absorb_vectors(network), labels, out), network.scale, compute)
+    kept = out + (groups[0] if groups else "")
+    is_first = True
+    while factors:
+        x = x if is_first else name_intermediate(x)
+        chained = not is_first and not groups and _is_chain(labels, factors, out)
+        now, factors, is_first = factors[: 1 + chained], factors[1 + chained :], False
+        later = kept + "".join(term for _, term in factors)
+        options: Any = {"dtype": compute if factors else dtype, "first": first, "precision": precision}
+        if chained:
+            (c, c_term), (b, b_term) = now
+            reached = "".join(name for name in labels + c_term + b_term if name in later)
+            x, labels = chained_matmul(x, c, b, (labels, c_term, b_term, reached), **options), reached
         else:
-            x, letters = contract_pair(x, letters, factor, term, later, groups=groups, **options)
-    return align_axes(x.astype(dtype), letters, out)
+            x, labels = contract_pair(x, labels, *now[0], later, groups=groups, **options)
+    return align_axes(x.astype(dtype), labels, out)
 
 
-def _apart(letters: str, terms: Sequence[str], out: str) -> bool:
-    """Whether the next two terms, of which the first is a matrix, share no letter and contract all they meet of `x`."""
+def _cast_and_scale(factors: list[Factor], scale: float, dtype: jnp.dtype) -> list[Factor]:
+    """Casts the factors; the scale multiplies the first one, before the cast."""
+    if factors and scale != 1:
+        (factor, term), *rest = factors
+        factors = [(factor * jnp.asarray(scale, factor.dtype), term), *rest]
+    return [(factor.astype(dtype), term) for factor, term in factors]
+
+
+def _is_chain(labels: str, factors: Sequence[Factor], out: str) -> bool:
+    """Whether the next two factors share no index, the first is a matrix, and each contracts all it shares with `x`."""
+    terms = [term for _, term in factors]
     if len(terms) < 2 or len(terms[0]) != 2 or set(terms[0]) & set(terms[1]):
         return False
-    known, later = set(letters), set(out).union(*terms[2:])
-    met = [known & set(term) for term in terms[:2]]
-    new = set(terms[0] + terms[1]) - known
-    return all(met) and len(met[0]) == 1 and not (met[0] | met[1]) & later and new <= later
+    present, later = set(labels), set(out).union(*terms[2:])
+    contracted = [present & set(term) for term in terms[:2]]
+    new = set(terms[0] + terms[1]) - present
+    if not all(contracted) or len(contracted[0]) != 1:
+        return False
+    return not (contracted[0] | contracted[1]) & later and new <= later
 
 
 def name_intermediate(x: jax.Array) -> jax.Array:
-    """An activation between two factors, under the name by which policies of `jax.checkpoint` know it."""
+    """The activation between two factors, with the name "jlora" for policies of `jax.checkpoint`."""
     return checkpoint_name(x, "jlora")
 
 
-def apply_dropout(x: jax.Array, letters: str, network: TensorNetwork) -> jax.Array:
-    """Dropout of a branch's input, one mask for every key of a stacked weight."""
+def apply_dropout(x: jax.Array, labels: str, network: TensorNetwork) -> jax.Array:
+    """Dropout of a network's input, with a mask of its own for every key of a stacked weight.
+
+    Arguments:
+        x: the activation.
+        labels: one index for every axis of `x`.
+        network: the network; without a key the activation is returned as it is.
+    """
     if network.key is None:
         return x
     key, term = network.key, network.key_term
-    for name in [c for c in term if c not in letters]:  # keys of an axis that the input lacks: one is enough
+    for name in [c for c in term if c not in labels]:  # the input lacks this axis, so one key is enough
         key, term = jnp.take(key, 0, axis=term.index(name)), term.replace(name, "")
-    order = [letters.index(c) for c in term]
-    rest = [k for k in range(x.ndim) if k not in order]
+    keyed = [labels.index(c) for c in term]
+    rest = [k for k in range(x.ndim) if k not in keyed]
     shape = tuple(x.shape[k] for k in rest)
-    draw = jnp.vectorize(lambda k: jax.random.bernoulli(k, 1 - network.rate, shape), signature=f"()->({_dims(shape)})")
-    mask = draw(key).transpose([(*order, *rest).index(k) for k in range(x.ndim)])
+    signature = f"()->({','.join(f'd{k}' for k in range(len(shape)))})"
+    draw = jnp.vectorize(lambda key: jax.random.bernoulli(key, 1 - network.rate, shape), signature=signature)
+    mask = draw(key).transpose([(*keyed, *rest).index(k) for k in range(x.ndim)])
     return jnp.where(mask, x / jnp.asarray(1 - network.rate, x.dtype), jnp.zeros_like(x))
 
 
-def apply_axis_scales(x: jax.Array, letters: str, sizes: Mapping[str, int], gains: Sequence[AxisScale]) -> jax.Array:
-    """`x` times every gain, in the shape that it came in; `letters` spell it out."""
-    for g in gains:
-        wide = x.reshape([sizes[c] for c in letters])
-        x = (wide * align_axes(g.vector.astype(x.dtype), g.indices, letters)).reshape(x.shape)
+def apply_axis_scales(x: jax.Array, labels: str, sizes: Mapping[str, int], scales: Sequence[AxisScale]) -> jax.Array:
+    """`x` times every axis scale, in its own shape.
+
+    Arguments:
+        x: the activation; its axes may be composite.
+        labels: the indices of all its axes.
+        sizes: of the indices.
+        scales: the axis scales.
+    """
+    for scale in scales:
+        split = x.reshape([sizes[c] for c in labels])
+        x = (split * align_axes(scale.vector.astype(x.dtype), scale.indices, labels)).reshape(x.shape)
     return x
 
 
-def _dims(shape: Sequence[int]) -> str:
-    return ",".join(f"d{k}" for k in range(len(shape)))
-
-
-def _absorbed(terms: list[tuple[jax.Array, str]]) -> list[tuple[jax.Array, str]]:
-    """Multiplies each vector into a factor that has its letters: a product of small things, not of activations."""
-    out: list[tuple[jax.Array, str]] = []
-    for factor, term in sorted(terms, key=lambda item: -len(item[1])):
-        at = next((k for k, (_, other) in enumerate(out) if set(term) <= set(other)), None)
+def _absorb_vectors(network: TensorNetwork) -> list[Factor]:
+    """Multiplies each factor into one that has all its indices: a product of small arrays, not of activations."""
+    factors = zip(network.factors, network.terms, strict=True)
+    absorbed: list[Factor] = []
+    for factor, term in sorted(factors, key=lambda item: -len(item[1])):
+        at = next((k for k, (_, other) in enumerate(absorbed) if set(term) <= set(other)), None)
         if at is None:
-            out.append((factor, term))
+            absorbed.append((factor, term))
         else:
-            out[at] = (out[at][0] * align_axes(factor, term, out[at][1]), out[at][1])
-    return out
+            other, other_term = absorbed[at]
+            absorbed[at] = (other * align_axes(factor, term, other_term), other_term)
+    return absorbed
 
 
-def _ordered(terms: list[tuple[jax.Array, str]], letters: str, out: str) -> list[tuple[jax.Array, str]]:
-    """Terms in the order in which the activation takes them up.
+def _order(factors: list[Factor], labels: str, out: str) -> list[Factor]:
+    """The order in which the activation is multiplied by the factors.
 
-    First those that multiply it or contract a letter of it, the one by which it grows least before the others.
+    Factors that contract an index of the activation, or that have no other indices, come first. Among those the next is
+    the one by which the activation grows least.
     """
-    left, ready, known = list(terms), [], set(letters)
+    remaining, ordered, present = list(factors), [], set(labels)
 
-    def cost(item: tuple[jax.Array, str]) -> tuple[bool, float]:
-        others = set(out).union(*(t for _, t in left if t is not item[1]))
-        contracts = bool((set(item[1]) & known) - others)
-        return not (contracts or set(item[1]) <= known), _growth(*item, known)
+    def cost(item: Factor) -> tuple[bool, float]:
+        factor, term = item
+        others = set(out).union(*(t for _, t in remaining if t is not term))
+        contracts = bool((set(term) & present) - others)
+        return not (contracts or set(term) <= present), _growth(factor, term, present)
 
-    while left:
-        best = min(left, key=cost)
-        left = [item for item in left if item is not best]
-        known |= set(best[1])
-        ready.append(best)
-    return ready
+    while remaining:
+        best = min(remaining, key=cost)
+        remaining = [item for item in remaining if item is not best]
+        present |= set(best[1])
+        ordered.append(best)
+    return ordered
 
 
-def _growth(factor: jax.Array, term: str, letters: set[str]) -> float:
-    """By how much the activation grows when it takes up a factor."""
+def _growth(factor: jax.Array, term: str, present: set[str]) -> float:
+    """By how much an activation with the indices `present` grows when it is multiplied by a factor."""
     sizes = dict(zip(term, factor.shape, strict=True))
-    return math.prod(n for c, n in sizes.items() if c not in letters) / math.prod(
-        n for c, n in sizes.items() if c in letters
+    return math.prod(n for c, n in sizes.items() if c not in present) / math.prod(
+        n for c, n in sizes.items() if c in present
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _PairLabels:
+    """The indices that two arrays share, and those that one of them has alone.
+
+    Arguments:
+        batch: shared, and kept in the result.
+        contracted: shared, and summed.
+        x_free, t_free: of one array alone.
+    """
+
+    batch: str
+    contracted: str
+    x_free: str
+    t_free: str
+
+
+def _label_pair(xs: str, ts: str, keep: str) -> _PairLabels:
+    shared = [c for c in xs if c in ts]
+    return _PairLabels(
+        batch="".join(c for c in shared if c in keep),
+        contracted="".join(c for c in shared if c not in keep),
+        x_free="".join(c for c in xs if c not in shared),
+        t_free="".join(c for c in ts if c not in shared),
     )
 
 
@@ -157,35 +206,48 @@ def contract_pair(
     first: bool = True,
     precision: Any = None,
     groups: tuple[str, jax.Array] | None = None,
-) -> tuple[jax.Array, str]:
-    """One product of two arrays in letters: shared letters in `keep` are batched, the others contracted."""
-    t, ts = _sum(t, ts, xs + keep)
-    x, xs = _sum(x, xs, ts + keep)
+) -> Factor:
+    """One product of two labelled arrays.
+
+    Arguments:
+        x, xs: the activation and its indices.
+        t, ts: the factor and its indices.
+        keep: shared indices in `keep` are batched, the others are contracted.
+        dtype, first, precision, groups: as for `apply_network`.
+
+    Returns:
+        the product and its indices.
+    """
+    t, ts = _sum_lone(t, ts, xs + keep)
+    x, xs = _sum_lone(x, xs, ts + keep)
     if groups and groups[0] in ts:
-        return _ragged(x, xs, t, ts, keep, groups, dtype=dtype, precision=precision)
-    inner = [c for c in xs if c in ts and c not in keep]
-    if not inner and set(ts) <= set(xs):
+        return _contract_ragged(x, xs, t, ts, keep, groups, dtype=dtype, precision=precision)
+    pair = _label_pair(xs, ts, keep)
+    if not pair.contracted and not pair.t_free:
         return x * align_axes(t, ts, xs), xs
-    batch = [c for c in xs if c in ts and c in keep]
-    rest = "".join(batch)
-    x_free, t_free = ("".join(c for c in s if c not in batch and c not in inner) for s in (xs, ts))
-    left, ls, right, rs = (x, xs, t, ts) if first else (t, ts, x, xs)
-    contracted = tuple(ls.index(c) for c in inner), tuple(rs.index(c) for c in inner)
-    if batch:
-        dims = contracted, (tuple(ls.index(c) for c in batch), tuple(rs.index(c) for c in batch))
-        y = lax.dot_general(left, right, dims, precision=precision, preferred_element_type=dtype)
+    left, right, free = ((x, xs), (t, ts), pair.x_free + pair.t_free)
+    if not first:
+        left, right, free = ((t, ts), (x, xs), pair.t_free + pair.x_free)
+    contracted, batch = (_axes(names, left[1], right[1]) for names in (pair.contracted, pair.batch))
+    if pair.batch:
+        y = lax.dot_general(left[0], right[0], (contracted, batch), precision=precision, preferred_element_type=dtype)
     else:
-        y = rank_matmul(left, right, contracted, precision=precision, dtype=dtype)
-    return y, rest + (x_free + t_free if first else t_free + x_free)
+        y = rank_matmul(left[0], right[0], contracted, precision=precision, dtype=dtype)
+    return y, pair.batch + free
 
 
-def _sum(x: jax.Array, letters: str, keep: str) -> tuple[jax.Array, str]:
-    """Sums the letters that nothing else has."""
-    lone = tuple(k for k, c in enumerate(letters) if c not in keep)
-    return (x.sum(lone), "".join(c for c in letters if c in keep)) if lone else (x, letters)
+def _axes(names: str, *terms: str) -> Any:
+    """For each of the arrays the axes of some indices."""
+    return tuple(tuple(map(term.index, names)) for term in terms)
 
 
-def _ragged(
+def _sum_lone(x: jax.Array, labels: str, keep: str) -> Factor:
+    """Sums the axes whose index nothing else has."""
+    lone = tuple(k for k, c in enumerate(labels) if c not in keep)
+    return (x.sum(lone), "".join(c for c in labels if c in keep)) if lone else (x, labels)
+
+
+def _contract_ragged(
     x: jax.Array,
     xs: str,
     t: jax.Array,
@@ -195,16 +257,13 @@ def _ragged(
     *,
     dtype: jnp.dtype,
     precision: Any,
-) -> tuple[jax.Array, str]:
-    name, sizes = groups
-    batch = [c for c in xs if c in ts and c in keep]
-    inner = [c for c in xs if c in ts and c not in keep]
-    (rows,) = (c for c in xs if c not in ts)
-    pairs = [([xs.index(c) for c in cs], [ts.index(c) for c in cs]) for cs in (inner, batch)]
+) -> Factor:
+    group, sizes = groups
+    pair = _label_pair(xs, ts, keep)
     dims = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(pairs[0], pairs[1]),
-        lhs_ragged_dimensions=[xs.index(rows)],
-        rhs_group_dimensions=[ts.index(name)],
+        dot_dimension_numbers=(_axes(pair.contracted, xs, ts), _axes(pair.batch, xs, ts)),
+        lhs_ragged_dimensions=[xs.index(pair.x_free)],
+        rhs_group_dimensions=[ts.index(group)],
     )
     y = lax.ragged_dot_general(x, t, sizes, dims, precision=precision, preferred_element_type=dtype)
-    return y, "".join([*batch, rows, *(c for c in ts if c not in (*batch, *inner, name))])
+    return y, pair.batch + pair.x_free + pair.t_free.replace(group, "")

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from jlora._interpreter.context import Use
+from jlora._interpreter.flops import flops
 from jlora._pretty import Table, Tabular, fold_layers
-from jlora._trace.flops import flops
 from jlora._trace.stage import stage
 from jlora._trace.trace import collect_uses
 from jlora.methods._lowering import Adapters, as_adapters, check_fits

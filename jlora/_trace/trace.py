@@ -8,9 +8,9 @@ import jax
 from jlora import _compat
 from jlora._interpreter import interpreter
 from jlora._interpreter.context import Context, Use
+from jlora._interpreter.flops import flops
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
-from jlora._trace.flops import flops
 from jlora._trace.sites import Sites
 from jlora._trace.stage import Program, stage
 from jlora._tree.leaves import is_quantized, sharding

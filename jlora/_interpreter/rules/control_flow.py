@@ -13,11 +13,13 @@ from jax import lax
 from jlora import _compat
 from jlora._compat import Body, Eqn
 from jlora._interpreter.context import Context, Value
+from jlora._interpreter.rules.registry import register_rule
 from jlora._ir.algebra import barrier
 from jlora._ir.lazy import LazyArray
 from jlora._ir.weight import AdaptedWeight
 
 
+@register_rule("jit", "pjit")
 def jit(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     """Compiles the body under its own name, with the shardings of its inputs and outputs as constraints."""
     p = _compat.jit_params(eqn)
@@ -43,11 +45,13 @@ def _constrain(value: Value, sharding: Any) -> Value:
     return dataclasses.replace(value, base=lax.with_sharding_constraint(value.base, sharding))
 
 
+@register_rule("closed_call", "core_call", "eval_jaxpr")
 def inline(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     """Evaluates the body of a call in the place of the call."""
     return ctx.run(ctx.child(), *_compat.call_params(eqn).body, values)
 
 
+@register_rule("custom_jvp_call", "custom_vjp_call", "custom_vmap_call")
 def custom(ctx: Context, eqn: Eqn, *values: Value) -> list[Value] | None:
     """Materialises the weights of a function that has its own derivative or batching rule, as those take arrays.
 
@@ -56,6 +60,7 @@ def custom(ctx: Context, eqn: Eqn, *values: Value) -> list[Value] | None:
     return inline(ctx, eqn, *values) if ctx.trace_only else None
 
 
+@register_rule("checkpoint", "remat", "remat2")
 def checkpoint(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     """Wraps the interpreted body in `jax.checkpoint` with the same policy.
 
@@ -72,6 +77,7 @@ def checkpoint(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     return jax.checkpoint(fun, prevent_cse=p.prevent_cse, policy=p.policy)(*values)
 
 
+@register_rule("cond")
 def cond(ctx: Context, eqn: Eqn, index: Value, *values: Value) -> list[Value]:
     """Interprets every branch. Weights that a branch returns are materialised, as branches must agree in structure."""
 
@@ -81,19 +87,3 @@ def cond(ctx: Context, eqn: Eqn, index: Value, *values: Value) -> list[Value]:
 
     branches = [interpreted(k, body) for k, body in enumerate(_compat.cond_params(eqn).branches)]
     return lax.switch(ctx.to_array(eqn, index), branches, *values)
-
-
-RULES = {
-    "jit": jit,
-    "pjit": jit,
-    "closed_call": inline,
-    "core_call": inline,
-    "eval_jaxpr": inline,
-    "custom_jvp_call": custom,
-    "custom_vjp_call": custom,
-    "custom_vmap_call": custom,
-    "checkpoint": checkpoint,
-    "remat": checkpoint,
-    "remat2": checkpoint,
-    "cond": cond,
-}

@@ -11,6 +11,7 @@ from jax import lax
 from jlora import _compat
 from jlora._compat import Eqn
 from jlora._interpreter.context import Context, Value, fold_dropout_keys
+from jlora._interpreter.rules.registry import register_rule
 from jlora._ir import lazy
 from jlora._ir.algebra import relabel
 from jlora._ir.weight import AdaptedWeight, Index, fresh_indices
@@ -18,6 +19,7 @@ from jlora._ir.weight import AdaptedWeight, Index, fresh_indices
 Slices = tuple[Any, list[jax.Array | None]]  # of a weight's base, and of its other arrays
 
 
+@register_rule("scan")
 def scan(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     """A loop whose constants, carries and scanned operands may be weights.
 
@@ -59,6 +61,7 @@ def scan(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     return [*(last[k] for k in range(p.num_carry)), *ys]
 
 
+@register_rule("while")
 def while_(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     """A loop whose constants and carries may be weights; a carried one stays factored if every step keeps its form.
 
@@ -181,6 +184,3 @@ def _stacked(f: AdaptedWeight, length: int) -> AdaptedWeight:
     name = fresh_indices([f.used()])
     stacked = f.map_arrays(lambda array, term: (array, name + term))
     return relabel(stacked, f.base, [name, *f.axes], [Index(name, length)])
-
-
-RULES = {"scan": scan, "while": while_}

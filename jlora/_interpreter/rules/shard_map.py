@@ -8,6 +8,7 @@ import jax
 from jlora import _compat
 from jlora._compat import Eqn
 from jlora._interpreter.context import Context, Value
+from jlora._interpreter.rules.registry import register_rule
 from jlora._ir import lazy
 from jlora._ir.partition import index_axes, num_shards, specs_like
 from jlora._ir.weight import AdaptedWeight
@@ -15,6 +16,7 @@ from jlora._ir.weight import AdaptedWeight
 Axes = dict[str, Any]  # the mesh axes of every index of a weight
 
 
+@register_rule("shard_map")
 def shard_map(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     """Shards every factor: each index by the mesh axes of that axis of the weight to which the index belongs.
 
@@ -58,6 +60,3 @@ def _local(f: AdaptedWeight, axes: Axes, mesh: Any) -> AdaptedWeight:
     """The weight as one device sees it: every index has the size of one shard."""
     indices = tuple(x._replace(size=x.size // num_shards(axes.get(x.name), mesh)) for x in f.indices)
     return dataclasses.replace(f, indices=indices)
-
-
-RULES = {"shard_map": shard_map}

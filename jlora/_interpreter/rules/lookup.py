@@ -1,0 +1,79 @@
+"""What a lookup yields: rows that are still a weight, or an activation with the update added to it."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jlora._compat import Eqn
+from jlora._interpreter.context import Context, Role, Value
+from jlora._ir import lazy
+from jlora._ir.algebra import align_axes
+from jlora._ir.explicit_mesh import under_auto_axes
+from jlora._ir.weight import AdaptedWeight, TensorNetwork
+from jlora._ops.contraction import apply_axis_scales, apply_network, name_intermediate
+
+Bounds = tuple[jax.Array, str]  # which rows are within bounds, and the indices of its axes
+
+
+def finish_lookup(
+    ctx: Context,
+    eqn: Eqn,
+    f: AdaptedWeight,
+    rows: AdaptedWeight,
+    indexed: Sequence[str],
+    batched: Sequence[str],
+    in_bounds: Bounds | None = None,
+) -> Value:
+    """The rows as an activation if they are vectors; rows that are matrices are still a weight.
+
+    Arguments:
+        ctx, eqn: the lookup.
+        f: the weight.
+        rows: what was looked up.
+        indexed: the labels of the axes along which rows were looked up.
+        batched: those of the axes that the lookup runs along.
+        in_bounds: which rows are within bounds, if the others are filled. The fill value may be NaN, and so may the
+            cotangent of such a row: it is masked, so that it does not reach the factors.
+    """
+    wide_axes = [axis for axis in rows.axes if any(rows.index(c).size > 1 and rows.index(c).origins for c in axis)]
+    if not indexed or len(wide_axes) > 1:
+        return rows
+    roles: dict[str, Role] = dict.fromkeys(f.labels, "out")
+    roles |= dict.fromkeys("".join(indexed), "in")
+    roles |= dict.fromkeys("".join(batched), "stack")
+    added = 2 * sum(rows.base.size * n.factors[0].shape[-1] for n in rows.networks if n.factors)
+    ctx.record(eqn, f, roles, added=added)
+    mask, mask_term = in_bounds or (None, "")
+    return under_auto_axes(functools.partial(_evaluate, mask_term=mask_term), rows.base)(rows, mask)
+
+
+def _evaluate(rows: AdaptedWeight, mask: jax.Array | None, *, mask_term: str) -> jax.Array:
+    """The base's rows times the axis scales, plus what the networks add to the rows within bounds."""
+    value = apply_axis_scales(lazy.materialize(rows.base), rows.labels, rows.sizes, rows.axis_scales)
+    for n in rows.networks:
+        y = _evaluate_network(rows, n, value.dtype)
+        if mask is not None:
+            y = jnp.where(align_axes(mask, mask_term, rows.labels), y, jnp.zeros((), y.dtype))
+        value = value + y.reshape(value.shape)
+    return value
+
+
+def _evaluate_network(rows: AdaptedWeight, n: TensorNetwork, dtype: jnp.dtype) -> jax.Array:
+    """The network's rows. The factor that was looked up, which has the rows' new indices, is the activation."""
+    new = {index.name for index in rows.indices if not index.origins}
+    first, *others = sorted(zip(n.factors, n.terms, strict=True), key=lambda pair: not new & set(pair[1]))
+    head, term = first
+    rest = TensorNetwork(tuple(a for a, _ in others), tuple(t for _, t in others), n.scale)
+    if not others:
+        head = head * jnp.asarray(n.scale, head.dtype)
+    y = apply_network(name_intermediate(head.astype(dtype)), term, rest, rows.labels, dtype=dtype)
+    return jnp.broadcast_to(y, [rows.size(c) for c in rows.labels])
+
+
+def mark_gathered(rows: AdaptedWeight, f: AdaptedWeight, indexed: Sequence[str]) -> AdaptedWeight:
+    """The rows with a note of the parameter axes along which several rows were looked up."""
+    origins = dict.fromkeys(origin for c in "".join(indexed) for origin in f.index(c).origins)
+    return dataclasses.replace(rows, gathered_axes=(*rows.gathered_axes, *origins))

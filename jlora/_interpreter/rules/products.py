@@ -1,0 +1,156 @@
+"""What the rules of matrix products share: labels of axes, axis scales before and after, a branch for each network.
+
+The product of an activation x with an adapted weight is that with its base, plus one branch for each network:
+
+    y = scales_y * ((scales_x * x) @ base) + sum over networks of  scale * einsum(x, factors -> y)
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora._compat import Eqn
+from jlora._interpreter.context import Context, Role, Value
+from jlora._ir import lazy
+from jlora._ir.explicit_mesh import under_auto_axes
+from jlora._ir.materialize import accumulation_dtype
+from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork, fresh_indices
+from jlora._ops.contraction import apply_axis_scales, apply_network
+
+AxisPairs = tuple[Sequence[int], Sequence[int]]  # axes of the activation and those of the weight that they meet
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductLabels:
+    """The indices of a product's axes.
+
+    Arguments:
+        x: of the activation.
+        out: of the result.
+        contracted: those that are summed.
+        group: of the groups of a ragged product, empty for others.
+        sizes: of all indices.
+        roles: of the weight's indices.
+    """
+
+    x: str
+    out: str
+    contracted: str
+    group: str
+    sizes: dict[str, int]
+    roles: dict[str, Role]
+
+    @property
+    def depth(self) -> int:
+        """How many products are summed for each entry of the result."""
+        return math.prod(self.sizes[c] for c in self.contracted)
+
+
+def label_product(
+    f: AdaptedWeight,
+    x_shape: Sequence[int],
+    contracted: AxisPairs,
+    batch: AxisPairs,
+    *,
+    x_is_left: bool = True,
+    groups: Sequence[int] = (),
+) -> ProductLabels:
+    """Labels the axes of a product by the weight's indices, and the free axes of the activation by new ones.
+
+    Arguments:
+        f: the weight.
+        x_shape: of the activation.
+        contracted, batch: the axes of both that are summed, and that the result has in common.
+        x_is_left: whether the activation is the left operand, so that its free axes are before the weight's.
+        groups: the weight's axis that the groups of a ragged product run along.
+    """
+    (x_in, f_in), (x_batch, f_batch) = contracted, batch
+    x_axes = {k: f.axes[j] for k, j in (*zip(x_in, f_in, strict=True), *zip(x_batch, f_batch, strict=True))}
+    x_free = [k for k in range(len(x_shape)) if k not in x_axes]
+    x_axes |= zip(x_free, fresh_indices([f.used()], len(x_free)), strict=True)
+    f_free = [k for k in range(len(f.axes)) if k not in (*f_in, *f_batch, *groups)]
+    free = "".join(x_axes[k] for k in x_free), "".join(f.axes[k] for k in f_free)
+    roles: dict[str, Role] = {}
+    for k, axis in enumerate(f.axes):
+        roles |= dict.fromkeys(axis, "in" if k in f_in else "out" if k in f_free else "stack")
+    return ProductLabels(
+        x="".join(x_axes[k] for k in range(len(x_shape))),
+        out="".join([*(x_axes[k] for k in x_batch), *(free if x_is_left else free[::-1])]),
+        contracted="".join(f.axes[k] for k in f_in),
+        group="".join(f.axes[k] for k in groups),
+        sizes=f.sizes | {x_axes[k]: x_shape[k] for k in x_free},
+        roles=roles,
+    )
+
+
+def place_axis_scales(
+    scales: Sequence[AxisScale], labels: ProductLabels, x_dtype: jnp.dtype
+) -> tuple[list[AxisScale], list[AxisScale]] | None:
+    """Divides axis scales into those of the activation and those of the result, None if one is of neither."""
+    contracted = set(labels.contracted)
+    of_x = [s for s in scales if set(s.indices) & contracted and set(s.indices) <= set(labels.x)]
+    of_out = [s for s in scales if not set(s.indices) & contracted]
+    if len(of_x) + len(of_out) < len(scales) or (of_x and not jnp.issubdtype(x_dtype, jnp.floating)):
+        return None
+    return of_x, of_out
+
+
+def multiply(
+    ctx: Context,
+    eqn: Eqn,
+    x: Any,
+    f: AdaptedWeight,
+    labels: ProductLabels,
+    scales: tuple[list[AxisScale], list[AxisScale]],
+    *,
+    folded: bool,
+    x_is_left: bool = True,
+    group_sizes: jax.Array | None = None,
+) -> list[Value]:
+    """Evaluates a product, and records it.
+
+    Arguments:
+        ctx, eqn: the equation of the program.
+        x, f: the activation and the weight.
+        labels: of the axes.
+        scales: the axis scales of the activation and of the result.
+        folded: whether networks as large as the weight were added to its base.
+        x_is_left: whether the activation is the left operand.
+        group_sizes: of a ragged product.
+    """
+    x_scaled = _scale(x, labels.x, scales[0], labels)
+    operands = (x_scaled, f.base) if x_is_left else (f.base, x_scaled)
+    (y,) = lazy.consume(eqn, *operands, *(() if group_sizes is None else (group_sizes,)))
+    y = _scale(y, labels.out, scales[1], labels)
+    rank_flops = sum(a.size for n in f.networks for a in n.factors) // max(f.size(labels.group), 1)
+    added = f.base.size if folded else 2 * x.size / max(labels.depth, 1) * rank_flops
+    ctx.record(eqn, f, labels.roles, factored=not folded, added=added)
+
+    def branch(x: jax.Array, n: TensorNetwork, group_sizes: jax.Array | None) -> jax.Array:
+        z = apply_network(
+            x.reshape([labels.sizes[c] for c in labels.x]),
+            labels.x,
+            n,
+            labels.out,
+            dtype=y.dtype,
+            first=x_is_left,
+            precision=eqn.params["precision"],
+            groups=None if group_sizes is None else (labels.group, group_sizes),
+        )
+        return jnp.broadcast_to(z, [labels.sizes[c] for c in labels.out]).reshape(y.shape)
+
+    if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != f.dtype:  # a mixed product is as exact as its wider operand
+        x = x.astype(max(accumulation_dtype(x.dtype), accumulation_dtype(f.dtype), key=lambda dtype: dtype.itemsize))
+    for n in f.networks:
+        y = y + under_auto_axes(branch, y)(x, n, group_sizes)
+    return [y]
+
+
+def _scale(x: jax.Array, term: str, scales: list[AxisScale], labels: ProductLabels) -> jax.Array:
+    if not scales:
+        return x
+    return under_auto_axes(lambda x, scales: apply_axis_scales(x, term, labels.sizes, scales), x)(x, scales)

@@ -1,0 +1,55 @@
+"""Expert products: `ragged_dot_general` of rows in groups, each with a kernel of its own."""
+
+import jax
+import jax.numpy as jnp
+
+from jlora._compat import Eqn
+from jlora._interpreter.context import Context, Value
+from jlora._interpreter.rules.products import label_product, multiply, place_axis_scales
+from jlora._interpreter.rules.registry import register_rule
+from jlora._ir.algebra import merge_indices
+from jlora._ir.materialize import fold_full_rank
+from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork
+
+
+@register_rule("ragged_dot_general")
+def ragged_dot_general(ctx: Context, eqn: Eqn, x: Value, f: Value, group_sizes: Value) -> list[Value] | None:
+    """Adds a ragged product with each network to that with the base; the rows of the activation are ragged."""
+    dims = eqn.params["ragged_dot_dimension_numbers"]
+    contracted, batch = dims.dot_dimension_numbers
+    groups = tuple(dims.rhs_group_dimensions)
+    if isinstance(x, AdaptedWeight) or isinstance(group_sizes, AdaptedWeight) or len(groups) != 1:
+        return None
+    rows = tuple(k for k in range(x.ndim) if k not in (*contracted[0], *batch[0]))
+    if rows != tuple(dims.lhs_ragged_dimensions):
+        return None
+    f, folded = fold_full_rank(merge_indices(ctx.with_dropout_keys(f)))
+    if not _is_supported(f, groups[0], batch[1]):
+        return None
+    labels = label_product(f, x.shape, contracted, batch, groups=groups)
+    row = labels.x[rows[0]]
+    by_row = [_scale_rows(s, labels.group, row, group_sizes, x.shape[rows[0]]) for s in f.axis_scales]
+    scales = place_axis_scales(by_row, labels, x.dtype)
+    if scales is None:
+        return None
+    return multiply(ctx, eqn, x, f, labels, scales, folded=folded, group_sizes=group_sizes)
+
+
+def _is_supported(f: AdaptedWeight, group_axis: int, batch_axes: tuple[int, ...]) -> bool:
+    """Whether each axis has one index, and each network is a ragged product of the activation."""
+    if any(len(axis) > 1 for axis in f.axes):
+        return False
+    group, batch = f.axes[group_axis], {f.axes[k] for k in batch_axes}
+    return all(_is_ragged(n, group, batch) for n in f.networks)
+
+
+def _is_ragged(n: TensorNetwork, group: str, batch: set[str]) -> bool:
+    """Whether some factor has the groups, and each that has them has the batch axes, as a ragged product needs."""
+    terms = [term for term in n.terms if group in term]
+    return bool(terms) and all(batch <= set(term) for term in terms)
+
+
+def _scale_rows(scale: AxisScale, group: str, row: str, group_sizes: jax.Array, rows: int) -> AxisScale:
+    """The axis scale of each expert as one of each of its rows."""
+    expert = jnp.repeat(jnp.arange(len(group_sizes)), group_sizes, total_repeat_length=rows)
+    return scale.map(group, lambda a, axis: jnp.take(a, expert, axis=axis), row)
