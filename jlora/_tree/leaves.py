@@ -1,4 +1,4 @@
-"""Weights in fewer bits: what stands in a parameter tree for an array that is only made where a program needs it."""
+"""Quantised leaves of a parameter tree, which are dequantised where a program needs the array."""
 
 import abc
 import dataclasses
@@ -10,15 +10,15 @@ import jax.numpy as jnp
 
 
 class Quantized(abc.ABC):
-    """A weight in fewer bits, a pytree of its parts that stands in the parameters where the program wants an array.
+    """A quantised weight: a pytree of parts, in the place of an array among the parameters.
 
-    A subclass is a pytree (`jax.tree_util.register_dataclass`).
+    To add a format, write a subclass and register it as a pytree (`jax.tree_util.register_dataclass`).
 
     Attributes:
-        shape: of the weight that it stands for.
-        dtype: of that weight, floating-point.
-        rowwise: whether the first axis of every part is the weight's first, so that a loop or a lookup may cut the
-            parts and make what it needs alone. Unless a subclass says otherwise, of weights with three axes or more.
+        shape: the shape of the dequantised weight.
+        dtype: the dtype of the dequantised weight, floating-point.
+        rowwise: whether the first axis of every part is the weight's first axis, so that a loop or a lookup may slice
+            the parts and dequantise only what it needs. By default that holds for weights with three axes or more.
     """
 
     shape: Any
@@ -30,20 +30,20 @@ class Quantized(abc.ABC):
 
     @abc.abstractmethod
     def dequantize(self) -> jax.Array:
-        """The weight itself, in its shape and dtype."""
+        """The weight as an array, in its shape and dtype."""
 
     @abc.abstractmethod
     def requantize(self, weight: jax.Array) -> Self:
-        """Another weight of the shape in the same form."""
+        """Another weight of the same shape in the same format."""
 
 
 def is_quantized(node: Any) -> bool:
-    """Whether a node of a parameter tree is one weight in fewer bits, a qwix array among others."""
+    """Whether a node of a parameter tree is one quantised weight: a `Quantized`, or a qwix array."""
     return isinstance(node, Quantized) or _qwix(node) is not None
 
 
 def dequantize(leaf: Any) -> jax.Array:
-    """The weight that a quantised leaf stands for."""
+    """The array that a quantised leaf stands for."""
     return leaf.dequantize() if isinstance(leaf, Quantized) else sys.modules["qwix"].dequantize(_qwix(leaf))
 
 
@@ -53,7 +53,7 @@ def as_array(leaf: Any) -> jax.Array:
 
 
 def requantize(leaf: Any, weight: jax.Array) -> Any:
-    """Another weight in the form of a quantised leaf, with scales of its own."""
+    """Another weight in the format of a quantised leaf, with new scales."""
     if isinstance(leaf, Quantized):
         return leaf.requantize(weight)
     array: Any = _qwix(leaf)
@@ -69,26 +69,26 @@ def requantize(leaf: Any, weight: jax.Array) -> Any:
 
 
 def with_leading_axis(leaf: Any, length: int) -> Any:
-    """The leaf with the weight's first axis as the first of every part, None where it has no such form."""
+    """The quantised leaf with the weight's first axis as the first axis of every part; None if it has no such form."""
 
-    def whole(part: jax.Array) -> jax.Array:
+    def broadcast(part: jax.Array) -> jax.Array:
         return jnp.broadcast_to(part, (length, *part.shape[1:])) if part.shape[:1] == (1,) else part
 
     if isinstance(leaf, Quantized) and not leaf.rowwise:
         return None
-    leaf = jax.tree.map(whole, leaf)
+    leaf = jax.tree.map(broadcast, leaf)
     return leaf if all(part.shape[:1] == (length,) for part in jax.tree.leaves(leaf)) else None
 
 
 def sharding(leaf: Any) -> Any:
-    """Where a parameter lies; for a quantised one, where its first part of as many axes does."""
+    """The sharding of a parameter; of a quantised one, that of its first part with as many axes as the weight."""
     parts = jax.tree.leaves(leaf) if is_quantized(leaf) else [leaf]
     return next((getattr(part, "sharding", None) for part in parts if part.ndim == len(leaf.shape)), None)
 
 
 def _qwix(node: Any) -> Any:
-    """The qwix array in a node, which may hold beside it how it was made; None where there is none."""
-    if "qwix" not in sys.modules:  # a program without qwix has no such array
+    """The qwix array in a node, which may also hold how it was quantised; None if there is none."""
+    if "qwix" not in sys.modules:  # a program that has not imported qwix has no such array
         return None
     node = getattr(node, "array", node) if type(node).__module__.startswith("qwix.") else node
     return node if isinstance(node, sys.modules["qwix"].QArray) else None

@@ -1,4 +1,4 @@
-"""Names of parameters: one path a leaf, the same for every library."""
+"""Paths of parameters: one for each leaf, in the same form for every library."""
 
 import collections
 import difflib
@@ -14,7 +14,7 @@ Tree = Any
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array or stands for one (`jax.ShapeDtypeStruct`); a Python number is not."""
+    """Whether a leaf has a shape and a dtype: an array or a `jax.ShapeDtypeStruct`, not a Python number."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
@@ -26,36 +26,38 @@ def flatten(tree: Tree) -> tuple[list[Any], Any]:
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
     """Every leaf with its path, in the order of `flatten`.
 
-    An `nnx.Variable` counts as a leaf, so its path has no trailing `/value`, and so does a quantised weight. Two
-    leaves of one path raise.
+    An `nnx.Variable` counts as a leaf, so its path has no trailing `/value`, and so does a quantised weight.
+
+    Raises:
+        ValueError: if two leaves have the same path.
     """
     out = []
     for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf):
-        path = _spell(keys)
+        path = _path(keys)
         inner = jax.tree_util.tree_leaves_with_path(node, is_leaf=is_quantized)
         if len(inner) == 1:
             out.append((path, inner[0][1]))
         else:
-            out += [("/".join(filter(None, (path, _spell(more)))), leaf) for more, leaf in inner]
-    twice = [path for path, count in collections.Counter(path for path, _ in out).items() if count > 1]
-    if twice:
-        raise ValueError(f"Several parameters have the path {twice[0]!r}: rename a key that contains '/'.")
+            out += [("/".join(filter(None, (path, _path(more)))), leaf) for more, leaf in inner]
+    repeated = [path for path, count in collections.Counter(path for path, _ in out).items() if count > 1]
+    if repeated:
+        raise ValueError(f"Several parameters have the path {repeated[0]!r}: rename a key that contains '/'.")
     return out
 
 
-def _spell(keys: Any) -> str:
+def _path(keys: Any) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def _is_leaf(node: Any) -> bool:
     if is_quantized(node):
         return True
-    nnx = sys.modules.get("flax.nnx")  # a program without NNX has no Variable
+    nnx = sys.modules.get("flax.nnx")  # a program that has not imported NNX has no Variable
     return nnx is not None and isinstance(node, nnx.Variable)
 
 
-def closest_matches(path: str, known: Iterable[str]) -> str:
-    """A phrase with the known paths that look most like one that is not there."""
-    known = list(known)
-    close = difflib.get_close_matches(path, known, n=3, cutoff=0.4) or known[:3]
-    return f"near misses: {', '.join(close)}" if close else "there are none at all"
+def closest_matches(path: str, candidates: Iterable[str]) -> str:
+    """A phrase for errors with those of the candidates that are most similar to a path that is not among them."""
+    candidates = list(candidates)
+    close = difflib.get_close_matches(path, candidates, n=3, cutoff=0.4) or candidates[:3]
+    return f"near misses: {', '.join(close)}" if close else "there are none"
