@@ -11,6 +11,7 @@ from jax import lax
 from jlora._interpreter.context import Role
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
+from jlora._pretty import short_arrays, short_call
 from jlora.methods._common import hyperparameters as _hyperparameters
 
 
@@ -46,6 +47,9 @@ class Update:
         """An array by its name; one that is not trained is a constant."""
         return self.factors[name] if name in self.factors else lax.stop_gradient(self.frozen[name])
 
+    def __repr__(self) -> str:
+        return short_arrays(self, first="method", spread="factors", hidden=("roles", "shape"))
+
 
 Adapter = dict[str, Update]
 
@@ -73,6 +77,14 @@ class Method(abc.ABC):
     depends_on_weight: ClassVar[bool] = False
     is_multiplicative: ClassVar[bool] = False
     dropout = 0.0  # a field where a method has dropout
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in vars(cls):  # else each dataclass would get a generated one, with all fields
+            cls.__repr__ = Method.__repr__
+
+    def __repr__(self) -> str:
+        return short_call(self, always=("rank",))
 
     def __post_init__(self) -> None:
         _hyperparameters.check(self)

@@ -177,3 +177,26 @@ def test_a_summary_checks_its_arguments():
         jlora.summary(layered_adapter(), toy_model.params())
     with pytest.raises(TypeError, match="one adapter"):
         jlora.summary([layered_adapter()])  # pyright: ignore[reportArgumentType]
+
+
+def test_methods_show_what_differs_from_the_defaults():
+    assert repr(jlora.LoRA(rank=8)) == "LoRA(rank=8)"
+    assert repr(jlora.LoRA(rank=2, alpha=4.0, dropout=0.5)) == "LoRA(rank=2, alpha=4.0, dropout=0.5)"
+    assert repr(jlora.Full()) == "Full()"
+
+
+def test_updates_show_dtypes_and_shapes():
+    adapter = jlora.init(jax.random.key(0), toy_model.sites(), {"mix/kernel": jlora.LoRA(rank=2)})
+    assert str(adapter) == "{'mix/kernel': Update(LoRA(rank=2), a: f32[8, 2], b: f32[2, 8])}"
+    half = jlora.scale(jax.tree.map(lambda a: a.astype(jnp.bfloat16), adapter), 0.5)
+    assert repr(half["mix/kernel"]) == "Update(LoRA(rank=2), a: bf16[8, 2], b: bf16[2, 8], scale=0.5)"
+    assert repr(jax.eval_shape(lambda: adapter)) == repr(adapter)
+    assert repr(jlora.labels(adapter)["mix/kernel"]) == "Update(LoRA(rank=2), a: 'a', b: 'b')"
+
+
+def test_updates_show_what_does_not_train():
+    method = jlora.LoRA(rank=2, dropout=0.5, freeze_a=True)
+    adapter = jlora.init(jax.random.key(0), toy_model.sites(), {"layers/up": method})
+    update = jlora.with_dropout(adapter, jax.random.key(1))["layers/up"]
+    method_text = "LoRA(rank=2, dropout=0.5, freeze_a=True)"
+    assert repr(update) == f"Update({method_text}, b: f32[3, 2, 12], frozen a: f32[3, 8, 2], key: key<fry>[3])"
