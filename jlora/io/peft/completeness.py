@@ -73,11 +73,27 @@ def check_complete(config: Config, adapted: set[str], trained: set[str], tokens:
             f"The configuration names these, and the file lacks them: {missing or 'trained tokens'}. Save the adapter "
             "again with PEFT."
         )
-    has_biases = config.get("bias", "none") != "none"
-    biases = {name for name in trained if name.endswith(".bias") and has_biases}
+    biases = {name for name in trained if name.endswith(".bias") and config.get("bias", "none") != "none"}
+    missing_biases = sorted(_named_biases(config, adapted, owners) - trained)
+    if missing_biases:
+        raise ValueError(
+            f"The configuration has bias = {config['bias']!r}, and the file lacks {missing_biases}: the trained biases "
+            "are lost. Save the adapter again with PEFT, or set bias to 'none' if they were not trained."
+        )
     surplus = sorted((trained - saved - biases) | (adapted - targets))
     if surplus and config["target_modules"] != "all-linear":
         raise ValueError(f"The file has tensors for {surplus}, which the configuration does not name.")
+
+
+def _named_biases(config: Config, adapted: set[str], owners: Owners) -> set[str]:
+    """The biases that the configuration trains, of those that the map knows."""
+    match config.get("bias", "none"):
+        case "none":
+            return set()
+        case "all":
+            return {name for name in owners if name.endswith(".bias")}
+        case _:
+            return {f"{module}.bias" for module in adapted} & set(owners)
 
 
 def _named_targets(config: Config, owners: Owners) -> set[str]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jlora._interpreter.context import Role
 from jlora.io.peft.module_entry import ModuleEntry
 from jlora.io.torch.join_modules import concatenate_out_axis
 from jlora.io.torch.split_modules import split_modules
@@ -30,9 +31,48 @@ def complete_modules(adapter: Adapter, locations: Mapping[str, WeightLocation]) 
     for path, location in locations.items():
         sibling = next((trained[name] for name in location.first_modules if name in trained), None)
         if sibling is not None and path not in adapter:
-            shape = location.weight.shape
-            complete[path] = Update({"d": np.zeros(shape, np.float32)}, Full(), sibling.roles, shape)
+            complete[path] = _no_change(location, sibling.roles)
     return complete
+
+
+def complete_biases(adapter: Adapter, locations: Mapping[str, WeightLocation]) -> Adapter:
+    """The adapter with all biases that PEFT's `bias` names, if it trains some: a difference of zero for the others.
+
+    PEFT trains the biases of all adapted modules ("lora_only"), or all biases ("all"), apart from those of modules that
+    are trained in full.
+
+    Arguments:
+        adapter: the adapter.
+        locations: of all weights that the map knows.
+    """
+    saved, adapted = _modules_with_weights(adapter, locations, trained=True), _modules_with_weights(adapter, locations)
+    modules_of_bias = {path: _bias_modules(location) - saved for path, location in locations.items()}
+    biases = {path: modules for path, modules in modules_of_bias.items() if modules}
+    trained = [path for path in biases if path in adapter]
+    if all(biases[path] <= adapted for path in trained):
+        biases = {path: modules for path, modules in biases.items() if modules & adapted}
+    missing = [path for path in biases if trained and path not in adapter]
+    return {**adapter, **{path: _no_change(locations[path], locations[path].weight.roles) for path in missing}}
+
+
+def _modules_with_weights(
+    adapter: Adapter, locations: Mapping[str, WeightLocation], *, trained: bool = False
+) -> set[str]:
+    """The modules whose weight is adapted, or trained in full."""
+    paths = [path for path, update in adapter.items() if isinstance(update.method, Full) == trained]
+    names = {name for path in paths for names in locations[path].modules.values() for name in names}
+    return {name.removesuffix(".weight") for name in names if not name.endswith(".bias")}
+
+
+def _bias_modules(location: WeightLocation) -> set[str]:
+    """The modules whose biases a parameter holds; none if it is another parameter."""
+    names = {name for names in location.modules.values() for name in names}
+    return {name.removesuffix(".bias") for name in names if name.endswith(".bias")}
+
+
+def _no_change(location: WeightLocation, roles: tuple[Role, ...]) -> Update:
+    shape = location.weight.shape
+    return Update({"d": np.zeros(shape, np.float32)}, Full(), roles, shape)
 
 
 def module_entries(adapter: Adapter, locations: Mapping[str, WeightLocation]) -> dict[str, ModuleEntry]:

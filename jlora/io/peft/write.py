@@ -10,7 +10,7 @@ from jlora.io.peft.deltas import BaseParams, to_absolute, without_scaled_biases
 from jlora.io.peft.full_weights import add_tokens, add_trained, only_tokens
 from jlora.io.peft.method_fields import ia3_fields, rank_fields
 from jlora.io.peft.module_entry import ModuleEntry
-from jlora.io.peft.module_parts import complete_modules, module_entries
+from jlora.io.peft.module_parts import complete_biases, complete_modules, module_entries
 from jlora.io.peft.tensors import Tensors, module_tensors
 from jlora.io.peft.uniform import check_vllm, with_uniform_rank
 from jlora.io.peft.vera import add_vera
@@ -51,7 +51,7 @@ def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) 
     locations = _locate(adapter, names, base)
     adapter = without_scaled_biases(adapter, base, locations)
     adapter, notes = _as_one_method(adapter, params, target)
-    adapter = complete_modules(adapter, locations)
+    adapter = complete_modules(complete_biases(adapter, locations), locations)
     absolute = {path: to_absolute(path, update, base) for path, update in adapter.items()}
     entries = module_entries(absolute, locations)
     trained = {name: entry for name, entry in entries.items() if isinstance(entry.factors.method, Full)}
