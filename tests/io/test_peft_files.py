@@ -1,0 +1,120 @@
+"""Files of PEFT that are written here, and their weights in NumPy: biases and tokens of a head."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jlora
+from jlora.io.peft import Module
+
+PREFIX = "base_model.model."
+BOUND = 1e-5
+Tensors = dict[str, np.ndarray]
+RNG = np.random.default_rng(0)
+
+
+def draw(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def write(folder: Path, tensors: Tensors, **fields: Any) -> Path:
+    """A file of LoRA of rank 2 and scale 2."""
+    folder.mkdir()
+    save_file({PREFIX + name: array for name, array in tensors.items()}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def lora(module: str, n_in: int, n_out: int) -> tuple[Tensors, np.ndarray]:
+    """A module's tensors, and what they add to its kernel (in, out)."""
+    a, b = draw(2, n_in), draw(n_out, 2)
+    return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, 2 * (b @ a).T
+
+
+def assert_close(actual: Any, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=BOUND * max(1, np.abs(expected).max()))
+
+
+# Two layers with biases, of which the first is adapted.
+LAYERS = {name: {"kernel": draw(*shape), "bias": draw(shape[1])} for name, shape in (("a", (4, 6)), ("b", (6, 5)))}
+LAYER_NAMES = {
+    **{f"{name}/kernel": f"m.{name}" for name in "ab"},
+    **{f"{name}/bias": Module(f"m.{name}.bias", "parameter") for name in "ab"},
+}
+
+
+def layers(params: Any, x: jax.Array) -> jax.Array:
+    y = jnp.tanh(x @ params["a"]["kernel"] + params["a"]["bias"][None])
+    return y @ params["b"]["kernel"] + params["b"]["bias"][None]
+
+
+@pytest.fixture
+def layer_sites() -> jlora.Sites:
+    return jlora.trace(layers, LAYERS, jnp.ones((3, 4)))
+
+
+@pytest.mark.parametrize("key", ["m.a.base_layer.bias", "m.a.bias"])
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases(tmp_path, layer_sites, bias, key):
+    """Either spelling of a bias is read, and the adapter that is saved holds the same values."""
+    tensors, delta = lora("m.a", 4, 6)
+    trained = {"a": draw(6), "b": draw(5) if bias == "all" else LAYERS["b"]["bias"]}
+    tensors |= {key: trained["a"]} | ({"m.b.bias": trained["b"]} if bias == "all" else {})
+    given = write(tmp_path / "given", tensors, target_modules=["a"], bias=bias)
+    for folder in (given, tmp_path / "saved"):
+        adapter = jlora.peft.load(folder, layer_sites, LAYER_NAMES, params=LAYERS)
+        merged = jlora.merge(LAYERS, adapter)
+        assert_close(merged["a"]["kernel"], LAYERS["a"]["kernel"] + delta)
+        for name, value in trained.items():
+            assert_close(merged[name]["bias"], value)
+        if folder is given:
+            jlora.peft.save(tmp_path / "saved", adapter, LAYER_NAMES, params=LAYERS)
+
+
+@pytest.mark.parametrize(("bias", "present"), [("lora_only", []), ("all", ["m.a.base_layer.bias"])])
+def test_a_lost_bias_is_refused(tmp_path, layer_sites, bias, present):
+    tensors = lora("m.a", 4, 6)[0] | {key: draw(6) for key in present}
+    folder = write(tmp_path / "given", tensors, target_modules=["a"], bias=bias)
+    with pytest.raises(ValueError, match=rf"bias = '{bias}', and the file lacks \['m\.[ab]\.bias'\]"):
+        jlora.peft.load(folder, layer_sites, LAYER_NAMES, params=LAYERS)
+
+
+@pytest.mark.parametrize(("trained", "bias", "stored"), [("a", "lora_only", 1), ("b", "all", 2)])
+def test_all_biases_that_a_file_names_are_saved(tmp_path, layer_sites, trained, bias, stored):
+    """PEFT names the biases of all adapted modules, or all biases: those that are not trained have their base value."""
+    targets = {"a/kernel": jlora.LoRA(2), f"{trained}/bias": jlora.Full()}
+    adapter = jlora.init(jax.random.key(0), layer_sites, targets)
+    jlora.peft.save(tmp_path / "saved", adapter, LAYER_NAMES, params=LAYERS)
+    config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    biases = {name: array for name, array in tensors.items() if name.endswith("bias")}
+    assert (config["bias"], len(biases)) == (bias, stored)
+    for name, array in biases.items():
+        assert np.array_equal(array, LAYERS[name.removeprefix(PREFIX)[2]]["bias"])
+    again = jlora.peft.load(tmp_path / "saved", layer_sites, LAYER_NAMES, params=LAYERS)
+    assert_close(jlora.merge(LAYERS, again)["b"]["bias"], LAYERS["b"]["bias"])
+
+
+@pytest.mark.parametrize("n_in", [6, 4])
+def test_trained_tokens_of_an_output_head(tmp_path, n_in):
+    """PEFT replaces rows of torch's weight (out, in), which are columns of a kernel (in, out)."""
+    params, tokens, rows = {"head": draw(n_in, 6)}, [1, 4], draw(2, n_in)
+    tensors = {"lm_head.token_adapter.trainable_tokens_delta": rows}
+    folder = write(tmp_path / "given", tensors, target_modules=[], trainable_token_indices={"lm_head": tokens})
+    sites = jlora.trace(lambda p, x: x @ p["head"], params, jnp.ones((3, n_in)))
+    adapter = jlora.peft.load(folder, sites, {"head": "lm_head"}, params=params)
+    expected = params["head"].copy()
+    expected[:, tokens] = rows.T
+    assert_close(jlora.merge(params, adapter)["head"], expected)
+    wrong = write(
+        tmp_path / "wrong", {n: draw(2, 5) for n in tensors}, target_modules=[], trainable_token_indices=[1, 4]
+    )
+    with pytest.raises(ValueError, match=r"lm_head has trained rows of shape \(2, 5\)"):
+        jlora.peft.load(wrong, sites, {"head": "lm_head"}, params=params)
