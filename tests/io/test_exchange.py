@@ -1,4 +1,4 @@
-"""What is refused in foreign files, what names say, exact LoRAs of other methods, and loralib's adapters."""
+"""Errors of foreign files and of names, exact LoRAs of other methods, and loralib's adapters."""
 
 from __future__ import annotations
 
@@ -279,9 +279,9 @@ def test_vllm(tmp_path):
     names = MODELS["llama"].names
     targets = {".*/query/kernel": jlora.LoRA(2, 3.0), ".*/up/kernel": jlora.LoRA(4, 8.0)}
     adapter = toy_model.nonzero(jlora.init(jax.random.key(0), sites, targets))
-    said = jlora.peft.save(tmp_path / "a", adapter, names, target="vllm")
-    assert len(said) == 2
-    assert "rank 2 padded to 4, B times 0.75" in said[0]
+    notes = jlora.peft.save(tmp_path / "a", adapter, names, target="vllm")
+    assert len(notes) == 2
+    assert "rank 2 padded to 4, B times 0.75" in notes[0]
     config = json.loads((tmp_path / "a" / FILES[0]).read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (4, 8, {}, {})
     again = jlora.peft.load(tmp_path / "a", sites, names)
@@ -290,16 +290,16 @@ def test_vllm(tmp_path):
         other = toy_model.nonzero(jlora.init(jax.random.key(0), sites, {".*/up/kernel": method}))
         with pytest.raises(ValueError, match="no LoRA is smaller"):
             jlora.peft.save(tmp_path / "b", other, names, params=params, target="vllm")
-    whole = jlora.init(jax.random.key(0), sites, targets | {"norm/scale": jlora.Full()})
+    with_full = jlora.init(jax.random.key(0), sites, targets | {"norm/scale": jlora.Full()})
     with pytest.raises(ValueError, match="vLLM takes LoRA alone"):
-        jlora.peft.save(tmp_path / "b", whole, names, params=params, target="vllm")
+        jlora.peft.save(tmp_path / "b", with_full, names, params=params, target="vllm")
     with pytest.raises(ValueError, match="target is one of"):
         jlora.peft.save(tmp_path / "b", adapter, names, target="tgi")
     assert not (tmp_path / "b").exists()
 
 
-def close(got: Any, want: Any) -> None:
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+def close(actual: Any, expected: Any) -> None:
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(np.abs(b).max()), rtol=0)
 
 

@@ -54,7 +54,7 @@ def test_from_peft(name, model, tmp_path):
         assert content(tmp_path / "one")[FILES[1]] == files[FILES[1]].tobytes()
 
 
-# Those that are not written as they were read: VeRA with torch's matrices becomes LoRA, a base embedding is left
+# Adapters that are not written as they were read: VeRA with torch's matrices becomes LoRA, a base embedding is left
 # out, and experts get one rank.
 REWRITTEN = ("vera", "with_base", "tied", "experts")
 
@@ -65,16 +65,16 @@ def test_to_peft(name, tmp_path):
 
     Reading it and writing that changes no byte.
     """
-    want, model = golden()["export"][name], peft_exports.EXPORTS[name].model
+    expected, model = golden()["export"][name], peft_exports.EXPORTS[name].model
     params, sites, run = program(model)
     adapter = peft_exports.adapter(name, sites)
-    assert error(run(jlora.merge(params, adapter)), want["y"]) <= BOUND
+    assert error(run(jlora.merge(params, adapter)), expected["y"]) <= BOUND
     peft_exports.save(name, tmp_path / "a", params, sites)
-    got = content(tmp_path / "a")
-    assert got == {file: want[file].tobytes() for file in FILES}
+    actual = content(tmp_path / "a")
+    assert actual == {file: expected[file].tobytes() for file in FILES}
     again = jlora.peft.load(tmp_path / "a", sites, MODELS[model].names, params=params)
     jlora.peft.save(tmp_path / "b", again, MODELS[model].names, params=params)
-    assert content(tmp_path / "b") == got
+    assert content(tmp_path / "b") == actual
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_to_peft(name, tmp_path):
     [("bert dora", "bert"), ("llama decoder", "llama_fused"), ("mixtral experts", "mixtral_scanned")],
 )
 def test_without_merging(name, model, tmp_path):
-    """An adapter of PEFT computes the same where it stays beside the weights."""
+    """An adapter of PEFT computes the same if it is not merged."""
     params, sites, _ = program(model)
     given = golden()["adapter"][name]
     adapter = jlora.peft.load(unpack(given, tmp_path / "a"), sites, MODELS[model].names, params=params)
@@ -98,18 +98,18 @@ if all(importlib.util.find_spec(library) for library in LIBRARIES):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from tests.golden import exchange
-        made = exchange.records()
+        recorded = exchange.records()
         flat = {
             f"{s}/{n}/{k}": a for s, names in golden().items() for n, arrays in names.items() for k, a in arrays.items()
         }
-        assert set(made) == set(flat)
-        for key, want in flat.items():
+        assert set(recorded) == set(flat)
+        for key, expected in flat.items():
             if key.endswith(FILES[0]):
-                assert settled(made[key]) == settled(want), key
+                assert settled(recorded[key]) == settled(expected), key
             elif key.endswith(FILES[1]):
-                assert made[key].tobytes() == want.tobytes(), key
+                assert recorded[key].tobytes() == expected.tobytes(), key
             else:
-                assert error(made[key], want) <= BOUND, key
+                assert error(recorded[key], expected) <= BOUND, key
 
 
 def settled(config: np.ndarray) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Quantised bases: the forms against their definitions, what is rounded, merged, refused, and held in memory."""
+"""Quantised bases: formats by their definitions; how weights are rounded, merged, refused and held in memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def quantized(form: str) -> dict:
     + [("nf4", method) for method in (jlora.DoRA(2), jlora.LoHa(1), jlora.HiRA(2), jlora.IA3(), jlora.HRA(2))],
 )
 def test_law(form: str, method: jlora.Method) -> None:
-    """Stacked, tied and plain weights in each form, under methods that look at the base and methods that do not."""
+    """Stacked, tied and plain weights in each format, under methods that depend on the base and methods that do not."""
     params = quantized(form)
     adapter = toy_model.nonzero(jlora.init(jax.random.key(0), toy_model.sites(), method, params=params))
     adapted = jlora.adapt(toy_model.model, on_dense="allow")
@@ -206,7 +206,7 @@ BEFORE_THE_LOOP: dict[str, Callable] = {
 
 @pytest.mark.parametrize("before", BEFORE_THE_LOOP.values(), ids=BEFORE_THE_LOOP)
 def test_a_stack_that_a_loop_cannot_cut(before: Callable) -> None:
-    """It is made before the loop, and its update stays factored."""
+    """It is dequantised before the loop, and its update stays factored."""
 
     def model(p: dict, x: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, before(p["w"]))[0]
@@ -214,14 +214,14 @@ def test_a_stack_that_a_loop_cannot_cut(before: Callable) -> None:
     first = (8, 6, 8) if before is BEFORE_THE_LOOP["transposed"] else (6, 8, 8)
     params, x = {"w": rounded(weight(*first))}, jnp.ones((4, 8))
     adapter = toy_model.nonzero(jlora.init(jax.random.key(0), jlora.trace(model, params, x), {"w": jlora.LoRA(2)}))
-    got = jlora.adapt(model, on_dense="error")(params, adapter, x)
-    np.testing.assert_allclose(got, model(jlora.merge(params, adapter), x), rtol=1e-5, atol=1e-5)
+    actual = jlora.adapt(model, on_dense="error")(params, adapter, x)
+    np.testing.assert_allclose(actual, model(jlora.merge(params, adapter), x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["clip", "fill", "promise_in_bounds"])
 @pytest.mark.parametrize("make", [rounded, in_blocks], ids=["rounded", "gguf"])
 def test_a_lookup_makes_its_rows_alone(make: Callable, mode: str) -> None:
-    """Not the table: neither of one token nor of many, in bounds or out of them."""
+    """The table is never dequantised as a whole: not for one token, nor for many, in bounds or out of bounds."""
     table = weight(4096, 64)
     weights = {"w": make(table)}
     ids = jnp.array([[3, 4095, 0], [7, 7, 1]] if mode == "promise_in_bounds" else [[3, 5000, -1], [-5000, 7, 1]])
@@ -284,7 +284,7 @@ def test_what_cannot_be_quantized_is_refused() -> None:
 def test_loftq_starts_near_the_weight() -> None:
     params, low = toy_model.params(), quantized("nf4")
     adapter = jlora.init(jax.random.key(0), toy_model.sites(), {"layers/up|mix/kernel": jlora.LoRA(2, alpha=5.0)})
-    whole = params["mix"]["kernel"]
+    kernel = params["mix"]["kernel"]
 
     def gaps(steps: int) -> float:
         base, started = jlora.loftq(adapter, params, low, steps=steps)
@@ -294,10 +294,10 @@ def test_loftq_starts_near_the_weight() -> None:
         stacked = jnp.linalg.norm(merged["layers"]["up"] - params["layers"]["up"], axis=(1, 2))
         rounding = jnp.linalg.norm(jlora.dequantize(low["layers"]["up"]) - params["layers"]["up"], axis=(1, 2))
         assert (stacked < rounding).all()
-        return float(jnp.linalg.norm(merged["mix"]["kernel"] - whole))
+        return float(jnp.linalg.norm(merged["mix"]["kernel"] - kernel))
 
-    left = np.linalg.svd(np.asarray(whole - jlora.dequantize(low["mix"]["kernel"])), compute_uv=False)[2:]
-    assert gaps(1) == pytest.approx(np.linalg.norm(left), rel=1e-4)
+    tail = np.linalg.svd(np.asarray(kernel - jlora.dequantize(low["mix"]["kernel"])), compute_uv=False)[2:]
+    assert gaps(1) == pytest.approx(np.linalg.norm(tail), rel=1e-4)
 
 
 def test_loftq_comes_nearer_with_every_turn() -> None:
@@ -309,8 +309,8 @@ def test_loftq_comes_nearer_with_every_turn() -> None:
     sites = jlora.trace(model, params, jnp.ones((2, 128)))
     low = jlora.quantize(params, sites, {"w": "nf4"})
     adapter = jlora.init(jax.random.key(0), sites, jlora.LoRA(16))
-    found = [jlora.merge(*jlora.loftq(adapter, params, low, steps=steps))["w"] for steps in (1, 5)]
-    once, often = (float(jnp.linalg.norm(w - params["w"])) for w in found)
+    merged = [jlora.merge(*jlora.loftq(adapter, params, low, steps=steps))["w"] for steps in (1, 5)]
+    once, often = (float(jnp.linalg.norm(w - params["w"])) for w in merged)
     assert often < 0.9 * once < 0.9 * float(jnp.linalg.norm(jlora.dequantize(low["w"]) - params["w"]))
 
 
@@ -327,29 +327,29 @@ def test_loftq_refuses_what_it_cannot_start() -> None:
 
 def test_explicit_meshes_are_refused() -> None:
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
-    there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-    params = {"w": jax.device_put(nf4.quantize(jnp.asarray(weight(16, 4)), 0, 4, None), there)}
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    params = {"w": jax.device_put(nf4.quantize(jnp.asarray(weight(16, 4)), 0, 4, None), sharding)}
     with pytest.raises(NotImplementedError, match=r"use a mesh of AxisType\.Auto"):
         jlora.trace(lambda p, x: x @ p["w"], params, jnp.ones((2, 16)))
 
 
 def test_eight_devices_hold_parts_of_a_quantized_weight() -> None:
-    """The factors lie along the codes, and the result is that of one device."""
+    """The factors are placed along the codes, and the result is that of one device."""
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
     one = {"w": nf4.quantize(jnp.asarray(weight(128, 8)), 0, 64, None)}
-    eight = {"w": jax.device_put(one["w"], there)}
+    eight = {"w": jax.device_put(one["w"], sharding)}
 
     def model(p: dict, x: jax.Array) -> jax.Array:
         return jnp.tanh(x @ p["w"])
 
     x = jnp.asarray(weight(4, 128))
     adapter = toy_model.nonzero(jlora.init(jax.random.key(0), jlora.trace(model, one, x), jlora.DoRA(2)))
-    laid = jax.device_put(adapter, jlora.shardings(adapter, eight))
-    assert laid["w"].factors["a"].sharding.spec == jax.sharding.PartitionSpec("x", None)
-    assert laid["w"].factors["b"].sharding.spec == jax.sharding.PartitionSpec(None, "y")
+    sharded = jax.device_put(adapter, jlora.shardings(adapter, eight))
+    assert sharded["w"].factors["a"].sharding.spec == jax.sharding.PartitionSpec("x", None)
+    assert sharded["w"].factors["b"].sharding.spec == jax.sharding.PartitionSpec(None, "y")
     adapted = jax.jit(jlora.adapt(model, on_dense="error"))
-    np.testing.assert_allclose(adapted(eight, laid, x), adapted(one, adapter, x), atol=1e-5)
+    np.testing.assert_allclose(adapted(eight, sharded, x), adapted(one, adapter, x), atol=1e-5)
 
 
 def test_restart_and_exchange_take_quantized_bases(tmp_path) -> None:
@@ -366,7 +366,7 @@ def test_restart_and_exchange_take_quantized_bases(tmp_path) -> None:
     np.testing.assert_array_equal(donated["embed"], jlora.merge(params, toy_model.adapter())["embed"])
 
 
-def test_a_form_of_ones_own() -> None:
+def test_a_format_of_the_users_own() -> None:
     params = jlora.quantize(
         toy_model.params(), toy_model.sites(), {"mix/kernel": lambda w, site: nf4.quantize(w, 0, 4, None)}
     )

@@ -1,4 +1,4 @@
-"""Adapters that jlora makes for PEFT, each for a model of `peft_models.py`."""
+"""Adapters that jlora saves for PEFT, each for a model of `peft_models.py`."""
 
 from __future__ import annotations
 
@@ -92,10 +92,10 @@ EXPORTS: dict[str, Export] = {
 
 
 def program(model: str, state: State) -> tuple[Any, jlora.Sites]:
-    """A model's parameters, and where they are used."""
-    own = MODELS[model]
-    params = jax.tree.map(jnp.asarray, own.params(state))
-    return params, jlora.trace(own.apply, params, example(own.torch))
+    """A model's parameters and sites."""
+    entry = MODELS[model]
+    params = jax.tree.map(jnp.asarray, entry.params(state))
+    return params, jlora.trace(entry.apply, params, example(entry.torch))
 
 
 def example(torch: str) -> jax.Array:
@@ -106,7 +106,7 @@ def example(torch: str) -> jax.Array:
 def adapter(name: str, sites: jlora.Sites) -> dict[str, jlora.Update]:
     """The adapter of an export, all its numbers at random."""
     export = EXPORTS[name]
-    made = jlora.init(jax.random.key(0), sites, export.targets)
+    exported = jlora.init(jax.random.key(0), sites, export.targets)
 
     def draw(path: str, factor: str, array: jax.Array) -> jax.Array:
         rng = np.random.RandomState(zlib.crc32(f"{name} {path} {factor}".encode()))
@@ -120,10 +120,10 @@ def adapter(name: str, sites: jlora.Sites) -> dict[str, jlora.Update]:
         factors, frozen = groups
         return dataclasses.replace(update, factors=factors, frozen=frozen)
 
-    return jlora.scale({path: drawn(path, update) for path, update in made.items()}, export.scale)
+    return jlora.scale({path: drawn(path, update) for path, update in exported.items()}, export.scale)
 
 
 def save(name: str, folder: Path, params: Any, sites: jlora.Sites) -> None:
     export = EXPORTS[name]
-    made = adapter(name, sites)
-    jlora.peft.save(folder, made, MODELS[export.model].names, params=params, target=export.target)
+    exported = adapter(name, sites)
+    jlora.peft.save(folder, exported, MODELS[export.model].names, params=params, target=export.target)

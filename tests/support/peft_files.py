@@ -33,15 +33,17 @@ def golden() -> dict[str, dict[str, dict[str, np.ndarray]]]:
 @functools.cache
 def program(model: str) -> tuple[Any, jlora.Sites, Any]:
     """A model's parameters, its sites, and the function from parameters to the output for the golden input."""
-    own = MODELS[model]
-    params, sites = peft_exports.program(model, golden()["model"][own.torch])
-    x = jnp.asarray(golden()["input"][own.torch]["x"])
-    return params, sites, jax.jit(lambda p: own.apply(p, x))
+    entry = MODELS[model]
+    params, sites = peft_exports.program(model, golden()["model"][entry.torch])
+    x = jnp.asarray(golden()["input"][entry.torch]["x"])
+    return params, sites, jax.jit(lambda p: entry.apply(p, x))
 
 
-def error(got: Any, want: np.ndarray) -> float:
-    """The largest difference in units of the largest entry; infinite where the shapes differ."""
-    return float(np.abs(np.asarray(got) - want).max() / np.abs(want).max()) if got.shape == want.shape else np.inf
+def error(actual: Any, expected: np.ndarray) -> float:
+    """The largest difference in units of the largest entry; infinite if the shapes differ."""
+    if actual.shape != expected.shape:
+        return np.inf
+    return float(np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max())
 
 
 def unpack(files: dict[str, np.ndarray], folder: Path) -> Path:

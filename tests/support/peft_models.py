@@ -1,4 +1,4 @@
-"""Small models in JAX and where their weights lie in torch: BERT, GPT-2, Llama, Mixtral, a CNN.
+"""Small models in JAX and the torch modules that hold their weights: BERT, GPT-2, Llama, Mixtral, a CNN.
 
 The torch side is in `golden/exchange.py`.
 """
@@ -97,7 +97,7 @@ def block(x: Array, layer: Any, mlp: Callable[[Any, Array], Array]) -> Array:
 
 
 def llama(mlp: Callable[[Any, Array], Array], p: Any, ids: Array) -> Array:
-    """Layers in a list or, where they are stacked, in a scan; the head its own or the embedding."""
+    """Layers in a list, or stacked in a scan; the head is a weight of its own or the embedding."""
     x = p["embed"]["embedding"][ids]
     if isinstance(p["layers"], dict):
         x, _ = lax.scan(lambda y, layer: (block(y, layer, mlp), None), x, p["layers"])
