@@ -160,10 +160,11 @@ def draw(results: Results, file: Path) -> None:
         temporaries = percent * adapted["needed"] - arguments
         axis.barh(position, arguments, color="#4c72b0", label="parameters, adapter, Adam")
         axis.barh(position, temporaries, left=arguments, color="#dd8452", label="temporaries")
-        if merged and (end := percent * merged["needed"]) < 150:
-            ends = [position - 0.4, position + 0.4]
-            axis.plot([end] * 2, ends, color="black", linewidth=2, label="merged in the step")
-        elif merged:
+        end = percent * merged["needed"] if merged else None
+        if end is not None and end < 150:
+            mark = [position - 0.4, position + 0.4]
+            axis.plot([end] * 2, mark, color="black", linewidth=2, label="merged in the step")
+        elif end is not None:
             axis.text(158, position, f"{end:.0f}% >", va="center", ha="right", fontsize=8)
     axis.axvline(100, color="grey", linestyle="--", linewidth=1)
     axis.set_yticks(range(len(rows)), list(rows), fontsize=8)

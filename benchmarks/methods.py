@@ -106,7 +106,13 @@ def step(
     return run, (adapter, tx.init(adapter), params, batch)
 
 
-PROGRAMS = {"transformer": transformer, "kernel": kernel}
+# A step function and its arguments.
+Program = tuple[Callable[..., Any], tuple[Any, ...]]
+
+PROGRAMS: dict[str, Callable[[jlora.Method, argparse.Namespace], Program]] = {
+    "transformer": transformer,
+    "kernel": kernel,
+}
 
 
 def count_weight_sized(function: Callable[..., Any], args: tuple[Any, ...], width: int) -> int:
@@ -119,7 +125,8 @@ def count_weight_sized(function: Callable[..., Any], args: tuple[Any, ...], widt
 
 def measure(form: str, options: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
     """Costs and times of all steps in one form, and the bars of those that are not dense."""
-    steps, programs = {}, {}
+    steps: dict[str, Program] = {}
+    programs: dict[str, _measure.Program] = {}
     for name, method in tqdm((METHODS | DENSE).items(), f"compiling, {form}"):
         run, args = steps[name] = PROGRAMS[form](method, options)
         programs[name] = _measure.compile(run, *args)

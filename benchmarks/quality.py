@@ -95,7 +95,7 @@ class Task:
         last = f"layer_{first - 1}"
 
         @jax.jit
-        def lower(variables: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        def lower(variables: Any, ids: jax.Array, mask: jax.Array) -> Any:
             _, state = encoder.apply(variables, ids, mask, capture_intermediates=lambda m, _: m.name == last)
             return state["intermediates"][last]["__call__"][0]
 

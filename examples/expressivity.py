@@ -1,4 +1,4 @@
-"""How high a rank each method's update reaches for the parameters that it trains: a picture and a table.
+"""The rank of each method's update against the number of its trained parameters: a picture and a table.
 
     python examples/expressivity.py
 
@@ -7,7 +7,7 @@ Every method updates one kernel with Gaussian factors, in several sizes; the upd
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -26,38 +26,44 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 def families(m: int, n: int) -> dict[str, list[jlora.Method]]:
     """Each method in several sizes, for an `(m, n)` kernel."""
-    both = [r for r in RANKS if m % r == 0 and n % r == 0]
+    divisors = [r for r in RANKS if m % r == 0 and n % r == 0]
+    row_divisors = [r for r in RANKS if m % r == 0]
+    few, many = (1, 2, 3, 4), (1, 2, 3, 4, 6, 8, 12, 16)
     return {
-        "LoRA": [jlora.LoRA(r) for r in RANKS],
-        "AdaLoRA": [jlora.AdaLoRA(r) for r in RANKS],
-        "DeLoRA": [jlora.DeLoRA(r) for r in RANKS],
-        "DoRA": [jlora.DoRA(r) for r in RANKS],
-        "Additive": [jlora.Additive(r) for r in both],
-        "MiSS": [jlora.MiSS(r) for r in RANKS if m % r == 0],
-        "Hadamard, k = 2": [jlora.Hadamard(2 * r, 2) for r in (1, 2, 3, 4, 6, 8, 12, 16)],
-        "Hadamard, k = 4": [jlora.Hadamard(4 * r, 4) for r in (1, 2, 3, 4)],
-        "Hadamard of additive, k = 2": [jlora.Hadamard(2 * r, 2, "additive") for r in (1, 2, 3, 4, 6, 8, 12)],
-        "Hadamard of additive, k = 4": [jlora.Hadamard(4 * r, 4, "additive") for r in (1, 2, 3, 4)],
-        "Hadamard of tanh": [jlora.Hadamard(r, 1, "tanh") for r in (1, 2, 3, 4, 8)],
-        "Hadamard of sigmoid": [jlora.Hadamard(r, 1, "sigmoid") for r in (1, 2, 3, 4, 8)],
-        "LoHa": [jlora.LoHa(r) for r in (1, 2, 3, 4, 6, 8, 12, 16)],
-        "LoKr, factor 4": [jlora.LoKr(r, factor=4) for r in RANKS[:6]],
-        "LoKr, factor 8": [jlora.LoKr(r, factor=8) for r in RANKS[:5]],
-        "VeRA": [jlora.VeRA(r) for r in (*RANKS, 96, 128)],
-        "LoRA-XS": [jlora.LoRAXS(r) for r in RANKS],
-        "HRA": [jlora.HRA(r) for r in RANKS[1:]],
-        "RandLoRA": [jlora.RandLoRA(r) for r in (4, 8, 16, 32)],
-        "OFT": [jlora.OFT(r) for r in RANKS[1:] if m % r == 0],
-        "HiRA": [jlora.HiRA(r) for r in RANKS[:4]],
-        "FourierFT": [jlora.FourierFT(k) for k in (10, 30, 100, 300, 1000)],
-        "SHiRA": [jlora.SHiRA(r) for r in RANKS[:4]],
+        "LoRA": _sizes(jlora.LoRA, RANKS),
+        "AdaLoRA": _sizes(jlora.AdaLoRA, RANKS),
+        "DeLoRA": _sizes(jlora.DeLoRA, RANKS),
+        "DoRA": _sizes(jlora.DoRA, RANKS),
+        "Additive": _sizes(jlora.Additive, divisors),
+        "MiSS": _sizes(jlora.MiSS, row_divisors),
+        "Hadamard, k = 2": _sizes(lambda r: jlora.Hadamard(2 * r, 2), many),
+        "Hadamard, k = 4": _sizes(lambda r: jlora.Hadamard(4 * r, 4), few),
+        "Hadamard of additive, k = 2": _sizes(lambda r: jlora.Hadamard(2 * r, 2, "additive"), many[:-1]),
+        "Hadamard of additive, k = 4": _sizes(lambda r: jlora.Hadamard(4 * r, 4, "additive"), few),
+        "Hadamard of tanh": _sizes(lambda r: jlora.Hadamard(r, 1, "tanh"), (*few, 8)),
+        "Hadamard of sigmoid": _sizes(lambda r: jlora.Hadamard(r, 1, "sigmoid"), (*few, 8)),
+        "LoHa": _sizes(jlora.LoHa, many),
+        "LoKr, factor 4": _sizes(lambda r: jlora.LoKr(r, factor=4), RANKS[:6]),
+        "LoKr, factor 8": _sizes(lambda r: jlora.LoKr(r, factor=8), RANKS[:5]),
+        "VeRA": _sizes(jlora.VeRA, (*RANKS, 96, 128)),
+        "LoRA-XS": _sizes(jlora.LoRAXS, RANKS),
+        "HRA": _sizes(jlora.HRA, RANKS[1:]),
+        "RandLoRA": _sizes(jlora.RandLoRA, (4, 8, 16, 32)),
+        "OFT": _sizes(jlora.OFT, row_divisors[1:]),
+        "HiRA": _sizes(jlora.HiRA, RANKS[:4]),
+        "FourierFT": _sizes(jlora.FourierFT, (10, 30, 100, 300, 1000)),
+        "SHiRA": _sizes(jlora.SHiRA, RANKS[:4]),
         "IA3": [jlora.IA3()],
         "Full": [jlora.Full()],
     }
 
 
+def _sizes(make: Callable[[int], jlora.Method], sizes: Iterable[int]) -> list[jlora.Method]:
+    return [make(size) for size in sizes]
+
+
 def measure(method: jlora.Method, m: int, n: int) -> tuple[int, int]:
-    """The number of trained parameters, and the rank of the update."""
+    """The number of trained parameters, and the rank of the update with Gaussian factors."""
     rng = np.random.default_rng(0)
     params = {"w": jnp.asarray(rng.normal(size=(m, n)) / m**0.5)}
     sites = jlora.trace(lambda p, x: x @ p["w"], params, jnp.zeros((1, m)))
@@ -73,13 +79,13 @@ def curves(m: int, n: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     """Each method's sizes as (parameters, rank), by parameters."""
     kernel = jax.ShapeDtypeStruct((m, n), jnp.float64)
     site = jlora.trace(lambda p, x: x @ p["w"], {"w": kernel}, jax.ShapeDtypeStruct((1, m), jnp.float64))["w"]
-    made = {
+    supported = {
         name: [method for method in methods if not method.unsupported_reason(site)]
         for name, methods in families(m, n).items()
     }
     interval = 0.2 if sys.stderr.isatty() else 20.0
-    with tqdm(total=sum(map(len, made.values())), unit="update", mininterval=interval) as bar:
-        for name, methods in made.items():
+    with tqdm(total=sum(map(len, supported.values())), unit="update", mininterval=interval) as bar:
+        for name, methods in supported.items():
             points = []
             for method in methods:
                 bar.set_description(name)
@@ -88,14 +94,15 @@ def curves(m: int, n: int) -> Iterator[tuple[str, list[tuple[int, int]]]]:
             yield name, sorted(points)
 
 
-def draw(found: dict[str, list[tuple[int, int]]], m: int, n: int, path: Path) -> None:
+def draw(points_by_name: dict[str, list[tuple[int, int]]], m: int, n: int, path: Path) -> None:
+    """Draws one curve for each method."""
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    colours = pyplot.colormaps["tab20"].colors
-    for k, (name, points) in enumerate((name, points) for name, points in found.items() if points):
+    colours = pyplot.get_cmap("tab20")
+    for k, (name, points) in enumerate((name, points) for name, points in points_by_name.items() if points):
         count, rank = zip(*points, strict=True)
         marker = "os^DvPX"[k % 7]
         axes.plot(
-            count, rank, marker=marker, markersize=4, linewidth=1.2, color=colours[2 * k % 20 + k // 10 % 2], label=name
+            count, rank, marker=marker, markersize=4, linewidth=1.2, color=colours(2 * k % 20 + k // 10 % 2), label=name
         )
     axes.axhline(min(m, n), color="0.6", linestyle=":", linewidth=1)
     axes.axvline(m * n, color="0.6", linestyle=":", linewidth=1)
@@ -113,16 +120,21 @@ def draw(found: dict[str, list[tuple[int, int]]], m: int, n: int, path: Path) ->
 
 
 def main() -> None:
+    """Reads the options, measures, draws and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=int, nargs=2, default=(192, 384), metavar=("IN", "OUT"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "expressivity.png")
+    parser.add_argument(
+        "--shape", type=int, nargs=2, default=(192, 384), metavar=("IN", "OUT"), help="default: 192 384"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "expressivity.png", help="default: beside this"
+    )
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     m, n = options.shape
-    found = dict(curves(m, n))
-    draw(found, m, n, options.out)
-    width = max(map(len, found))
-    for name, points in found.items():
+    points_by_name = dict(curves(m, n))
+    draw(points_by_name, m, n, options.out)
+    width = max(map(len, points_by_name))
+    for name, points in points_by_name.items():
         print(f"{name:{width}}  " + "  ".join(f"{count:,}: {rank}" for count, rank in points))
     print(f"\nWritten to {options.out}")
 

@@ -1,7 +1,7 @@
-"""Fine-tunes the MiniLM-L6 sentence encoder on film-review sentences with LoRA, and reports what it brought.
+"""Fine-tunes the MiniLM-L6 sentence encoder on film-review sentences with LoRA, and writes a report.
 
 python examples/finetune_reviews.py                 # three epochs, a few minutes on two cores
-python examples/finetune_reviews.py --full          # and full fine-tuning, to compare with
+python examples/finetune_reviews.py --full          # also runs full fine-tuning, for comparison
 python examples/finetune_reviews.py --rank 2 --targets '.*/(query|value)/kernel'
 """
 
@@ -31,14 +31,15 @@ EPOCHS, BATCH = 3, 32
 
 
 def arguments() -> argparse.Namespace:
+    """The options, checked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="of the head, the adapter and the order (default: 0)")
-    parser.add_argument("--rank", type=int, default=8, help="of the LoRA factors; the scale stays 2 (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of head, adapter and data order (default: 0)")
+    parser.add_argument("--rank", type=int, default=8, help="of the LoRA factors; the scale is always 2 (default: 8)")
     parser.add_argument(
         "--targets",
         default=TARGETS,
         metavar="REGEX",
-        help="which weights are adapted: matched against whole paths such as params/layer_0/attention/query/kernel "
+        help="the weights to adapt, matched against full paths such as params/layer_0/attention/query/kernel "
         "(default: every kernel of attention and feed-forward)",
     )
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate for LoRA (default: 2e-3)")
@@ -46,29 +47,29 @@ def arguments() -> argparse.Namespace:
         "--base",
         choices=("float32", "int8", "nf4"),
         default="float32",
-        help="how the kernels of the encoder are held (default: float32; int8 takes the package qwix)",
+        help="format of the encoder's kernels (default: float32; int8 needs the package qwix)",
     )
     parser.add_argument("--steps", type=int, help=f"training steps of {BATCH} sentences (default: {EPOCHS} epochs)")
-    parser.add_argument("--full", action="store_true", help="also run full fine-tuning, to compare with")
+    parser.add_argument("--full", action="store_true", help="also run full fine-tuning, for comparison")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="where report, curves, adapter and head go (default: runs/reviews, or the next free runs/reviews-2, ...)",
+        help="for report, curves, adapter and head (default: the first unused of runs/reviews, runs/reviews-2, ...)",
     )
     options = parser.parse_args()
     if options.rank < 1 or (options.steps is not None and options.steps < 1):
-        parser.error("--rank and --steps must be 1 or more")
+        parser.error("--rank and --steps must be positive integers")
     if options.full and options.base != "float32":
-        parser.error("--full trains every weight, and a quantised one does not train: leave out --base")
-    options.out = options.out or free("runs/reviews")
-    if (options.out / "adapter").exists():  # nothing that was trained is written over
-        parser.error(f"{options.out / 'adapter'} exists: remove it, or give another --out")
+        parser.error("--full trains every weight, and quantised weights cannot be trained: leave out --base")
+    options.out = options.out or unused("runs/reviews")
+    if (options.out / "adapter").exists():  # trained adapters are never overwritten
+        parser.error(f"{options.out / 'adapter'} exists: remove it, or choose another --out")
     return options
 
 
-def free(name: str) -> Path:
-    """The folder of that name, or of the name with the first number that is not taken."""
+def unused(name: str) -> Path:
+    """The folder `name`, or the first of `name-2`, `name-3`, ... that does not exist."""
     names = itertools.chain([name], (f"{name}-{k}" for k in itertools.count(2)))
     return next(path for path in map(Path, names) if not path.exists())
 
@@ -89,7 +90,7 @@ def main() -> int:
     head = init_head(head_key, model.width, classes=2)
     shared: dict[str, Any] = {"steps": steps, "batch": BATCH, "seed": options.seed}
 
-    # What is adapted comes first: a pattern that fits nothing is told at once.
+    # Targets are checked first, so that a pattern that matches nothing fails at once.
     sites = jlora.trace(model.apply, variables, train.ids[:1], train.mask[:1])
     method = jlora.LoRA(rank=options.rank, alpha=2 * options.rank)
     try:
@@ -99,20 +100,20 @@ def main() -> int:
         return 2
 
     if options.base != "float32":
-        whole, variables = variables, jlora.quantize(variables, sites, {TARGETS: options.base})
-        if options.base == "nf4":  # LoRA starts with what the rounding took away
-            rounded = {path: update for path, update in adapter.items() if re.fullmatch(TARGETS, path)}
-            variables, fitted = jlora.loftq(rounded, whole, variables)
-            adapter |= fitted
+        float_variables, variables = variables, jlora.quantize(variables, sites, {TARGETS: options.base})
+        if options.base == "nf4":  # LoRA starts with an approximation of the rounding error
+            quantised = {path: update for path, update in adapter.items() if re.fullmatch(TARGETS, path)}
+            variables, initialised = jlora.loftq(quantised, float_variables, variables)
+            adapter |= initialised
     adapted = jlora.adapt(model.apply)
 
-    # 1. The frozen encoder with a head alone: what the features are worth as they come.
+    # 1. The frozen encoder with a trained head, as the baseline.
     embed = jax.jit(lambda _, variables, ids, mask: adapted(variables, {}, ids, mask))
     frozen_head = fit_head(predict(embed, None, variables, train), train.labels, head)
     head_logits = np.asarray(apply_head(frozen_head, predict(embed, None, variables, test)))
     print(f"head alone: {accuracy(head_logits, test.labels):.1%} of {len(test.labels)} test sentences")
 
-    # 2. LoRA, and the head with it.
+    # 2. LoRA and a head.
     def lora_logits(trainable: Any, variables: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
         return apply_head(trainable["head"], adapted(variables, trainable["adapter"], ids, mask))
 
@@ -121,14 +122,14 @@ def main() -> int:
         lora_logits, trainable, variables, train, validation, name="LoRA", learning_rate=options.lr, **shared
     )
 
-    # What is measured is what was saved: the adapter goes to disk and comes back first.
+    # The adapter is saved and loaded again: what is evaluated is what was saved.
     options.out.mkdir(parents=True, exist_ok=True)
     jlora.save(options.out / "adapter", trained["adapter"])
     save_file({name: np.asarray(value) for name, value in trained["head"].items()}, options.out / "head.safetensors")
     trained = {"adapter": jlora.load(options.out / "adapter"), "head": trained["head"]}
     logits = predict(jax.jit(lora_logits), trained, variables, test)
 
-    # 3. The same, merged into plain parameters that the plain model takes.
+    # 3. The adapter merged into plain parameters, in the unmodified model.
     def plain_logits(head: Any, variables: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
         return apply_head(head, model.apply(variables, ids, mask))
 

@@ -1,9 +1,9 @@
-"""Fine-tunes SmolLM2-135M-Instruct with LoRA to write like film critics, and shows what it wrote before and after.
+"""Fine-tunes SmolLM2-135M-Instruct with LoRA to write like film critics; shows replies before and after.
 
-python examples/finetune_smollm.py                  # some minutes on two cores
+python examples/finetune_smollm.py                  # about a quarter of an hour on two cores
 python examples/finetune_smollm.py --steps 400 --rank 16
 
-Writes the report, the samples, the adapter, and the adapter in PEFT's files, for transformers and serving engines.
+Writes a report, samples, the adapter, and the adapter in PEFT's format for transformers and serving engines.
 """
 
 from __future__ import annotations
@@ -40,40 +40,43 @@ SAMPLES, COUNT, TEMPERATURE = 4, 40, 0.7
 
 
 def arguments() -> argparse.Namespace:
+    """The options, checked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="of the adapter, the order and the samples (default: 0)")
-    parser.add_argument("--rank", type=int, default=8, help="of the LoRA factors; the scale stays 2 (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of adapter, data order and samples (default: 0)")
+    parser.add_argument("--rank", type=int, default=8, help="of the LoRA factors; the scale is always 2 (default: 8)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
     parser.add_argument("--steps", type=int, default=150, help=f"of {BATCH} sentences (default: 150)")
-    parser.add_argument("--out", type=Path, default=Path("runs/smollm"), metavar="FOLDER", help="must not exist")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/smollm"), metavar="FOLDER", help="must not exist (default: runs/smollm)"
+    )
     options = parser.parse_args()
     if options.rank < 1 or options.steps < 1:
-        parser.error("--rank and --steps must be 1 or more")
-    if options.out.exists():  # nothing that was trained is written over
-        parser.error(f"{options.out} exists: remove it, or give another --out")
+        parser.error("--rank and --steps must be positive integers")
+    if options.out.exists():  # trained adapters are never overwritten
+        parser.error(f"{options.out} exists: remove it, or choose another --out")
     return options
 
 
 def loss(forward: smollm.Forward) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(params, ids, written) -> the sum over the tokens to be written of -log p in nats, and their number."""
+    """(params, ids, written) -> the sum of -log p in nats over the tokens to be learned, and their number."""
 
     def total(params: Any, ids: jax.Array, written: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, _ = forward(params, ids[:, :-1])
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
-        return (each * written[:, 1:]).sum(), written[:, 1:].sum()
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
+        return (losses * written[:, 1:]).sum(), written[:, 1:].sum()
 
     return total
 
 
 def perplexity(total: Any, params: Any, replies: critic.Replies) -> float:
-    """exp of the mean over all tokens to be written of -log p; `total` is jitted."""
-    parts = [total(params, *(x[at : at + 20] for x in replies)) for at in range(0, len(replies.ids), 20)]
+    """exp of the mean of -log p over all tokens to be learned; `total` is jitted."""
+    parts = [total(params, *(x[start : start + 20] for x in replies)) for start in range(0, len(replies.ids), 20)]
     nats, tokens = (sum(float(part[k]) for part in parts) for k in (0, 1))
     return float(np.exp(nats / tokens))
 
 
 def train(apply: Any, adapter: Any, params: Any, replies: critic.Replies, options: Any) -> tuple[Any, list[float]]:
-    """AdamW with warm-up and a cosine on the adapter alone; returns it and the loss of every step."""
+    """Trains the adapter with AdamW, warm-up and cosine decay; returns it and the loss of every step."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, options.lr, max(1, options.steps // 10), max(2, options.steps))
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
 
@@ -101,7 +104,7 @@ def train(apply: Any, adapter: Any, params: Any, replies: critic.Replies, option
 
 
 class Writer:
-    """What a set of parameters writes: one compiled program for all sets of one structure."""
+    """Generates replies; parameters of one structure share one compiled program."""
 
     def __init__(self, forward: smollm.Forward, config: smollm.Config, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -112,21 +115,23 @@ class Writer:
         self.run = jax.jit(run)
 
     def samples(self, params: Any, liked: bool, seed: int) -> list[str]:
-        drawn = self.run(params, self.prompts(liked), jax.random.key(seed))
-        return [self.text(tokens) for tokens in np.asarray(drawn).tolist()]
+        """Several replies to one prompt."""
+        tokens = self.run(params, self.prompts(liked), jax.random.key(seed))
+        return [self.text(reply) for reply in np.asarray(tokens).tolist()]
 
     def prompts(self, liked: bool) -> jax.Array:
+        """The tokens of a batch of equal prompts."""
         return jnp.asarray([self.tokenizer.encode(critic.prompt(liked)).ids] * SAMPLES)
 
     def text(self, tokens: list[int]) -> str:
-        """The reply up to its end, marked where it was cut."""
+        """The reply up to its end token; an ellipsis marks a reply that was truncated."""
         end = self.tokenizer.token_to_id(smollm.END)
-        whole = self.tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens)
-        return " ".join(whole.split()) + ("" if end in tokens else " …")
+        text = self.tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens)
+        return " ".join(text.split()) + ("" if end in tokens else " …")
 
 
 def speeds(runs: dict[str, tuple[Writer, Any]], rounds: int = 5) -> dict[str, float]:
-    """Tokens a second of each, medians of rounds in which they take turns."""
+    """Tokens a second of each: medians over rounds in which they run in turns."""
     key = jax.random.key(0)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for count in range(rounds + 1):
@@ -157,10 +162,10 @@ def main() -> int:
         critic.encode(tokenizer, [texts[i] for i in part], labels[part]) for part in np.split(order, [HELD_OUT])
     )
 
-    # 1. The model as it comes.
+    # 1. The model before training.
     total = jax.jit(loss(forward))
     writer = Writer(forward, model.config, tokenizer)
-    wrote = {"before": {liked: writer.samples(params, liked, options.seed) for liked in (True, False)}}
+    samples = {"before": {liked: writer.samples(params, liked, options.seed) for liked in (True, False)}}
     measured = {"before": perplexity(total, params, held_out)}
     print(f"before: perplexity {measured['before']:.1f} on {len(held_out.ids)} held-out sentences", flush=True)
 
@@ -171,7 +176,7 @@ def main() -> int:
     adapted = jlora.adapt(forward)
     adapter, losses = train(adapted, adapter, params, rest, options)
 
-    # 3. What is measured is what was saved; and PEFT's files, read again, hold the same adapter.
+    # 3. Save, load and evaluate what was saved; the exported PEFT files must hold the same adapter.
     options.out.mkdir(parents=True)
     jlora.save(options.out / "adapter", adapter, params=params)
     adapter = jlora.load(options.out / "adapter", params=params)
@@ -179,14 +184,16 @@ def main() -> int:
     jlora.peft.save(options.out / "peft", adapter, maps)
     exported = jlora.peft.load(options.out / "peft", sites, maps)
     if not jax.tree.all(jax.tree.map(np.array_equal, adapter, exported)):
-        raise RuntimeError("PEFT's files do not hold the adapter that was written to them")
+        raise RuntimeError(f"The adapter read from {options.out / 'peft'} differs from the one written to it.")
 
-    # 4. Merged into plain parameters that the plain model takes.
+    # 4. The adapter merged into plain parameters, in the unmodified model.
     merged = jlora.merge(params, adapter)
-    wrote["after"] = {liked: writer.samples(merged, liked, options.seed) for liked in (True, False)}
+    samples["after"] = {liked: writer.samples(merged, liked, options.seed) for liked in (True, False)}
     measured["after"] = perplexity(total, merged, held_out)
     unmerged = Writer(lambda pair, *args: adapted(*pair, *args), model.config, tokenizer)
-    fast = speeds({"base": (writer, params), "merged": (writer, merged), "not merged": (unmerged, (params, adapter))})
+    tokens_per_second = speeds(
+        {"base": (writer, params), "merged": (writer, merged), "not merged": (unmerged, (params, adapter))}
+    )
 
     result = {
         "settings": {k: v for k, v in vars(options).items() if k != "out"} | {"batch": BATCH, "targets": TARGETS},
@@ -194,8 +201,8 @@ def main() -> int:
         "parameters": {"base": report.size(params), "LoRA": report.size(adapter)},
         "bytes": {name: report.bytes_on_disk(options.out / name) for name in ("adapter", "peft")},
         "perplexity": measured,
-        "tokens_per_second": fast,
-        "samples": {when: {"praise": texts[True], "pan": texts[False]} for when, texts in wrote.items()},
+        "tokens_per_second": tokens_per_second,
+        "samples": {when: {"praise": texts[True], "pan": texts[False]} for when, texts in samples.items()},
         "losses": losses,
         "seconds": time.perf_counter() - started,
     }
@@ -208,8 +215,9 @@ def main() -> int:
 
 
 def markdown(result: dict[str, Any]) -> str:
+    """The report."""
     settings, sizes, sentences = result["settings"], result["parameters"], result["sentences"]
-    fast, measured = result["tokens_per_second"], result["perplexity"]
+    speed, measured = result["tokens_per_second"], result["perplexity"]
     lines = [
         "# SmolLM2-135M-Instruct as a film critic",
         "",
@@ -220,20 +228,20 @@ def markdown(result: dict[str, Any]) -> str:
         f"- {sizes['LoRA']:,} numbers trained, {sizes['LoRA'] / sizes['base']:.2%} of the model's {sizes['base']:,}; "
         f"rank {settings['rank']}, {settings['steps']} steps of {settings['batch']} sentences out of "
         f"{sentences['train']:,}, {sentences['held out']} held out, seed {settings['seed']}",
-        f"- tokens a second, {SAMPLES} replies at a time: base {fast['base']:.0f}, merged {fast['merged']:.0f}, "
-        f"not merged {fast['not merged']:.0f}",
-        f"- the adapter takes {result['bytes']['adapter']:,} bytes, in PEFT's files {result['bytes']['peft']:,}",
+        f"- tokens a second, {SAMPLES} replies at a time: base {speed['base']:.0f}, merged {speed['merged']:.0f}, "
+        f"not merged {speed['not merged']:.0f}",
+        f"- the adapter takes {result['bytes']['adapter']:,} bytes, in PEFT's format {result['bytes']['peft']:,}",
         f"- {result['seconds']:.0f} s in all, compilation included",
     ]
-    for asked in ("praise", "pan"):
-        lines += ["", f"## Asked to {asked}"]
+    for request in ("praise", "pan"):
+        lines += ["", f"## Asked to {request}"]
         for when in ("before", "after"):
-            lines += ["", f"{when.capitalize()}:", ""] + [f"> {text}\n" for text in result["samples"][when][asked]]
+            lines += ["", f"{when.capitalize()}:", ""] + [f"> {text}\n" for text in result["samples"][when][request]]
     return "\n".join(lines)
 
 
 def draw(path: Path, result: dict[str, Any]) -> None:
-    """Two panels: the loss while training, and the perplexity before and after it."""
+    """Draws the training loss, and the perplexity before and after training."""
     plt = report.plt
     with plt.rc_context(report.STYLE):
         figure, (curve, bars) = plt.subplots(
@@ -246,8 +254,8 @@ def draw(path: Path, result: dict[str, Any]) -> None:
         curve.set(title="Training loss (thick: running mean)", xlabel="step", ylabel="nats a token")
         values = result["perplexity"]
         colours = [report.COLOURS["head alone"], report.COLOURS["LoRA"]]
-        drawn = bars.bar(list(values), list(values.values()), 0.6, color=colours)
-        bars.bar_label(drawn, fmt="%.1f", padding=2, fontweight="bold")
+        rectangles = bars.bar(list(values), list(values.values()), 0.6, color=colours)
+        bars.bar_label(rectangles, fmt="%.1f", padding=2, fontweight="bold")
         bars.set(title="Held-out sentences", ylabel="perplexity")
         bars.margins(y=0.12)
         bars.grid(visible=False, axis="x")

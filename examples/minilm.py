@@ -1,6 +1,6 @@
 """The MiniLM-L6 sentence encoder as a plain Flax Linen model: 6 layers of BERT, width 384, 22.6M parameters.
 
-Nothing here knows of adapters.
+The model knows nothing of adapters.
 
     model, variables = minilm.load(assets.minilm())
     embeddings = model.apply(variables, ids, mask)          # (batch, 384)
@@ -21,6 +21,8 @@ from safetensors.numpy import load_file
 
 
 class Attention(nn.Module):
+    """Self-attention over the positions that the mask selects."""
+
     heads: int
 
     @nn.compact
@@ -37,6 +39,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """The MLP of a layer."""
+
     hidden: int
 
     @nn.compact
@@ -46,7 +50,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Norms come after the residual sums, as in BERT."""
+    """Attention and MLP, each followed by a residual sum and a norm, as in BERT."""
 
     heads: int
     hidden: int
@@ -61,9 +65,9 @@ class Layer(nn.Module):
 
 
 class MiniLM(nn.Module):
-    """Token ids and mask, each `(batch, length)`, to the mean of the last hidden states, `(batch, width)`.
+    """Maps token ids and mask, each `(batch, length)`, to the mean of the last hidden states, `(batch, width)`.
 
-    With `keep`, a policy of `jax.checkpoint`, the backward pass computes each layer again, but for what it keeps.
+    With `keep`, a policy of `jax.checkpoint`, layers are rematerialised, except for the values that the policy saves.
     """
 
     vocabulary: int
@@ -109,7 +113,7 @@ def load(folder: Path) -> tuple[MiniLM, dict[str, Any]]:
         return {"scale": jnp.asarray(tensors[f"{name}.weight"]), "bias": jnp.asarray(tensors[f"{name}.bias"])}
 
     def dense(name: str, kernel: tuple[int, ...], bias: tuple[int, ...]) -> dict[str, jax.Array]:
-        # The file holds (out, in); Linen wants (in, out), with the heads an axis of their own.
+        # The file holds (out, in); Linen expects (in, out) with a separate axis for the heads.
         weight = tensors[f"{name}.weight"].T.reshape(kernel)
         return {"kernel": jnp.asarray(weight), "bias": jnp.asarray(tensors[f"{name}.bias"].reshape(bias))}
 
@@ -124,17 +128,17 @@ def load(folder: Path) -> tuple[MiniLM, dict[str, Any]]:
         "embedding_norm": norm("embeddings.LayerNorm"),
     }
     for i in range(model.layers):
-        at = f"encoder.layer.{i}"
+        layer = f"encoder.layer.{i}"
         params[f"layer_{i}"] = {
             "attention": {
-                **{n: dense(f"{at}.attention.self.{n}", (d, h, k), (h, k)) for n in ("query", "key", "value")},
-                "out": dense(f"{at}.attention.output.dense", (h, k, d), (d,)),
+                **{n: dense(f"{layer}.attention.self.{n}", (d, h, k), (h, k)) for n in ("query", "key", "value")},
+                "out": dense(f"{layer}.attention.output.dense", (h, k, d), (d,)),
             },
-            "attention_norm": norm(f"{at}.attention.output.LayerNorm"),
+            "attention_norm": norm(f"{layer}.attention.output.LayerNorm"),
             "feed_forward": {
-                "up": dense(f"{at}.intermediate.dense", (d, f), (f,)),
-                "down": dense(f"{at}.output.dense", (f, d), (d,)),
+                "up": dense(f"{layer}.intermediate.dense", (d, f), (f,)),
+                "down": dense(f"{layer}.output.dense", (f, d), (d,)),
             },
-            "feed_forward_norm": norm(f"{at}.output.LayerNorm"),
+            "feed_forward_norm": norm(f"{layer}.output.LayerNorm"),
         }
     return model, {"params": params}

@@ -1,4 +1,4 @@
-"""The report of a fine-tuning run: Markdown to read, JSON to compute with, a picture of the curves."""
+"""The report of a fine-tuning run: Markdown, JSON, and a picture of the learning curves."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ STYLE: dict[Any, Any] = {
 
 
 def size(tree: Any) -> int:
-    """How many numbers the arrays of `tree` hold."""
+    """The number of elements in the arrays of `tree`."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def bytes_in_memory(tree: Any) -> int:
+    """The bytes of the arrays of `tree`."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def bytes_on_disk(path: Path) -> int:
+    """The bytes of a file, or of all files in a folder."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
 
@@ -60,6 +62,7 @@ def write(folder: Path, result: dict[str, Any], runs: dict[str, History]) -> str
 
 
 def markdown(result: dict[str, Any], runs: dict[str, History]) -> str:
+    """The report: a table of the runs and a list of settings."""
     settings, sizes, accuracy = result["settings"], result["parameters"], result["accuracy"]
     merged, on_disk, sentences = result["merged"], result["bytes"], result["sentences"]
     rows = [("head alone", "head", None), ("LoRA", "LoRA", runs["LoRA"])]
@@ -92,17 +95,17 @@ def markdown(result: dict[str, Any], runs: dict[str, History]) -> str:
 
 
 def smooth(values: list[float], weight: float = 0.95) -> np.ndarray:
-    """A running mean that forgets, without the pull of its start."""
-    found, total, mean = [], 0.0, 0.0
+    """An exponential running mean with bias correction."""
+    means, total, mean = [], 0.0, 0.0
     for value in values:
         mean = weight * mean + (1 - weight) * value
         total = weight * total + (1 - weight)
-        found.append(mean / total)
-    return np.array(found)
+        means.append(mean / total)
+    return np.array(means)
 
 
 def draw(path: Path, result: dict[str, Any], runs: dict[str, History]) -> None:
-    """Three panels: the loss and the validation accuracy while training, and the test accuracy after it."""
+    """Draws the training loss, the validation accuracy during training, and the final test accuracy."""
     settings, accuracy = result["settings"], result["accuracy"]
     with plt.rc_context(STYLE):
         figure, (loss, validation, test) = plt.subplots(
@@ -116,9 +119,9 @@ def draw(path: Path, result: dict[str, Any], runs: dict[str, History]) -> None:
             steps = np.arange(1, len(history.losses) + 1)
             loss.plot(steps, history.losses, color=COLOURS[name], alpha=0.18, linewidth=0.8)
             loss.plot(steps, smooth(history.losses), color=COLOURS[name], linewidth=2, label=name)
-            at, found = zip(*history.validated, strict=True)
-            validation.plot(at, 100 * np.array(found), "o-", color=COLOURS[name], linewidth=2, label=name)
-            validation.set_xticks(at)
+            steps, accuracies = zip(*history.validated, strict=True)
+            validation.plot(steps, 100 * np.array(accuracies), "o-", color=COLOURS[name], linewidth=2, label=name)
+            validation.set_xticks(steps)
         loss.set(
             title="Training loss (thick: running mean)", xlabel="step", ylabel="cross entropy (nats)", ylim=(0, None)
         )
@@ -126,7 +129,7 @@ def draw(path: Path, result: dict[str, Any], runs: dict[str, History]) -> None:
         validation.set(
             title=f"Validation, {result['sentences']['validation']} sentences",
             xlabel="step, at the end of each epoch",
-            ylabel="right answers (%)",
+            ylabel="accuracy (%)",
         )
         validation.margins(y=0.2)
         validation.legend(loc="lower right")
@@ -138,7 +141,7 @@ def draw(path: Path, result: dict[str, Any], runs: dict[str, History]) -> None:
             color=[COLOURS[name] for name in accuracy],
         )
         test.bar_label(bars, fmt="%.1f%%", padding=2, fontweight="bold")
-        test.set(title=f"Test, {result['sentences']['test']:,} sentences", ylabel="right answers (%)", ylim=(50, 100))
+        test.set(title=f"Test, {result['sentences']['test']:,} sentences", ylabel="accuracy (%)", ylim=(50, 100))
         test.grid(visible=False, axis="x")
         figure.savefig(path)
         plt.close(figure)

@@ -1,14 +1,13 @@
-"""Trains an adapter with checkpoints, and goes on exactly where it was stopped, killed or switched off.
+"""Trains an adapter with checkpoints, and continues exactly from the last one after it was stopped or killed.
 
-python examples/resume.py --folder runs/resume                # stop it with Ctrl-C or kill -9, and start it again
-python examples/resume.py --folder runs/resume --steps 400    # or let it end, and train on
+python examples/resume.py --folder runs/resume                # stop it with Ctrl-C or kill -9, and start again
+python examples/resume.py --folder runs/resume --steps 400    # or let it end, and train longer
 
-The job is made up and needs no download: a frozen network learns, through LoRA with dropout, what another of its kind
-does. Every few steps Orbax's CheckpointManager writes in the background what the run is made of: the adapter, the
-optimiser's state, the step, and the position in the data. Two runs of the same number of steps end in the same
-bits, however often one of them was stopped in between. With several devices (`XLA_FLAGS=
---xla_force_host_platform_device_count=8` makes eight of a CPU) the base is divided among them, and so are factors and
-batches.
+The task is synthetic and needs no download: a network with LoRA and dropout learns the outputs of another network of
+the same shape. Every few steps Orbax's CheckpointManager writes the state of the run in the background: adapter,
+optimiser state, step, and position in the data. Two runs of the same number of steps end in the same bits,
+however often one of them was stopped. With several devices
+(`XLA_FLAGS=--xla_force_host_platform_device_count=8` simulates eight on a CPU) base, factors and batches are sharded.
 """
 
 from __future__ import annotations
@@ -34,23 +33,26 @@ ROWS, WIDTH, HIDDEN, BATCH = 512, 16, 64, 32
 
 
 def arguments() -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/resume"), help="of the checkpoints")
-    parser.add_argument("--steps", type=int, default=200, help="in all, those of earlier runs included (default: 200)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/resume"), help="of the checkpoints (default: runs/resume)"
+    )
+    parser.add_argument("--steps", type=int, default=200, help="in total, with those of earlier runs (default: 200)")
     parser.add_argument("--every", type=int, default=10, help="steps between two checkpoints (default: 10)")
-    parser.add_argument("--devices", type=int, help="how many to use (default: all)")
+    parser.add_argument("--devices", type=int, help="number of devices to use (default: all)")
     return parser.parse_args()
 
 
-def model(params: Any, x: jax.Array) -> jax.Array:
-    """A residual network: x (batch, width) to (batch, width)."""
+def model(params: Any, x: Any) -> jax.Array:
+    """A residual network: x `(batch, width)` -> `(batch, width)`."""
     for layer in params["layers"]:
         x = x + jax.nn.gelu(x @ layer["up"]) @ layer["down"]
     return x
 
 
 def pretrained(key: jax.Array, mesh: Mesh) -> Any:
-    """The base, its hidden axis divided over the mesh."""
+    """The base, with its hidden axis sharded over the mesh."""
 
     def layer(key: jax.Array) -> dict[str, jax.Array]:
         up, down = jax.random.split(key)
@@ -63,24 +65,25 @@ def pretrained(key: jax.Array, mesh: Mesh) -> Any:
 
 
 def draw(data: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
-    """The rows of the next batch, and the position after it: every epoch has an order of its own."""
+    """The rows of the next batch, and the position after it; every epoch has another order."""
     rng = np.random.default_rng()
     rng.bit_generator.state = data["rng"]
-    order, at = data["order"], data["at"]
-    if at + BATCH > ROWS:
-        order, at = rng.permutation(ROWS), 0
-    return order[at : at + BATCH], {"rng": rng.bit_generator.state, "order": order, "at": at + BATCH}
+    order, position = data["order"], data["position"]
+    if position + BATCH > ROWS:
+        order, position = rng.permutation(ROWS), 0
+    following = {"rng": rng.bit_generator.state, "order": order, "position": position + BATCH}
+    return order[position : position + BATCH], following
 
 
 def start(adapter: Any, tx: optax.GradientTransformation) -> dict[str, Any]:
-    """All that a run has beside its adapter, before the first step."""
+    """The state of a run beside its adapter, before the first step."""
     rng = np.random.default_rng(0)
-    data = {"rng": rng.bit_generator.state, "order": np.arange(ROWS), "at": ROWS}
+    data = {"rng": rng.bit_generator.state, "order": np.arange(ROWS), "position": ROWS}
     return {"optimiser": tx.init(adapter), "step": 0, "data": data}
 
 
 def manager(folder: Path) -> ocp.CheckpointManager:
-    """Orbax's own: it saves in the background, and keeps the latest two and the best."""
+    """A checkpoint manager that saves in the background and keeps the latest two checkpoints and the best one."""
 
     def loss(metrics: Any) -> float:
         return metrics["loss"]
@@ -91,9 +94,9 @@ def manager(folder: Path) -> ocp.CheckpointManager:
 
 
 def train(folder: Path, steps: int, every: int, count: int) -> tuple[Any, dict[str, Any], list[float]]:
-    """Trains on `count` devices until `steps` are done, from the latest checkpoint in the folder if there is one.
+    """Trains on `count` devices until step `steps`, from the latest checkpoint in the folder if there is one.
 
-    Returns the adapter, the state beside it, and the losses of the steps that were done here.
+    Returns the adapter, the state beside it, and the losses of the steps that this call ran.
     """
     shape = (count // 2 or 1, min(2, count))
     mesh = Mesh(np.array(jax.devices()[:count]).reshape(shape), ("data", "model"))
@@ -123,14 +126,14 @@ def train(folder: Path, steps: int, every: int, count: int) -> tuple[Any, dict[s
         if latest is not None:
             adapter = jlora.load(folder / str(latest), params=params)
             state = jlora.load_state(folder / str(latest), state)
-            print(f"going on after step {latest}", flush=True)
+            print(f"continuing after step {latest}", flush=True)
 
         for number in itertools.count(state["step"] + 1):
             if number > steps:
                 break
             rows, data = draw(state["data"])
             batch = jax.device_put((x[rows], y[rows]), NamedSharding(mesh, P("data")))
-            key = jax.random.fold_in(dropout_key, number)  # by the step, so that there is no key to keep
+            key = jax.random.fold_in(dropout_key, number)  # derived from the step, so that no key has to be saved
             adapter, optimiser, value = step(adapter, state["optimiser"], params, key, *batch)
             state = {"optimiser": optimiser, "step": number, "data": data}
             losses.append(float(value))
@@ -142,6 +145,7 @@ def train(folder: Path, steps: int, every: int, count: int) -> tuple[Any, dict[s
 
 
 def main() -> int:
+    """Trains with the options of the command line."""
     options = arguments()
     try:
         train(options.folder, options.steps, options.every, options.devices or len(jax.devices()))

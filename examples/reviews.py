@@ -1,4 +1,4 @@
-"""Film-review sentences with people's ratings, as a task of two classes: is the sentence for or against the film?"""
+"""Film-review sentences with ratings, as two classes: is the sentence for or against the film?"""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from tokenizers import Tokenizer
 
 TEST, VALIDATION, TRAIN = 1500, 500, 3000
-LENGTH = 48  # tokens; longer sentences are cut, about one in twenty
+LENGTH = 48  # tokens; longer sentences are truncated (about one in twenty)
+
+Array = np.ndarray | jax.Array
 
 
 class Split(NamedTuple):
-    """Sentences as the encoder reads them: `ids` and `mask` (n, length) int32, `labels` (n,) int32, 1 is for."""
+    """Encoded sentences: `ids` and `mask` (n, length) int32, `labels` (n,) int32 with 1 for a favourable sentence."""
 
-    ids: np.ndarray
-    mask: np.ndarray
-    labels: np.ndarray
+    ids: Array
+    mask: Array
+    labels: Array
 
 
 def read(path: Path) -> tuple[list[str], np.ndarray]:
-    """Sentences and labels, without the sentences that people rated as about neutral."""
+    """Sentences and labels, without the sentences whose rating is nearly neutral."""
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
     rated = [(sentence, float(rating)) for _, rating, sentence in rows]
     clear = [(sentence, rating) for sentence, rating in rated if abs(rating) > 0.5]
@@ -30,7 +33,7 @@ def read(path: Path) -> tuple[list[str], np.ndarray]:
 
 
 def encode(tokenizer: Path, sentences: Sequence[str], length: int = LENGTH) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and mask of `sentences`, each `(n, length)`: cut or padded to one length."""
+    """Token ids and mask of `sentences`, each `(n, length)`, truncated or padded to one length."""
     tokens = Tokenizer.from_file(str(tokenizer))
     tokens.enable_truncation(length)
     tokens.enable_padding(length=length)
@@ -40,7 +43,7 @@ def encode(tokenizer: Path, sentences: Sequence[str], length: int = LENGTH) -> t
 
 
 def load(path: Path, tokenizer: Path) -> tuple[Split, Split, Split]:
-    """The training, validation and test splits: drawn once, the same for every seed of a training run."""
+    """The training, validation and test splits; they do not depend on the seed of a training run."""
     sentences, labels = read(path)
     order = np.random.default_rng(0).permutation(len(sentences))
     ends = np.cumsum([TEST, VALIDATION, TRAIN])

@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct as a plain Flax NNX model: Llama's architecture, 30 layers, width 576, 134.5M parameters.
+"""SmolLM2-135M-Instruct as a plain Flax NNX model: Llama architecture, 30 layers, width 576, 134.5M parameters.
 
-Nothing here knows of adapters; with `quantized` the weights stay the blocks of the file.
+The model knows nothing of adapters. With `quantized` the weights stay in the 4-bit blocks of the file.
 
     model, tokenizer = smollm.load(assets.smollm())
     logits, _ = model(tokens)                               # (batch, length, vocabulary)
@@ -26,9 +26,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from jlora.quantized import GGUF
 
-# The keys and the values of every layer, (layers, batch, places, key-value heads, width of a head).
+# Keys and values of every layer, each (layers, batch, positions, key-value heads, head width).
 Cache = tuple[jax.Array, jax.Array]
-# (params, tokens, cache, at) -> (logits, cache)
+# (params, tokens, cache, start) -> (logits, cache)
 Forward = Callable[..., tuple[jax.Array, Cache]]
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -37,7 +37,7 @@ END = "<|im_end|>"
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a Llama: `groups` is the number of heads of keys and values, each shared by some of the `heads`."""
+    """The sizes of a Llama; `groups` is the number of key-value heads, each shared by `heads // groups` query heads."""
 
     vocabulary: int
     width: int
@@ -50,46 +50,48 @@ class Config:
 
     @property
     def head_width(self) -> int:
+        """The width of a head."""
         return self.width // self.heads
 
 
 def linear(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer without a bias."""
     return nnx.Linear(width, out, use_bias=False, rngs=rngs)
 
 
 class Attention(nnx.Module):
-    """Causal attention with fewer heads of keys and values than of queries, and rotary positions."""
+    """Causal grouped-query attention with rotary positions."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs) -> None:
         self.config = config
-        queries, others = config.heads * config.head_width, config.groups * config.head_width
+        queries, shared = config.heads * config.head_width, config.groups * config.head_width
         self.query = linear(config.width, queries, rngs)
-        self.key = linear(config.width, others, rngs)
-        self.value = linear(config.width, others, rngs)
+        self.key = linear(config.width, shared, rngs)
+        self.value = linear(config.width, shared, rngs)
         self.out = linear(queries, config.width, rngs)
 
-    def __call__(self, x: jax.Array, cache: Any, at: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, cache: Any, start: Any) -> tuple[jax.Array, Any]:
         batch, length, _ = x.shape
         config = self.config
-        positions = at + jnp.arange(length)
+        positions = start + jnp.arange(length)
         query = self.query(x).reshape(batch, length, config.heads, config.head_width)
         key = self.key(x).reshape(batch, length, config.groups, config.head_width)
         value = self.value(x).reshape(batch, length, config.groups, config.head_width)
         query, key = (rotate(part, positions, config.rotary_base) for part in (query, key))
         if cache is not None:
-            put = partial(lax.dynamic_update_slice_in_dim, start_index=at, axis=1)
-            key, value = cache = (put(cache[0], key), put(cache[1], value))
+            write = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+            key, value = cache = (write(cache[0], key), write(cache[1], value))
 
         query = query.reshape(batch, length, config.groups, -1, config.head_width)
         scores = jnp.einsum("btghd,bsgd->bghts", query, key) / np.sqrt(config.head_width).astype(x.dtype)
-        seen = jnp.arange(key.shape[1])[None, :] <= positions[:, None]
-        scores = jnp.where(seen[None, None, None], scores, jnp.finfo(x.dtype).min)
+        causal = jnp.arange(key.shape[1])[None, :] <= positions[:, None]
+        scores = jnp.where(causal[None, None, None], scores, jnp.finfo(x.dtype).min)
         mixed = jnp.einsum("bghts,bsgd->btghd", jax.nn.softmax(scores), value)
         return self.out(mixed.reshape(batch, length, -1)), cache
 
 
 def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotary positions of x (batch, length, heads, width): pairs half a head apart turn, each at a rate of its own."""
+    """Rotates pairs (i, i + width / 2) of x `(batch, length, heads, width)` by angles that grow with the position."""
     half = x.shape[-1] // 2
     frequencies = base ** -(jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
@@ -99,6 +101,8 @@ def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
 
 
 class MLP(nnx.Module):
+    """The gated MLP (SwiGLU)."""
+
     def __init__(self, config: Config, rngs: nnx.Rngs) -> None:
         self.gate = linear(config.width, config.hidden, rngs)
         self.up = linear(config.width, config.hidden, rngs)
@@ -109,20 +113,22 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
+    """Attention and MLP, each after a norm and followed by a residual sum."""
+
     def __init__(self, config: Config, rngs: nnx.Rngs) -> None:
         self.norm_1 = nnx.RMSNorm(config.width, epsilon=config.epsilon, rngs=rngs)
         self.attention = Attention(config, rngs)
         self.norm_2 = nnx.RMSNorm(config.width, epsilon=config.epsilon, rngs=rngs)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: jax.Array, cache: Any, at: Any) -> tuple[jax.Array, Any]:
-        mixed, cache = self.attention(self.norm_1(x), cache, at)
+    def __call__(self, x: jax.Array, cache: Any, start: Any) -> tuple[jax.Array, Any]:
+        mixed, cache = self.attention(self.norm_1(x), cache, start)
         x = x + mixed
         return x + self.mlp(self.norm_2(x)), cache
 
 
 class SmolLM(nnx.Module):
-    """Tokens `(batch, length)` to logits `(batch, length, vocabulary)`: the embedding is the output head as well."""
+    """Maps tokens `(batch, length)` to logits `(batch, length, vocabulary)`; the head is tied to the embedding."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs) -> None:
         @nnx.split_rngs(splits=config.layers)
@@ -132,27 +138,28 @@ class SmolLM(nnx.Module):
 
         self.config = config
         self.embed = nnx.Embed(config.vocabulary, config.width, rngs=rngs)
-        self.layers = stack(rngs)  # of every weight one, its first axis the layer
+        self.layers = stack(rngs)  # every weight has a first axis for the layers
         self.norm = nnx.RMSNorm(config.width, epsilon=config.epsilon, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, cache: Cache | None = None, at: Any = 0) -> tuple[jax.Array, Any]:
-        """With a cache, the tokens stand at the places from `at` on, and see what the cache holds before them."""
+    def __call__(self, tokens: jax.Array, cache: Cache | None = None, start: Any = 0) -> tuple[jax.Array, Any]:
+        """With a cache, the tokens have the positions from `start` on, and attend to the cached ones before them."""
 
         @nnx.scan(in_axes=(0, nnx.Carry, 0), out_axes=(nnx.Carry, 0))
         def run(layer: Layer, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-            return layer(x, cache, at)
+            return layer(x, cache, start)
 
         x, cache = run(self.layers, self.embed(tokens), cache)
         return self.embed.attend(self.norm(x)), cache
 
 
 def forward(graph: nnx.GraphDef[SmolLM]) -> Forward:
-    """The model as a function of its parameters, as `jlora.adapt` wants it."""
+    """The model as a function of its parameters, as `jlora.adapt` expects it."""
     return lambda params, *args: nnx.merge(graph, params, copy=True)(*args)
 
 
-def empty_cache(config: Config, batch: int, places: int, dtype: Any = jnp.float32) -> Cache:
-    shape = (config.layers, batch, places, config.groups, config.head_width)
+def empty_cache(config: Config, batch: int, positions: int, dtype: Any = jnp.float32) -> Cache:
+    """A cache of zeros."""
+    shape = (config.layers, batch, positions, config.groups, config.head_width)
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
 
@@ -166,9 +173,9 @@ def generate(
     temperature: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Goes on with prompts `(batch, length)` by `count` tokens `(batch, count)`; temperature 0 takes the likeliest.
+    """Continues prompts `(batch, length)` with `count` tokens `(batch, count)`; temperature 0 is greedy decoding.
 
-    To be jitted with all but `params`, `prompts` and `key` fixed. `params` is whatever `forward` takes first.
+    To be jitted as a function of `params`, `prompts` and `key`. `params` is the first argument of `forward`.
     """
     batch, length = prompts.shape
     keys = jax.random.split(jax.random.key(0) if key is None else key, count)
@@ -179,10 +186,10 @@ def generate(
         return logits.argmax(axis=-1).astype(prompts.dtype)
 
     def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-        token, cache, at = carry
-        logits, cache = forward(params, token[:, None], cache, at)
+        token, cache, position = carry
+        logits, cache = forward(params, token[:, None], cache, position)
         following = choose(logits[:, -1], key)
-        return (following, cache, at + 1), following
+        return (following, cache, position + 1), following
 
     logits, cache = forward(params, prompts, empty_cache(config, batch, length + count), 0)
     first = choose(logits[:, -1], keys[0])
@@ -191,15 +198,15 @@ def generate(
 
 
 def chat(user: str, system: str = SYSTEM) -> str:
-    """The model's own form of a conversation, up to where it answers."""
+    """A conversation in the model's format, up to the start of its reply."""
     return f"<|im_start|>system\n{system}{END}\n<|im_start|>user\n{user}{END}\n<|im_start|>assistant\n"
 
 
 def load(path: Path, *, quantized: bool = False, dtype: Any = jnp.float32) -> tuple[SmolLM, Tokenizer]:
-    """The model and the tokenizer that a GGUF file of Llama's architecture with a tied embedding holds.
+    """The model and the tokenizer from a GGUF file of Llama's architecture with a tied embedding.
 
-    With `quantized` the matrices stay the bytes that they are in the file, and `jlora.adapt` runs the model. `dtype` is
-    that of the weights, or what the bytes stand for.
+    With `quantized` the matrices stay in the blocks of the file, and the model runs through `jlora.adapt`. `dtype` is
+    that of the weights, or of the weights after dequantisation.
     """
     reader = GGUFReader(path)
     config = _config(reader)
@@ -213,11 +220,11 @@ def load(path: Path, *, quantized: bool = False, dtype: Any = jnp.float32) -> tu
         return GGUF(jnp.asarray(tensors[name].data), kind, dtype=jnp.dtype(dtype)) if quantized else tensor(name)
 
     def kernels(name: str, heads: int = 0) -> Any:
-        """Of every layer the kernel (in, out), from rows (out, in), or from the bytes of such rows."""
-        found = [tensors[f"blk.{i}.{name}.weight"] for i in range(config.layers)]
-        kind = found[0].tensor_type
-        rows = np.stack([one.data if quantized else dequantize(one.data, kind) for one in found])
-        if heads:  # the file holds the pairs that turn together side by side
+        """The stacked kernels (layers, in, out), from rows (out, in) or from the bytes of such rows."""
+        layer_tensors = [tensors[f"blk.{i}.{name}.weight"] for i in range(config.layers)]
+        kind = layer_tensors[0].tensor_type
+        rows = np.stack([t.data if quantized else dequantize(t.data, kind) for t in layer_tensors])
+        if heads:  # in the file the two elements of a rotary pair are adjacent
             layers, _, width = rows.shape
             rows = rows.reshape(layers, heads, -1, 2, width).swapaxes(2, 3).reshape(layers, -1, width)
         if quantized:
@@ -248,6 +255,8 @@ def load(path: Path, *, quantized: bool = False, dtype: Any = jnp.float32) -> tu
 
 
 def _config(reader: GGUFReader) -> Config:
+    """The sizes of the model in the file."""
+
     def field(name: str) -> Any:
         return reader.fields[f"llama.{name}"].contents()
 
@@ -264,7 +273,7 @@ def _config(reader: GGUFReader) -> Config:
 
 
 def _tokenizer(reader: GGUFReader) -> Tokenizer:
-    """Byte-level pairs as in GPT-2, every digit a token of its own."""
+    """Byte-level BPE as in GPT-2, with each digit a separate token."""
 
     def field(name: str) -> Any:
         return reader.fields[f"tokenizer.ggml.{name}"].contents()

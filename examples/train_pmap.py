@@ -1,4 +1,4 @@
-"""Fine-tunes on several devices in the classic form: `jax.pmap`, replicas, and gradients that are averaged.
+"""Fine-tunes on several devices with `jax.pmap`: replicas of the parameters, and averaged gradients.
 
 python examples/train_pmap.py --devices 8            # on eight simulated devices
 python examples/train_pmap.py --devices 2 --tiny     # on two, without a download
@@ -18,11 +18,12 @@ import training
 
 
 def arguments(args: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
     return devices.arguments(__doc__).parse_args(args)
 
 
 def train(options: argparse.Namespace) -> list[float]:
-    """The loss of every step."""
+    """Trains; returns the loss of every step."""
     devices.simulate(options.devices)
     count = jax.local_device_count()
     if options.batch % (count * options.accumulate):
@@ -32,7 +33,7 @@ def train(options: argparse.Namespace) -> list[float]:
     job = devices.job(options)
 
     def replicas(tree: Any) -> Any:
-        """The tree on every device, with a first axis that counts them."""
+        """A copy of the tree on every device, with a first axis for the devices."""
         return jax.pmap(lambda _, tree: tree, in_axes=(0, None))(jax.numpy.arange(count), tree)
 
     start = {"adapter": job.init(), "head": job.head}
@@ -42,7 +43,7 @@ def train(options: argparse.Namespace) -> list[float]:
     for number, rows in zip(range(1, options.steps + 1), devices.batches(job, options), strict=False):
         parts = (a.reshape(count, -1, *a.shape[1:]) for a in training.cut(job.train, *rows))
         trainable, state, values = step(trainable, state, variables, *parts)
-        losses.append(devices.told(number, values[0]))
+        losses.append(devices.report(number, values[0]))
     return losses
 
 

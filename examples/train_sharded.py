@@ -1,10 +1,10 @@
-"""Fine-tunes on a mesh: weights, factors, optimiser state and batches are divided over devices (FSDP x tensor).
+"""Fine-tunes on a mesh: weights, factors, optimiser state and batches are sharded (FSDP x tensor parallelism).
 
 python examples/train_sharded.py --mesh 4x2 --devices 8     # on eight simulated devices
 python examples/train_sharded.py --mesh 1x1 --tiny          # on one, without a download
 
-The step is that of one device, compiled for the mesh: `jlora.shardings` says where factors belong, and the compiler
-does the rest. An axis that the mesh does not divide is told before anything is computed.
+The step is that of one device, compiled for the mesh: `jlora.shardings` gives the shardings of the factors, and the
+compiler inserts the collectives. A mesh that does not fit the weights is an error before anything is computed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import devices
 
 
 def arguments(args: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
     parser = devices.arguments(__doc__)
     parser.add_argument("--mesh", default="1x1", help="devices along data x model, such as 4x2 (default: 1x1)")
     return parser.parse_args(args)
 
 
 def train(options: argparse.Namespace) -> list[float]:
-    """The loss of every step."""
+    """Trains; returns the loss of every step."""
     devices.simulate(options.devices)
     mesh = devices.mesh(options.mesh)
     job = devices.job(options)
@@ -33,7 +34,7 @@ def train(options: argparse.Namespace) -> list[float]:
     losses = []
     for number, rows in zip(range(1, options.steps + 1), devices.batches(job, options), strict=False):
         trainable, state, value = step(trainable, state, variables, *layout.batch(job.train, *rows))
-        losses.append(devices.told(number, value))
+        losses.append(devices.report(number, value))
     return losses
 
 
