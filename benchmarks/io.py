@@ -46,7 +46,7 @@ def adapter(form: str, size: int) -> dict[str, jlora.Update]:
         return jlora.Update(
             factors={"a": random(WIDTH, RANK), "b": random(RANK, WIDTH)},
             method=jlora.LoRA(rank=RANK),
-            roles=(*(("stack",) * len(stack)), "in", "out"),
+            roles=("stack", "in", "out") if stack else ("in", "out"),
             shape=(*stack, WIDTH, WIDTH),
         )
 
@@ -82,7 +82,7 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def in_turns(folder: Path, source: str, rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds of every reader in every round, after one round that is not kept.
+    """Returns the seconds of every reader in every round, after one round that is not recorded.
 
     Arguments:
         folder: what to read.
@@ -183,8 +183,8 @@ def main() -> None:
     if options.peak:
         print(peak(options.peak, options.folder))
         return
-    kept = {k: v for k, v in vars(options).items() if k in ("forms", "size", "rounds")}
-    result: dict[str, Any] = {"environment": _measure.environment(), "options": kept}
+    recorded = {k: v for k, v in vars(options).items() if k in ("forms", "size", "rounds")}
+    result: dict[str, Any] = {"environment": _measure.environment(), "options": recorded}
     for form in options.forms:
         row, bars = measure(form, options)
         show(form, row, bars)
