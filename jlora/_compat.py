@@ -63,6 +63,31 @@ def bind(eqn: Eqn, *values: Any) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def evaluate(jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any], *, inline: bool = False) -> list[Any]:
+    """Evaluates an open jaxpr.
+
+    Arguments:
+        jaxpr: the jaxpr.
+        consts: the values of its constants.
+        values: the values of its inputs.
+        inline: whether programs inside `jit` are evaluated equation by equation too.
+    """
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if is_literal(atom) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        operands = [read(atom) for atom in eqn.invars]
+        with equation_context(eqn):
+            if inline and eqn.primitive.name in ("jit", "pjit"):
+                out = evaluate(*jit_params(eqn).body, operands, inline=True)
+            else:
+                out = bind(eqn, *operands)
+        env.update(zip(eqn.outvars, out, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
 @contextlib.contextmanager
 def equation_context(eqn: Eqn) -> Iterator[None]:
     """Gives what is traced inside the equation's source line, name stack and context."""
@@ -227,6 +252,13 @@ def is_single_device(ctx: Any) -> bool:
 def topology_devices(name: str, platform: str, **options: Any) -> tuple[Any, ...]:
     """The devices of a topology to compile for, which need not exist."""
     return tuple(topologies.get_topology_desc(name, platform=platform, **options).devices)
+
+
+def is_for_cpu(*arrays: Any) -> bool:
+    """Whether a program is traced for the CPU, as far as is known: it is the default device, and there is no mesh."""
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    platform = getattr(device, "platform", device) or jax.default_backend()
+    return platform == "cpu" and has_no_mesh(*arrays)
 
 
 def has_no_mesh(*arrays: Any) -> bool:

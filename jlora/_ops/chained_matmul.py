@@ -34,7 +34,7 @@ def chained_matmul(h: jax.Array, c: jax.Array, b: jax.Array, terms: Terms, **par
             that of the result.
     """
     static = functools.partial(_through, terms, tuple(params.items()))
-    return static(h, c, b) if _compat.has_no_mesh(h, c, b) else _plain(h, c, b, terms=terms, **params)
+    return static(h, c, b) if _compat.is_for_cpu(h, c, b) else _plain(h, c, b, terms=terms, **params)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

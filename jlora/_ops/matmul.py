@@ -21,7 +21,7 @@ Dims = tuple[tuple[int, ...], tuple[int, ...]]  # the contracted axes of both op
 
 def rank_matmul(x: jax.Array, w: jax.Array, contracted: Dims, *, precision: Any, dtype: Any) -> jax.Array:
     """Contracts axes of `x` with axes of `w`; the result has the free axes of `x`, then those of `w`."""
-    if not _compat.has_no_mesh(x, w):
+    if not _compat.is_for_cpu(x, w):
         return lax.dot_general(x, w, (contracted, ((), ())), precision=precision, preferred_element_type=dtype)
     return rank_matmul_p.bind(x, w, contracted=contracted, precision=precision, dtype=dtype)
 

@@ -81,6 +81,14 @@ def test_a_program_for_one_cpu_joins_and_others_are_untouched():
     assert not joined(traced.lower(lowering_platforms=("cuda",)).as_text())
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_a_primitive_of_ones_own_is_bound_for_the_cpu_alone(platform, monkeypatch):
+    """So jaxpr tools, `jax.export` and `jet` meet documented primitives alone on GPU and TPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    grad, args = step()
+    assert ("jlora_" in str(jax.make_jaxpr(grad)(*args))) == (platform == "cpu")
+
+
 def test_no_sharded_axis_is_joined():
     grad, (params, adapter, x) = step()
     mesh = jax.make_mesh((2, 2, 2), ("data", "seq", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
