@@ -26,6 +26,7 @@ PACKAGES = [
     "_ops",
     "_interpreter",
     "methods",
+    "extend",
     "_trace",
     "optim",
     "_adapter",

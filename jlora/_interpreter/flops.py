@@ -5,6 +5,7 @@ from typing import Any
 
 from jlora import _compat
 from jlora._compat import Eqn
+from jlora._ops.treat_as import TREAT_AS
 
 
 def flops(jaxpr: Any) -> float:
@@ -20,6 +21,8 @@ def equation_flops(eqn: Eqn) -> float:
     name = eqn.primitive.name
     if name in _FORMULAS:
         return _FORMULAS[name](eqn)
+    if name == TREAT_AS:  # the kernel and its plain twin compute the same
+        return flops(eqn.params["plain"])
     if name == "cond":
         return max(flops(branch) for branch, _ in _compat.cond_params(eqn).branches)
     inner = sum(flops(body) for body, _ in _compat.bodies(eqn))

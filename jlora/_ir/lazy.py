@@ -1,6 +1,7 @@
-"""Frozen arrays that are made where a product consumes them, and made again for its gradient: quantised weights.
+"""Lazy dequantisation: weights are dequantised by the equation that consumes them, and again in its backward pass.
 
-What a program does to such a weight before it uses it (transpose, cast, join, ...) is put off with it.
+What a program does to such a weight before it uses it (transpose, cast, join, ...) is deferred with it. Lazy zeros are
+the base of a weight of which only the update is wanted: no product with them is computed.
 """
 
 import dataclasses
@@ -13,16 +14,21 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _compat
-from jlora._tree import leaves as _quantized
+from jlora._compat import Eqn
+from jlora._tree import leaves
 
-# What acts on every entry alone, so that it may come after a cut along the first axis as well as before.
+# They act on every entry alone, so that they may come after a slice along the first axis as well as before.
 _ELEMENTWISE = ("convert_element_type", "stop_gradient", "copy")
+# Zero if the first operand is, whatever the others are (positions, factors).
+_ZERO_IF_FIRST_IS = ("mul", "div", "dynamic_slice")
+# Zero if either of the first two operands is.
+_PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 
 
 class _Step:
     """An equation, equal to itself alone."""
 
-    def __init__(self, eqn: Any) -> None:
+    def __init__(self, eqn: Eqn) -> None:
         self.eqn = eqn
 
     def __eq__(self, other: object) -> bool:
@@ -37,11 +43,11 @@ class _Step:
 )
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array to be made: a quantised leaf, or one result of an equation on such arrays and others.
+    """An array that is not computed yet: a quantised leaf, zeros, or one result of an equation on such arrays.
 
     Arguments:
-        operands: of the equation; of a leaf, the leaf alone.
-        step: the equation, None for a leaf.
+        operands: of the equation; of a leaf, the leaf alone; of zeros, nothing.
+        step: the equation, None for a leaf and for zeros.
         number: which of the equation's results.
         shape, dtype: of the array.
     """
@@ -62,69 +68,89 @@ class LazyArray:
 
 
 def lazy_leaf(node: Any) -> LazyArray:
-    """A quantised leaf of the parameters, which is not made yet."""
+    """Wraps a quantised leaf of the parameters, which stays quantised."""
     return LazyArray((node,), None, 0, tuple(node.shape), jnp.dtype(node.dtype))
 
 
+def zeros(shape: Sequence[int], dtype: Any) -> LazyArray:
+    """Zeros that products skip."""
+    return LazyArray((), None, 0, tuple(shape), jnp.dtype(dtype))
+
+
+def is_zero(array: Any) -> bool:
+    """Whether the value is an array made by `zeros`."""
+    return isinstance(array, LazyArray) and array.step is None and not array.operands
+
+
 def materialize(array: Any) -> Any:
-    """The array itself."""
+    """The array's value; an array that is not lazy is returned as it is."""
     if not isinstance(array, LazyArray):
         return array
+    if is_zero(array):
+        return jnp.zeros(array.shape, array.dtype)
     if array.step is None:
-        return _quantized.dequantize(array.operands[0])
+        return leaves.dequantize(array.operands[0])
     return _compat.bind(array.step.eqn, *map(materialize, array.operands))[array.number]
 
 
-def bind(eqn: Any, *operands: Any) -> list[Any]:
-    """An equation that leaves a weight a weight: put off where an operand is."""
+def bind(eqn: Eqn, *operands: Any) -> list[Any]:
+    """Evaluates an equation whose result is still a weight; it is deferred if an operand is lazy."""
     if not any(isinstance(v, LazyArray) for v in operands):
         return _compat.bind(eqn, *operands)
-    return [
-        LazyArray(operands, _Step(eqn), number, tuple(var.aval.shape), var.aval.dtype)
-        for number, var in enumerate(eqn.outvars)
-    ]
+    outputs = [_compat.aval(var) for var in eqn.outvars]
+    if all(map(is_zero, operands)) or (is_zero(operands[0]) and eqn.primitive.name in _ZERO_IF_FIRST_IS):
+        return [zeros(out.shape, out.dtype) for out in outputs]
+    return [LazyArray(operands, _Step(eqn), k, tuple(out.shape), out.dtype) for k, out in enumerate(outputs)]
 
 
-def consume(eqn: Any, *operands: Any) -> list[Any]:
-    """An equation that needs its operands now; what was put off is made here and, for the gradient, made again."""
+def consume(eqn: Eqn, *operands: Any) -> list[Any]:
+    """Evaluates an equation on the operands' values. Lazy ones are materialised here, and again for the gradient.
+
+    Products with lazy zeros are not computed.
+    """
     if not any(isinstance(v, LazyArray) for v in operands):
         return _compat.bind(eqn, *operands)
+    if eqn.primitive.name in _PRODUCTS and any(map(is_zero, operands)):
+        outputs = [_compat.aval(var) for var in eqn.outvars]
+        return [jnp.zeros(out.shape, out.dtype) for out in outputs]
     return jax.checkpoint(lambda operands: _compat.bind(eqn, *map(materialize, operands)))(operands)
 
 
-def gather_rows(array: LazyArray, indices: jax.Array) -> jax.Array | None:
-    """The entries along the first axis at indices within bounds, made of their own parts alone.
+def gather_rows(array: LazyArray, positions: jax.Array) -> jax.Array | None:
+    """The entries along the first axis at positions within bounds; only these are dequantised.
 
-    None where the array has no such parts.
+    None if the array's format cannot be sliced along its first axis.
     """
-    whole = with_leading_axis(array, array.shape[0])
-    if whole is None:
+    sliceable = with_leading_axis(array, array.shape[0])
+    if sliceable is None:
         return None
 
-    def make(one: LazyArray) -> jax.Array:
-        return materialize(slice_leading(one))
+    def entry(part: LazyArray) -> jax.Array:
+        return materialize(slice_leading(part))
 
-    for _ in range(indices.ndim):
-        make = jax.vmap(make)
-    return make(jax.tree.map(lambda part: part.at[indices].get(mode="promise_in_bounds"), whole))
+    if is_zero(array):
+        return jnp.zeros((*positions.shape, *array.shape[1:]), array.dtype)
+    for _ in range(positions.ndim):
+        entry = jax.vmap(entry)
+    return entry(jax.tree.map(lambda part: part.at[positions].get(mode="promise_in_bounds"), sliceable))
 
 
 def with_leading_axis(array: Any, length: int) -> Any:
-    """The array in a form that a loop can cut along its first axis, None where it has none."""
-    if not isinstance(array, LazyArray):
+    """The array in a form that a loop can slice along its first axis, None if there is no such form."""
+    if not isinstance(array, LazyArray) or is_zero(array):
         return array
     if array.step is None:
-        whole = _quantized.with_leading_axis(array.operands[0], length)
-        return None if whole is None else dataclasses.replace(array, operands=(whole,))
+        leaf = leaves.with_leading_axis(array.operands[0], length)
+        return None if leaf is None else dataclasses.replace(array, operands=(leaf,))
     if array.step.eqn.primitive.name not in _ELEMENTWISE:
         return None
-    inner = with_leading_axis(array.operands[0], length)
-    return None if inner is None else dataclasses.replace(array, operands=(inner,))
+    operand = with_leading_axis(array.operands[0], length)
+    return None if operand is None else dataclasses.replace(array, operands=(operand,))
 
 
 def slice_leading(array: Any) -> Any:
-    """What a loop's step finds of a stacked array: its parts were cut, and its shape has to follow."""
+    """A stacked array as one step of a loop receives it: its parts are sliced already, and its shape follows."""
     if not isinstance(array, LazyArray):
         return array
     operands: Sequence[Any] = array.operands if array.step is None else tuple(map(slice_leading, array.operands))
-    return dataclasses.replace(array, operands=operands, shape=array.shape[1:])
+    return dataclasses.replace(array, operands=tuple(operands), shape=array.shape[1:])
