@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,13 +20,13 @@ import tensorstore as ts
 from jax.sharding import SingleDeviceSharding
 
 from jlora.io.checkpoint import storage as _storage
+from jlora.io.checkpoint.buffers import BufferPool
 from jlora.io.checkpoint.checksums import Region, checksum, contains, intersect, normalize_index, relative_to, split
 from jlora.io.checkpoint.errors import CheckpointError
 from jlora.io.checkpoint.placement import Placement
 
 _THREADS = max(2, min(8, os.cpu_count() or 1))
 _BYTES_AHEAD = 4 << 20  # of chunks that a thread requests beside the one that it awaits
-_ALIGNMENT = 64  # bytes; on a CPU, JAX uses memory with this alignment without a copy
 
 Record: TypeAlias = Mapping[str, Any]
 """What `checksums.record` returns for an array."""
@@ -59,8 +59,9 @@ def read(
         storage = _storage.detect(folder, stored) if stored else None
     arrays: dict[str, jax.Array | np.ndarray] = {}
     altered = []
+    buffers = BufferPool()
     with ThreadPoolExecutor(_THREADS) as pool:
-        tasks = (pool.submit(_read_array, storage, name, records[name], at) for name, at in placements.items())
+        tasks = (pool.submit(_read_array, storage, name, records[name], at, buffers) for name, at in placements.items())
         for name, (targets, intact) in zip(placements, _results(tasks, _THREADS), strict=True):
             arrays[name] = _place(tuple(records[name]["shape"]), placements[name], targets)
             altered += [] if intact else [f"{name}: {records[name]['dtype']}{tuple(records[name]['shape'])}"]
@@ -96,17 +97,17 @@ def _reading(folder: Path, what: str) -> Iterator[None]:
 
 
 def _read_array(
-    storage: _storage.Storage | None, name: str, record: Record, placement: Placement
+    storage: _storage.Storage | None, name: str, record: Record, placement: Placement, buffers: BufferPool
 ) -> tuple[list[_Target], bool]:
     """Returns the parts of an array that are needed here, and whether their checksums are those recorded."""
     shape, dtype = tuple(record["shape"]), jnp.dtype(record["dtype"])
     if storage is None or not all(shape):
-        return _targets(shape, dtype, placement), True
+        return _targets(shape, dtype, placement, buffers), True
     with _reading(storage.folder, f"The array {name!r}"):
         array = storage.open(name)
         if (array.shape, array.dtype.numpy_dtype) != (shape, dtype):
             raise ValueError(f"expected {dtype.name}{shape}, found {array.dtype.name}{tuple(array.shape)}")
-        targets = _targets(shape, dtype, placement)
+        targets = _targets(shape, dtype, placement, buffers)
         for target in targets:
             _fill(array, target)
         reread = functools.cache(lambda: storage.open(name, cached=True))
@@ -119,26 +120,18 @@ def _read_array(
     return targets, True
 
 
-def _targets(shape: tuple[int, ...], dtype: np.dtype, placement: Placement) -> list[_Target]:
+def _targets(shape: tuple[int, ...], dtype: np.dtype, placement: Placement, buffers: BufferPool) -> list[_Target]:
     """Returns the parts of an array that the devices of this process hold, each once; all of it without devices."""
     if not isinstance(placement, jax.sharding.Sharding):
-        return [_Target(tuple(slice(0, n) for n in shape), _empty(shape, dtype), [])]
+        return [_Target(tuple(slice(0, n) for n in shape), buffers.take(shape, dtype), [])]
     devices: dict[Any, list[Any]] = {}  # slices are not hashable before Python 3.12
     for device, index in placement.addressable_devices_indices_map(shape).items():
         region = normalize_index(index or (), shape)
         devices.setdefault(tuple((i.start, i.stop) for i in region), []).append(device)
     return [
-        _Target(tuple(slice(*i) for i in bounds), _empty([stop - start for start, stop in bounds], dtype), group)
+        _Target(tuple(slice(*i) for i in bounds), buffers.take([stop - start for start, stop in bounds], dtype), group)
         for bounds, group in devices.items()
     ]
-
-
-def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Returns an uninitialised array that JAX uses without a copy on a CPU."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _fill(array: ts.TensorStore, target: _Target) -> None:
