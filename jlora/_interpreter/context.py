@@ -115,13 +115,8 @@ class Context:
         """
         # The product of rows that were looked up is not one of the table; a weight that is materialised has no role.
         flops = equation_flops(eqn) if eqn and roles and not primitive else 0
-        indices = [x for x in f.indices if x.name in roles]
-        indices.sort(key=lambda x: _RECORD_ORDER.index(roles[x.name]))
         for path in f.paths:
-            axes: dict[int, Role] = {}
-            for index in indices:
-                # The parts of a split axis may have several roles: the last one, "in", decides.
-                axes |= {axis: roles[index.name] for origin, axis in index.origins if origin == path}
+            axes = _axis_roles(f, path, roles)
             if primitive:
                 axes |= {axis: "in" for origin, axis in f.gathered_axes if origin == path}
             self.uses[*self.stack, path] = Use(
@@ -159,6 +154,16 @@ class Context:
         number = self.dropout_uses[f.paths[0]]
         self.dropout_uses[f.paths[0]] += 1
         return fold_dropout_keys(f, number)
+
+
+def _axis_roles(f: AdaptedWeight, path: str, roles: Mapping[str, Role]) -> dict[int, Role]:
+    """The roles of a parameter's axes, by the roles of the indices that come from them."""
+    axes: dict[int, Role] = {}
+    indices = [x for x in f.indices if x.name in roles]
+    for index in sorted(indices, key=lambda x: _RECORD_ORDER.index(roles[x.name])):
+        # The parts of a split axis may have several roles: the last one, "in", decides.
+        axes |= {axis: roles[index.name] for origin, axis in index.origins if origin == path}
+    return axes
 
 
 def fold_dropout_keys(f: AdaptedWeight, number: int | jax.Array) -> AdaptedWeight:

@@ -33,6 +33,11 @@ def _dense(f: AdaptedWeight, dtype: jnp.dtype) -> jax.Array:
     return value + delta(f, dtype) if f.networks else value
 
 
+def with_dense_base(f: AdaptedWeight) -> AdaptedWeight:
+    """The weight with its base materialised if that is lazy; its networks stay as they are."""
+    return dataclasses.replace(f, base=materialize(f.base))
+
+
 def fold_full_rank(f: AdaptedWeight) -> tuple[AdaptedWeight, bool]:
     """Adds the networks that are as large as the weight to its base; the second result is whether there are any.
 

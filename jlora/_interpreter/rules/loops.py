@@ -14,6 +14,7 @@ from jlora._interpreter.context import Context, Value, fold_dropout_keys
 from jlora._interpreter.rules.registry import register_rule
 from jlora._ir import lazy
 from jlora._ir.algebra import relabel
+from jlora._ir.materialize import with_dense_base
 from jlora._ir.weight import AdaptedWeight, Index, fresh_indices
 
 Slices = tuple[Any, list[jax.Array | None]]  # of a weight's base, and of its other arrays
@@ -28,13 +29,11 @@ def scan(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     returns it unchanged, it is a constant of the loop.
     """
     p = _compat.scan_params(eqn)
-    jaxpr, _ = p.body
     consts, init = values[: p.num_consts], values[p.num_consts : p.num_consts + p.num_carry]
     xs = [_scanned(ctx, eqn, x, p.length) for x in values[p.num_consts + p.num_carry :]]
     inner = ctx.child(trip_count=p.length)
 
-    passed_on = [var is jaxpr.invars[p.num_consts + k] for k, var in enumerate(jaxpr.outvars[: p.num_carry])]
-    unchanged = [k for k, v in enumerate(init) if isinstance(v, AdaptedWeight) and passed_on[k]]
+    unchanged = _unchanged_weights(p, init)
     changing = [k for k in range(p.num_carry) if k not in unchanged]
     fixed = [*consts, *(init[k] for k in unchanged)]
     numbers = jnp.arange(p.length) if _has_dropout(values[: p.num_consts + p.num_carry]) else None
@@ -51,14 +50,21 @@ def scan(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
 
     def step_in_form(carry: list[Value], inputs: tuple[Any, list[Any]]) -> tuple[list[Value], list[Value]]:
         new, ys = step(carry, inputs)
-        return _in_form_of(carry, new, inner, eqn), [_with_base(y) if isinstance(y, AdaptedWeight) else y for y in ys]
+        return _in_form_of(carry, new, inner, eqn), _map_weights(with_dense_base, ys)
 
     first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), sliced)
     start = carry_fixed_point(ctx, eqn, [init[k] for k in changing], lambda carry: step(carry, first)[0])
     carry, ys = lax.scan(step_in_form, start, sliced, length=p.length, **p.options)
     last = _by_position(changing, carry) | {k: init[k] for k in unchanged}
-    ys = [_stacked(y, p.length) if isinstance(y, AdaptedWeight) else y for y in ys]
-    return [*(last[k] for k in range(p.num_carry)), *ys]
+    return [*(last[k] for k in range(p.num_carry)), *_map_weights(lambda y: _stacked(y, p.length), ys)]
+
+
+def _unchanged_weights(p: _compat.ScanParams, init: Sequence[Value]) -> list[int]:
+    """The positions of the carried weights that every step returns as they are."""
+    jaxpr, _ = p.body
+    carries = jaxpr.invars[p.num_consts : p.num_consts + p.num_carry]
+    pairs = zip(carries, jaxpr.outvars[: p.num_carry], strict=True)
+    return [k for k, (old, new) in enumerate(pairs) if old is new and isinstance(init[k], AdaptedWeight)]
 
 
 @register_rule("while")
@@ -105,7 +111,7 @@ def carry_fixed_point(
 
 
 def _materialize_carry(ctx: Context, eqn: Eqn, f: AdaptedWeight) -> Value:
-    return _with_base(f) if isinstance(f.base, lazy.LazyArray) else ctx.materialize(eqn, f)
+    return with_dense_base(f) if isinstance(f.base, lazy.LazyArray) else ctx.materialize(eqn, f)
 
 
 def _form(value: Value) -> Any:
@@ -128,14 +134,11 @@ def _has_dropout(values: Sequence[Value]) -> bool:
 
 def _with_step_keys(values: Sequence[Value], number: jax.Array | None) -> list[Value]:
     """The loop's constants for one step: with dropout, `number` is folded into their keys."""
-    if number is None:
-        return list(values)
-    return [fold_dropout_keys(v, number) if isinstance(v, AdaptedWeight) else v for v in values]
+    return list(values) if number is None else _map_weights(lambda f: fold_dropout_keys(f, number), values)
 
 
-def _with_base(f: AdaptedWeight) -> AdaptedWeight:
-    """The weight with a lazy base materialised."""
-    return dataclasses.replace(f, base=lazy.materialize(f.base))
+def _map_weights(fn: Callable[[AdaptedWeight], Value], values: Sequence[Value]) -> list[Value]:
+    return [fn(v) if isinstance(v, AdaptedWeight) else v for v in values]
 
 
 def _scanned(ctx: Context, eqn: Eqn, x: Value, length: int) -> "ScannedWeight | jax.Array":

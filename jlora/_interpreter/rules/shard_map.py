@@ -9,7 +9,7 @@ from jlora import _compat
 from jlora._compat import Eqn
 from jlora._interpreter.context import Context, Value
 from jlora._interpreter.rules.registry import register_rule
-from jlora._ir import lazy
+from jlora._ir.materialize import with_dense_base
 from jlora._ir.partition import index_axes, num_shards, specs_like
 from jlora._ir.weight import AdaptedWeight
 
@@ -20,13 +20,14 @@ Axes = dict[str, Any]  # the mesh axes of every index of a weight
 def shard_map(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     """Shards every factor: each index by the mesh axes of that axis of the weight to which the index belongs.
 
-    A weight whose indices the mesh axes do not divide is materialised, and so is one that the body returns.
+    A weight whose indices the mesh axes do not divide is materialised, and so is one that the body returns. A lazy base
+    is materialised too, because its parts cannot be sharded as the weight is.
     """
     p = _compat.shard_map_params(eqn)
     inner = ctx.child()
     axes = [_mesh_axes(v, spec, p.mesh) for v, spec in zip(values, p.in_specs, strict=True)]
     operands: list[Value] = [
-        ctx.to_array(eqn, v) if cut is None else _with_base(v) for v, cut in zip(values, axes, strict=True)
+        ctx.to_array(eqn, v) if cut is None else with_dense_base(v) for v, cut in zip(values, axes, strict=True)
     ]
     specs = [
         spec if cut is None else specs_like(v, spec, cut)
@@ -49,11 +50,6 @@ def shard_map(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
 
 def _mesh_axes(value: Value, spec: Any, mesh: Any) -> Axes | None:
     return index_axes(value, spec, mesh) if isinstance(value, AdaptedWeight) else None
-
-
-def _with_base(f: AdaptedWeight) -> AdaptedWeight:
-    """The weight with a lazy base materialised, because its parts cannot be sharded as the weight is."""
-    return dataclasses.replace(f, base=lazy.materialize(f.base))
 
 
 def _local(f: AdaptedWeight, axes: Axes, mesh: Any) -> AdaptedWeight:
