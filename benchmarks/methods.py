@@ -30,7 +30,7 @@ METHODS: dict[str, jlora.Method] = {
     "LoRA": jlora.LoRA(RANK),
     "LoRA, offset": jlora.LoRA(RANK, start="orthogonal", offset=True),
     "LoRA-FA": jlora.LoRA(RANK, freeze_a=True),
-    "LoRA, 2 groups of 4": jlora.LoRA(RANK, groups=4, enable=(True, False, True, False)),
+    "LoRA, 2 groups of 4": jlora.GroupedLoRA(RANK, groups=4, enable=(True, False, True, False)),
     "DoRA": jlora.DoRA(RANK),
     "Additive": jlora.Additive(RANK),
     "Hadamard, k = 2": jlora.Hadamard(8, 2),

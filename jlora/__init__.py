@@ -15,15 +15,15 @@ import typing
 from jlora._adapter.adapt import DenseError as DenseError
 from jlora._adapter.adapt import DenseWarning as DenseWarning
 from jlora._adapter.adapt import adapt as adapt
-from jlora._adapter.adapt import init as init
-from jlora._adapter.biases import restart as restart
 from jlora._adapter.biases import with_biases as with_biases
 from jlora._adapter.dropout import with_dropout as with_dropout
 from jlora._adapter.dylora import truncate as truncate
 from jlora._adapter.dylora import with_rank as with_rank
+from jlora._adapter.init import init as init
 from jlora._adapter.merge import merge as merge
 from jlora._adapter.merge import scale as scale
 from jlora._adapter.merge import unmerge as unmerge
+from jlora._adapter.relora import restart as restart
 from jlora._adapter.sharding import shardings as shardings
 from jlora._adapter.summary import Summary as Summary
 from jlora._adapter.summary import summary as summary
@@ -50,6 +50,7 @@ from jlora.methods import DeLoRA as DeLoRA
 from jlora.methods import DoRA as DoRA
 from jlora.methods import FourierFT as FourierFT
 from jlora.methods import Full as Full
+from jlora.methods import GroupedLoRA as GroupedLoRA
 from jlora.methods import Hadamard as Hadamard
 from jlora.methods import HiRA as HiRA
 from jlora.methods import LoCon as LoCon
@@ -78,10 +79,10 @@ if typing.TYPE_CHECKING:
     from jlora.io.checkpoint.orbax import load as load
     from jlora.io.checkpoint.orbax import load_state as load_state
     from jlora.io.checkpoint.orbax import save as save
+    from jlora.optim.adalora import orthogonality as orthogonality
     from jlora.optim.adalora import rank_budget as rank_budget
     from jlora.optim.gradients import lora_fa_gradient as lora_fa_gradient
     from jlora.optim.gradients import lora_plus as lora_plus
-    from jlora.optim.gradients import orthogonality as orthogonality
     from jlora.optim.gradients import riemannian as riemannian
 
 __version__ = "0.1.0"
@@ -103,7 +104,7 @@ _LAZY = {
     "rank_budget": "jlora.optim.adalora",
     "lora_fa_gradient": "jlora.optim.gradients",
     "lora_plus": "jlora.optim.gradients",
-    "orthogonality": "jlora.optim.gradients",
+    "orthogonality": "jlora.optim.adalora",
     "riemannian": "jlora.optim.gradients",
 }
 

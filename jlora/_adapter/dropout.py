@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jlora._adapter.adapt import path_number
+from jlora._tree.paths import path_number
 from jlora.methods._base import Adapter, Update
 from jlora.methods._lowering import as_single
 

@@ -16,7 +16,8 @@ from jlora._ir.weight import AdaptedWeight, TensorNetwork, fresh_indices
 from jlora._tree.leaves import as_array
 from jlora._tree.paths import named_leaves
 from jlora.methods._base import Adapter, Update
-from jlora.methods._common import axes as _axes
+from jlora.methods._common.matrices import as_matrix
+from jlora.methods._common.networks import group_labels
 from jlora.methods._lowering import as_single, lower_updates
 from jlora.methods.lora import LoRA
 
@@ -60,7 +61,7 @@ def to_lora(
         leaf = as_array(leaves[path]) if path in leaves else np.broadcast_to(np.float32(0), update.shape)
         f = lower_updates([{path: dataclasses.replace(update, key=None)}], leaf, path)
         has_factors = not f.axis_scales and not any(map(f.is_full_rank_network, f.networks))
-        pairs = [_by_factors(f, network, update.roles) for network in f.networks] if has_factors else []
+        pairs = [_by_factors(f, network, update) for network in f.networks] if has_factors else []
         width = sum(a.shape[-1] for a, _ in pairs)
         if pairs and _is_thin(width, update):
             a, b, scale = _side_by_side(pairs, [n.scale for n in f.networks])
@@ -73,7 +74,8 @@ def to_lora(
 
 
 def _is_plain(update: Update) -> bool:
-    return type(update.method) is LoRA and update.method.groups == 1 and set(update.frozen) <= {"a"}
+    is_masked = update.initial or update.rank_mask is not None
+    return isinstance(update.method, LoRA) and not is_masked
 
 
 def _sizes(update: Update, role: str) -> tuple[int, ...]:
@@ -85,12 +87,13 @@ def _is_thin(rank: int, update: Update) -> bool:
     return rank * (n_in + n_out) < n_in * n_out
 
 
-def _by_factors(f: AdaptedWeight, network: TensorNetwork, roles: Sequence[Any]) -> Pair:
+def _by_factors(f: AdaptedWeight, network: TensorNetwork, update: Update) -> Pair:
     """A network as two matrices, `(*stack, in, rank)` and `(*stack, rank, out)`, of the least rank.
 
     A factor with letters of both sides goes to one of them, and its letters of the other become a rank.
     """
-    stack, inner, outer = _axes.letters(f, roles)
+    labels = group_labels(f, update)
+    stack, inner, outer = (labels[group] for group in ("*stack", "*in", "*out"))
     sizes = {x.name: x.size for x in f.indices}
     mixed = [k for k, t in enumerate(network.terms) if set(t) & set(inner) and set(t) & set(outer)]
     best: Pair | None = None
@@ -153,7 +156,7 @@ def _by_svd(
     for k in range(len(f.axis_scales)):
         before = math.prod((broadcast_axis_scale(s, f, dtype) for s in f.axis_scales[:k]), start=base)
         added = added + before * (broadcast_axis_scale(f.axis_scales[k], f, dtype) - 1)
-    whole = np.asarray(_axes.as_matrix(jnp.asarray(added), update.roles), np.float64)
+    whole = np.asarray(as_matrix(jnp.asarray(added), update.roles), np.float64)
     u, s, vt = np.linalg.svd(whole, full_matrices=False)
     energy = np.square(s).sum(-1, keepdims=True)
     left = np.sqrt(np.cumsum(np.square(s)[..., ::-1], -1)[..., ::-1] / np.where(energy == 0, 1, energy))

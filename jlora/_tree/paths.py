@@ -2,6 +2,7 @@
 
 import collections
 import difflib
+import hashlib
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -61,3 +62,8 @@ def closest_matches(path: str, candidates: Iterable[str]) -> str:
     candidates = list(candidates)
     close = difflib.get_close_matches(path, candidates, n=3, cutoff=0.4) or candidates[:3]
     return f"near misses: {', '.join(close)}" if close else "there are none"
+
+
+def path_number(path: str) -> int:
+    """A number that depends on a path alone, to be folded into PRNG keys."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little")

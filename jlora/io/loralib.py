@@ -14,7 +14,7 @@ from jlora.io.torch.factor_layout import ModuleFactors, flat_axes
 from jlora.io.torch.join_modules import stack_modules
 from jlora.io.torch.module_names import Names, no_match_error
 from jlora.io.torch.weight_location import Index, Owners, Weight, WeightLocation, locate_weights, owners_of
-from jlora.methods import LoRA
+from jlora.methods import GroupedLoRA, LoRA
 from jlora.methods._base import Adapter
 
 __all__ = ["load"]
@@ -135,10 +135,10 @@ def _merged_linear(
     """A MergedLinear's matrices (enabled r, in) and (enabled out / groups, r) as a LoRA with groups."""
     (count, n_in), rank = (sum(enable), a.shape[1]), b.shape[1]
     axis = location.axes("out")[0]
-    method = LoRA(rank, float(alpha), groups=len(enable), enable=enable, group_axis=axis)
+    method = GroupedLoRA(rank, float(alpha), groups=len(enable), enable=enable, group_axis=axis)
     arrays = {
         "a": a.reshape(count, rank, n_in).transpose(2, 0, 1),
         "b": b.reshape(count, -1, rank).transpose(0, 2, 1),
     }
-    axes = {"a": ("in", "group", "rank"), "b": ("group", "rank", "group_out")}
+    axes = {"a": ("in", "enabled", "rank"), "b": ("enabled", "rank", "group_out")}
     return ModuleFactors(method, 1.0, arrays, axes)

@@ -1,23 +1,28 @@
 """How a weight is updated: the method, and the update that an adapter holds for one path."""
 
-import abc
 import dataclasses
 import functools
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 from jax import lax
+from jax.typing import DTypeLike
 
 from jlora._interpreter.context import Role
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora._pretty import short_arrays, short_call
-from jlora.methods._common import hyperparameters as _hyperparameters
+from jlora.methods import _registry
+from jlora.methods._common import factor_axes, hyperparameters, networks
+from jlora.methods._common.factor_axes import WeightAxes
+from jlora.methods._common.initializers import Initializer, stacked
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["factors", "frozen", "key"],
+    data_fields=["factors", "frozen", "key", "initial", "rank_mask"],
     meta_fields=["method", "roles", "shape", "scale"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +30,16 @@ class Update:
     """What an adapter holds for one weight.
 
     Arguments:
-        factors: the trainable arrays, by name. The names are the groups of `labels`.
-        frozen: arrays that belong to the update and are not trained. Their gradients are zero; `jlora.mask` keeps an
-            optimiser that changes arrays without gradients (weight decay) off them.
-        key: PRNG keys of the dropout, one for every layer of a stacked weight; None where nothing is dropped.
+        factors: the trainable arrays, by name. The names are the groups of `jlora.labels`.
         method: the method with its hyper-parameters.
         roles: the role of every axis of the weight.
         shape: the shape of the weight.
+        frozen: arrays that belong to the update and are not trained. Their gradients are zero; `jlora.mask` keeps an
+            optimiser that changes arrays without gradients (weight decay) off them.
+        key: PRNG keys of the dropout, one for every layer of a stacked weight; None if nothing is dropped.
         scale: a static multiplier of the whole update, 1 unless `jlora.scale` changed it.
+        initial: of a method with `offset=True` the factors as they were at initialisation; what they add is subtracted.
+        rank_mask: (rank,), zero for the ranks that this step leaves out (`jlora.with_rank`); None if it uses all.
     """
 
     factors: dict[str, Any]
@@ -42,6 +49,8 @@ class Update:
     frozen: dict[str, Any] = dataclasses.field(default_factory=dict)
     key: Any = None
     scale: float = 1.0
+    initial: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rank_mask: Any = None
 
     def __getitem__(self, name: str) -> Any:
         """An array by its name; one that is not trained is a constant."""
@@ -50,33 +59,69 @@ class Update:
     def __repr__(self) -> str:
         return short_arrays(self, first="method", spread="factors", hidden=("roles", "shape"))
 
+    def joined(self, name: str) -> jax.Array:
+        """An array with one axis for each group of axes, the stack excepted: `(*stack, in, rank)`."""
+        return factor_axes.join_groups(self[name], self.declared[name], self.axes)
+
+    @property
+    def axes(self) -> WeightAxes:
+        """The axes of the weight by group."""
+        return WeightAxes.of(self)
+
+    @property
+    def declared(self) -> Mapping[str, str]:
+        """The axes of every factor, as the method declares them for this weight."""
+        return self.method.factors_for(self.axes)
+
 
 Adapter = dict[str, Update]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(abc.ABC):
-    """A way to update a weight: hyper-parameters and two pure functions.
+class Method:
+    """A way to update a weight: hyper-parameters, the axes of its factors, and what they add.
 
     A method is a frozen dataclass whose fields are numbers, strings, booleans, None or tuples of them, so that it can
-    be saved; a field that only `init` needs is reset by `settled`. Fields that are named and typed as those of
-    jlora's own methods (rank, alpha, dropout) are checked as they are there. The law's tests, `save` and `load` find it
-    by themselves.
+    be saved. In the common case it declares everything:
+
+        @dataclasses.dataclass(frozen=True)
+        class GatedLoRA(jlora.extend.Method):
+            rank: int = jlora.extend.positive_integer(8)
+
+            factors = {"a": "*stack *in rank", "gate": "*stack rank", "b": "*stack rank *out"}
+            initializers = {"a": kaiming, "gate": ones, "b": zeros}
+            networks = ("a gate b",)
+
+    Shapes, shardings, rank masks, files and the law's tests follow from that. A method that computes what it adds
+    overrides `lower`, one that starts from the weight overrides `init`.
 
     Arguments:
-        offset: starts from the base whatever the factors are, W - delta(start) + delta(factors): `jlora.init` keeps a
+        offset: starts from the base whatever the factors are, W - delta(initial) + delta(factors): `jlora.init` keeps a
             frozen copy of the factors.
 
     Attributes:
-        reads_base: whether the update depends on the weight's value, so that merging cannot be taken back.
-        scales_base: whether the update multiplies the weight: it starts from the base as it is.
+        factors: the axes of every array, `{"a": "*stack *in rank"}`. A token with a star is a group of the weight's
+            axes (`*stack`, `*in`, `*channels`, `*window`, `*out`, `*weight`), any other an axis of the method's own.
+        initializers: how each array starts, `initializer(key, shape, dtype)` with the shape of one layer of a stack and
+            one axis for each token.
+        networks: products of factors that are added to the weight, `"a b"`; what the weight lacks is summed over.
+        depends_on_weight: whether the update depends on the weight's value, so that merging cannot be undone.
+        is_multiplicative: whether the update multiplies the weight, and so starts from the base by itself.
         dropout: the share of the input that the update's branch drops in training.
     """
 
-    offset: bool = False
+    offset: bool = hyperparameters.switch(False)
+
+    factors: ClassVar[Mapping[str, str]] = {}
+    initializers: ClassVar[Mapping[str, Initializer]] = {}
+    networks: ClassVar[tuple[str, ...]] = ()
     depends_on_weight: ClassVar[bool] = False
     is_multiplicative: ClassVar[bool] = False
-    dropout = 0.0  # a field where a method has dropout
+    dropout = 0.0  # a field if the method has dropout
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _registry.register(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -87,11 +132,16 @@ class Method(abc.ABC):
         return short_call(self, always=("rank",))
 
     def __post_init__(self) -> None:
-        _hyperparameters.check(self)
+        hyperparameters.check_fields(self)
+
+    @property
+    def scale(self) -> float:
+        """What every declared network is multiplied by: alpha / rank, for example."""
+        return 1.0
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The names of the arrays that do not train."""
+        """The names of the arrays that are not trained."""
         return ()
 
     @property
@@ -100,17 +150,102 @@ class Method(abc.ABC):
         return False
 
     def unsupported_reason(self, site: Site) -> str:
-        """Why the method cannot adapt a site, with the remedy; empty where it can."""
+        """Why the method cannot adapt a site, with the remedy; empty if it can."""
         return site.unsupported_reason
 
     def without_init_fields(self) -> "Method":
-        """The method without what only `init` needs."""
+        """The method without the fields that only `init` needs; this is what an update keeps."""
         return self
 
-    @abc.abstractmethod
-    def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
-        """New arrays for a site, those that are frozen included; `base` is the weight where it is known."""
+    def factors_for(self, axes: WeightAxes) -> Mapping[str, str]:
+        """The axes of every array that the method has for a weight: `factors`, unless they depend on the weight."""
+        return self.factors
 
-    @abc.abstractmethod
+    def initializers_for(self, site: Site) -> Mapping[str, Initializer]:
+        """How each array starts: `initializers`, unless they depend on hyper-parameters or on the site."""
+        return self.initializers
+
+    def sizes(self, axes: WeightAxes) -> Mapping[str, int]:
+        """The sizes of the method's own axes; by default each is the field of its name."""
+        return {}
+
+    def shapes(self, axes: WeightAxes) -> dict[str, tuple[int, ...]]:
+        """The shapes of all arrays for a weight."""
+        declared = self.factors_for(axes)
+        return {name: factor_axes.shape(text, axes, self._all_sizes(axes)) for name, text in declared.items()}
+
+    def init(self, key: jax.Array, site: Site, dtype: DTypeLike, base: jax.Array | None) -> dict[str, jax.Array]:
+        """New arrays for a site, those that are frozen included.
+
+        Arguments:
+            key: a PRNG key.
+            site: the weight.
+            dtype: of the arrays.
+            base: the weight's value; None unless `init_needs_weight`.
+
+        Returns:
+            the arrays by name, in their declared shapes, or with each group of axes as one axis: `(*stack, in, rank)`.
+        """
+        axes, initializers = WeightAxes.of(site), self.initializers_for(site)
+        declared, sizes, stack = self.factors_for(axes), self._all_sizes(axes), axes.sizes("*stack")
+        missing = [name for name in declared if name not in initializers]
+        if missing or not declared:
+            raise TypeError(f"{type(self).__name__} declares no initialiser for {missing or 'any factor'}: add it.")
+        keys = jax.random.split(key, max(len(declared), 1))
+        return {
+            name: stacked(initializers[name], k, _stack(text, stack), factor_axes.layer_shape(text, axes, sizes), dtype)
+            for (name, text), k in zip(declared.items(), keys, strict=False)
+        }
+
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        """The weight with the update's networks and gains."""
+        """The weight with what the update adds: by default the declared networks."""
+        if not self.networks:
+            raise TypeError(f"{type(self).__name__} adds nothing: declare `networks`, or override `lower`.")
+        declared = self.factors_for(update.axes)
+        for network in self.networks:
+            terms = [(update[name], declared[name]) for name in network.split()]
+            w = networks.add_network(w, update, terms, self.scale * update.scale)
+        return w
+
+    def _all_sizes(self, axes: WeightAxes) -> "_Sizes":
+        return _Sizes(self, self.sizes(axes))
+
+
+class _Sizes(dict[str, int]):
+    """The sizes of a method's own axes; those that it does not compute are fields of the same name."""
+
+    def __init__(self, method: Method, sizes: Mapping[str, int]) -> None:
+        super().__init__(sizes)
+        self._method = method
+
+    def __missing__(self, axis: str) -> int:
+        size = getattr(self._method, axis, None)
+        if not isinstance(size, int):
+            name = type(self._method).__name__
+            raise ValueError(f"{name} declares an axis {axis!r}: give it a field of that name, or a size in `sizes`.")
+        return size
+
+
+def _stack(declared: str, stack: tuple[int, ...]) -> tuple[int, ...]:
+    return stack if "*stack" in declared.split() else ()
+
+
+def new_arrays(
+    method: Method, key: jax.Array, site: Site, dtype: DTypeLike, base: jax.Array | None
+) -> dict[str, jax.Array]:
+    """What `method.init` gives, in the declared shapes.
+
+    Raises:
+        ValueError: if a declared array is missing, one is not declared, or one has another number of entries.
+    """
+    arrays, shapes = method.init(key, site, dtype, base), method.shapes(WeightAxes.of(site))
+    if not shapes:  # a method that declares nothing
+        return arrays
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    if {name: array.size for name, array in arrays.items()} != sizes:
+        given = {name: tuple(array.shape) for name, array in arrays.items()}
+        raise ValueError(
+            f"{type(method).__name__}.init gave arrays of the shapes {given} for {site.path} {site.shape}; it declares "
+            f"{shapes}."
+        )
+    return {name: array.reshape(shapes[name]) for name, array in arrays.items()}

@@ -17,8 +17,6 @@ from jlora.methods._base import Adapter, Update
 
 Adapters = Adapter | Sequence[Adapter]
 
-INITIAL_SUFFIX = "_at_start"  # what the name of a factor's frozen copy ends in
-
 
 def as_adapters(adapters: Adapters) -> list[Adapter]:
     """One adapter or several, in the order in which they apply."""
@@ -75,10 +73,10 @@ def _apply_update(update: Update, w: AdaptedWeight) -> AdaptedWeight:
     out = update.method.lower(update, w)
     if not update.method.offset:
         return out
-    start = {name: update[name + INITIAL_SUFFIX] for name in update.factors}
-    there = update.method.lower(dataclasses.replace(update, factors=start), w)
-    back = tuple(dataclasses.replace(n, scale=-n.scale) for n in there.networks[len(w.networks) :])
-    return dataclasses.replace(out, networks=(*out.networks, *back))
+    initial = jax.lax.stop_gradient(update.initial)
+    at_start = update.method.lower(dataclasses.replace(update, factors=initial), w)
+    subtracted = tuple(dataclasses.replace(n, scale=-n.scale) for n in at_start.networks[len(w.networks) :])
+    return dataclasses.replace(out, networks=(*out.networks, *subtracted))
 
 
 def check_fits(adapters: Sequence[Adapter], leaves: Mapping[str, Any]) -> None:

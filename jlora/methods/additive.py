@@ -1,17 +1,15 @@
 """Additive: two thin matrices, each repeated along the other axis."""
 
 import dataclasses
-from typing import Any, final
-
-import jax
-import jax.numpy as jnp
+from typing import final
 
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
-from jlora.methods._common import axes as _axes
-from jlora.methods._common import choices as _check
-from jlora.methods._common import tiling as _repeat
+from jlora.methods._common import tiling
+from jlora.methods._common.hyperparameters import fraction, nonzero, positive_integer, scale_of, switch
+from jlora.methods._common.initializers import zeros
+from jlora.methods._common.networks import add_network
 
 
 @final
@@ -21,42 +19,37 @@ class Additive(Method):
 
         W + s (A [I ... I] + [I; ...; I] B),    A: (*stack, *in, rank),    B: (*stack, rank, *out),    s = alpha / rank
 
-    Both start at zero, and both get gradients there. It is computed as one product of that rank, of [A [I; ...; I]] and
-    [[I ... I]; B].
+    Both start at zero, and both receive gradients there. It is computed as one product of rank 2 rank, of
+    [A [I; ...; I]] and [[I ... I]; B].
 
     Arguments:
         rank: the width of both, a divisor of the weight's joint in and out sizes; the update has twice this rank.
         alpha: the numerator of the scale; None makes the scale 1.
         rank_stabilized: divides alpha by sqrt(rank) instead of rank.
-        dropout: the share of the branch's input that is dropped in training, in [0, 1).
+        dropout: the dropout rate of the branch's input, in [0, 1).
 
     Raises:
-        ValueError: from `jlora.init`, where the rank does not divide both sizes, with those that do.
+        ValueError: from `jlora.init`, if the rank does not divide both sizes, with those that do.
 
     It has no paper: the library MoreLoRA (tic-top, 2023) introduced it.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    rank_stabilized: bool = False
-    dropout: float = 0.0
+    rank: int = positive_integer(8)
+    alpha: float | None = nonzero(None)
+    rank_stabilized: bool = switch(False)
+    dropout: float = fraction(0.0)
+
+    factors = {"a": "*stack *in rank", "b": "*stack rank *out"}
+    initializers = {"a": zeros, "b": zeros}
+
+    @property
+    def scale(self) -> float:
+        return scale_of(self.alpha, self.rank, self.rank_stabilized)
 
     def unsupported_reason(self, site: Site) -> str:
-        return site.unsupported_reason or _repeat.unsupported_reason(site, self.rank, "rank")
-
-    def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
-        stack, inner, outer = (site.sizes(role) for role in ("stack", "in", "out"))
-        return {
-            "a": jnp.zeros((*stack, *inner, self.rank), dtype),
-            "b": jnp.zeros((*stack, self.rank, *outer), dtype),
-        }
+        return site.unsupported_reason or tiling.unsupported_reason(site, self.rank, "rank")
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        stack, inner, outer = _axes.letters(w, update.roles)
-        sizes = [w.index(c).size for c in stack]
-        a, b = update["a"].reshape(*sizes, -1, self.rank), update["b"].reshape(*sizes, self.rank, -1)
-        down, up = _repeat.product([a], [b])
-        rank = _axes.ranks(w)
-        pairs = [(down, stack + inner + rank), (up, stack + rank + outer)]
-        scale = _check.scale(self.alpha, self.rank, self.rank_stabilized) * update.scale
-        return _axes.add(w, pairs, {rank: 2 * self.rank}, scale, **_axes.dropout(update, stack))
+        a, b = tiling.product([update.joined("a")], [update.joined("b")])
+        terms = [(a, "*stack *in twice_rank"), (b, "*stack twice_rank *out")]
+        return add_network(w, update, terms, self.scale * update.scale)

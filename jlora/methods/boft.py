@@ -1,16 +1,18 @@
 """BOFT: a rotation of the weight's in space by butterflies of blocks, and a scale of its out axes."""
 
 import dataclasses
-from typing import Any, final
-
-import jax
-import jax.numpy as jnp
+from collections.abc import Mapping
+from typing import final
 
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
-from jlora.methods._common import axes as _axes
-from jlora.methods._common import rotations as _rotation
+from jlora.methods._common import rotations
+from jlora.methods._common.factor_axes import WeightAxes
+from jlora.methods._common.hyperparameters import positive_integer
+from jlora.methods._common.initializers import ones, zeros
+from jlora.methods._common.matrices import dense_matrix, in_out
+from jlora.methods._common.networks import add_matrix, scale_axes
 
 
 @final
@@ -20,48 +22,45 @@ class BOFT(Method):
 
         R_levels ... R_1 W diag(s),    R = (I - Q) (I + Q)^-1 for each block,    s: (*stack, *out), ones at the start
 
-    Q is antisymmetric, zero at the start. The blocks of R_1 are neighbours; one of R_j joins two half blocks that lie
-    2^(j - 1) half blocks apart, so that 1 + log2(in / block) levels connect everything with everything.
+    Q is antisymmetric and zero at the start. The blocks of R_1 are neighbours; one of R_j joins two half blocks that
+    are 2^(j - 1) half blocks apart, so that 1 + log2(in / block) levels connect every row with every other.
 
     Arguments:
-        block: the size of the blocks, an even one where there are levels; block * 2^(levels - 1) divides the weight's
+        block: the size of the blocks, even if there is more than one level; block * 2^(levels - 1) divides the weight's
             joint in size.
         levels: the number of butterfly levels.
 
     Liu et al. 2023, Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, arXiv:2311.06243.
     """
 
-    block: int = 8
-    levels: int = 2
+    block: int = positive_integer(8)
+    levels: int = positive_integer(2)
 
+    factors = {"q": "*stack levels blocks angles", "s": "*stack *out"}
+    initializers = {"q": zeros, "s": ones}
     depends_on_weight = True
     is_multiplicative = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block < 2:
-            raise ValueError("BOFT's block is at least 2: a block of one cannot be turned.")
+            raise ValueError("BOFT's block is at least 2: a block of one cannot be rotated.")
         if self.levels > 1 and self.block % 2:
             raise ValueError(
                 f"BOFT's block is even, since its levels join halves of blocks: {self.block - 1} or {self.block + 1} "
                 f"would do, not {self.block}."
             )
 
-    def unsupported_reason(self, site: Site) -> str:
-        return site.unsupported_reason or _rotation.unsupported_reason(_axes.counts(site)[0], self.block, self.levels)
+    def sizes(self, axes: WeightAxes) -> Mapping[str, int]:
+        return {"blocks": axes.count("*in") // self.block, "angles": rotations.angles(self.block)}
 
-    def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
-        stack, blocks = site.sizes("stack"), _axes.counts(site)[0] // self.block
-        return {
-            "q": _rotation.start((*stack, self.levels, blocks), self.block, dtype),
-            "s": jnp.ones((*stack, *site.sizes("out")), dtype),
-        }
+    def unsupported_reason(self, site: Site) -> str:
+        return site.unsupported_reason or rotations.unsupported_reason(in_out(site)[0], self.block, self.levels)
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        whole = turned = _axes.matrix(w, update.roles)
+        base = rotated = dense_matrix(w, update.roles)
         for level in range(self.levels):
-            numbers = update["q"][..., level, :, :] * update.scale
-            turned = _rotation.turned(turned, numbers, self.block, 2**level)
-        stack, _, outer = _axes.letters(w, update.roles)
-        w = _axes.add_matrix(w, turned - whole, update.roles, 1.0)
-        return _axes.multiply(w, 1 + update.scale * (update["s"] - 1), stack + outer)
+            angles = update["q"][..., level, :, :] * update.scale
+            rotated = rotations.rotate_rows(rotated, angles, self.block, 2**level)
+        w = add_matrix(w, update, rotated - base, 1.0)
+        return scale_axes(w, update, 1 + update.scale * (update["s"] - 1), "*stack *out")

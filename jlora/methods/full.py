@@ -1,21 +1,17 @@
 """Full: a trained difference of the weight's own shape."""
 
 import dataclasses
-from typing import Any, final
-
-import jax
-import jax.numpy as jnp
+from typing import final
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import AdaptedWeight
-from jlora.methods._base import Method, Update
-from jlora.methods._common import axes as _axes
+from jlora.methods._base import Method
+from jlora.methods._common.initializers import zeros
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class Full(Method):
-    """Adds a difference of the weight's own shape: for biases, norms, heads, whatever has no low-rank form.
+    """Adds a difference of the weight's own shape: for biases, norms, heads and all else without a low-rank form.
 
         W + D,    D: the shape of W, zero at the start
 
@@ -26,11 +22,9 @@ class Full(Method):
     arXiv:2106.10199.
     """
 
+    factors = {"d": "*weight"}
+    initializers = {"d": zeros}
+    networks = ("d",)
+
     def unsupported_reason(self, site: Site) -> str:
         return "" if site.is_trainable else site.unsupported_reason
-
-    def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
-        return {"d": jnp.zeros(site.shape, dtype)}
-
-    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        return _axes.add(w, [(update["d"], "".join(w.axes))], {}, update.scale)

@@ -1,7 +1,7 @@
 """HiRA: the weight times a low-rank matrix, elementwise."""
 
 import dataclasses
-from typing import Any, final
+from typing import final
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
-from jlora.methods._common import axes as _axes
-from jlora.methods._common import choices as _check
-from jlora.methods._common import initializers as _start
+from jlora.methods._common.hyperparameters import nonzero, positive_integer, scale_of
+from jlora.methods._common.initializers import kaiming, zeros
+from jlora.methods._common.matrices import dense_matrix, rank_too_high
+from jlora.methods._common.networks import add_matrix
 
 
 @final
@@ -28,26 +29,21 @@ class HiRA(Method):
     Huang et al. 2025, HiRA: Parameter-Efficient Hadamard High-Rank Adaptation, ICLR 2025.
     """
 
-    rank: int = 32
-    alpha: float | None = None
+    rank: int = positive_integer(32)
+    alpha: float | None = nonzero(None)
 
+    factors = {"a": "*stack *in rank", "b": "*stack rank *out"}
+    initializers = {"a": kaiming, "b": zeros}
     depends_on_weight = True
 
-    def unsupported_reason(self, site: Site) -> str:
-        return site.unsupported_reason or _axes.rank_above(site, self.rank)
+    @property
+    def scale(self) -> float:
+        return scale_of(self.alpha, self.rank)
 
-    def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
-        stack, inner, outer = (site.sizes(role) for role in ("stack", "in", "out"))
-        a = _start.stacked(_start.kaiming, key, stack, (_axes.counts(site)[0], self.rank), dtype)
-        return {
-            "a": a.reshape(*stack, *inner, self.rank),
-            "b": jnp.zeros((*stack, self.rank, *outer), dtype),
-        }
+    def unsupported_reason(self, site: Site) -> str:
+        return site.unsupported_reason or rank_too_high(site, self.rank)
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        stack = [n for n, r in zip(update.shape, update.roles, strict=True) if r == "stack"]
-        a, b = update["a"].reshape(*stack, -1, self.rank), update["b"].reshape(*stack, self.rank, -1)
-        product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-        scale = _check.scale(self.alpha, self.rank, False) * update.scale
-        whole = _axes.matrix(w, update.roles)
-        return _axes.add_matrix(w, whole * product.astype(whole.dtype), update.roles, scale)
+        product = jnp.matmul(update.joined("a"), update.joined("b"), precision=jax.lax.Precision.HIGHEST)
+        base = dense_matrix(w, update.roles)
+        return add_matrix(w, update, base * product.astype(base.dtype), self.scale * update.scale)

@@ -1,27 +1,26 @@
 """IA3: a trained vector that scales the weight along its out or its in axes."""
 
 import dataclasses
-from typing import Any, final
+from collections.abc import Mapping
+from typing import final
 
-import jax
-import jax.numpy as jnp
-
-from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
-from jlora.methods._common import axes as _axes
-from jlora.methods._common import choices as _check
+from jlora.methods._common.factor_axes import WeightAxes
+from jlora.methods._common.hyperparameters import choice
+from jlora.methods._common.initializers import ones
+from jlora.methods._common.networks import scale_axes
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class IA3(Method):
-    """Multiplies a weight by a vector along its out axes, or its in axes: what it hands on, or takes in, is scaled.
+    """Multiplies a weight by a vector along its out axes, or along its in axes.
 
         W diag(l)    or    diag(l) W,    l: (*stack, *out) or (*stack, *in), ones at the start
 
-    A gain and no network: the cost of a bias. In a convolution "in" is its input channels, whatever their place in the
-    window.
+    It has no network, and costs as much as a bias. In a convolution "in" means the input channels, whatever their place
+    in the window.
 
     Arguments:
         axis: "out" (keys, values) or "in" (the second feed-forward kernel).
@@ -30,22 +29,16 @@ class IA3(Method):
     arXiv:2205.05638.
     """
 
-    axis: str = "out"
+    axis: str = choice("out", "in")
 
+    initializers = {"l": ones}
     is_multiplicative = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check.choice(self, "out", "in", axis=self.axis)
-
-    def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
-        along = site.sizes("out") if self.axis == "out" else _axes.channels(site)
-        return {"l": jnp.ones((*site.sizes("stack"), *along), dtype)}
+    def factors_for(self, axes: WeightAxes) -> Mapping[str, str]:
+        return {"l": "*stack *out" if self.axis == "out" else "*stack *channels"}
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        stack, _, outer = _axes.letters(w, update.roles)
-        along = outer if self.axis == "out" else _axes.within(w, update.roles)[0]
         vector = update["l"]
         if update.scale != 1:
             vector = 1 + update.scale * (vector - 1)
-        return _axes.multiply(w, vector, stack + along)
+        return scale_axes(w, update, vector, update.declared["l"])

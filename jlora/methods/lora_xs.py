@@ -1,16 +1,18 @@
 """LoRA-XS: a small matrix between the leading singular vectors of the weight."""
 
 import dataclasses
-from typing import Any, final
+from collections.abc import Mapping
+from typing import final
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jlora._interpreter.site import Site
-from jlora._ir.weight import AdaptedWeight
-from jlora.methods._base import Method, Update
-from jlora.methods._common import axes as _axes
-from jlora.methods._common import choices as _check
+from jlora.methods._base import Method
+from jlora.methods._common.factor_axes import WeightAxes
+from jlora.methods._common.hyperparameters import fraction, nonzero, positive_integer, scale_of
+from jlora.methods._common.matrices import as_matrix, rank_too_high
 
 
 @final
@@ -25,14 +27,21 @@ class LoRAXS(Method):
     Arguments:
         rank: the number of singular vectors.
         alpha: the numerator of the scale; None makes the scale 1.
-        dropout: the share of the branch's input that is dropped in training, in [0, 1).
+        dropout: the dropout rate of the branch's input, in [0, 1).
 
     Balazy et al. 2024, LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters, arXiv:2405.17604.
     """
 
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
+    rank: int = positive_integer(16)
+    alpha: float | None = nonzero(None)
+    dropout: float = fraction(0.0)
+
+    factors = {"a": "*stack *in in_rank", "r": "*stack in_rank out_rank", "b": "*stack out_rank *out"}
+    networks = ("a r b",)
+
+    @property
+    def scale(self) -> float:
+        return scale_of(self.alpha, self.rank)
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -43,26 +52,17 @@ class LoRAXS(Method):
         return True
 
     def unsupported_reason(self, site: Site) -> str:
-        return site.unsupported_reason or _axes.rank_above(site, self.rank)
+        return site.unsupported_reason or rank_too_high(site, self.rank)
 
-    def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
+    def sizes(self, axes: WeightAxes) -> Mapping[str, int]:
+        return {"in_rank": self.rank, "out_rank": self.rank}
+
+    def init(self, key: jax.Array, site: Site, dtype: DTypeLike, base: jax.Array | None) -> dict[str, jax.Array]:
         assert base is not None
-        stack, inner, outer = (site.sizes(role) for role in ("stack", "in", "out"))
-        u, s, vt = jnp.linalg.svd(_axes.as_matrix(base, site.roles), full_matrices=False)
+        u, s, vt = jnp.linalg.svd(as_matrix(base, site.roles), full_matrices=False)
         a = u[..., : self.rank] * s[..., None, : self.rank]
         return {
-            "a": a.reshape(*stack, *inner, self.rank).astype(dtype),
-            "r": jnp.zeros((*stack, self.rank, self.rank), dtype),
-            "b": vt[..., : self.rank, :].reshape(*stack, self.rank, *outer).astype(dtype),
+            "a": a.astype(dtype),
+            "r": jnp.zeros((*site.sizes("stack"), self.rank, self.rank), dtype),
+            "b": vt[..., : self.rank, :].astype(dtype),
         }
-
-    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        stack, inner, outer = _axes.letters(w, update.roles)
-        one, two = _axes.ranks(w, 2)
-        pairs = [
-            (update["a"], stack + inner + one),
-            (update["r"], stack + one + two),
-            (update["b"], stack + two + outer),
-        ]
-        scale = _check.scale(self.alpha, self.rank, False) * update.scale
-        return _axes.add(w, pairs, {one: self.rank, two: self.rank}, scale, **_axes.dropout(update, stack))

@@ -1,17 +1,26 @@
 """RandLoRA: a sum of random low-rank matrices, each scaled by trained vectors, of full rank."""
 
 import dataclasses
-from typing import Any, final
+from collections.abc import Mapping
+from typing import final
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
-from jlora.methods._common import axes as _axes
-from jlora.methods._common import choices as _check
-from jlora.methods._common import random_matrices as _random
+from jlora.methods._common import random_matrices
+from jlora.methods._common.factor_axes import WeightAxes
+from jlora.methods._common.hyperparameters import integer, nonzero, positive_integer, scale_of
+from jlora.methods._common.initializers import zeros
+from jlora.methods._common.matrices import rank_too_high
+from jlora.methods._common.networks import add_matrix
+
+
+def _reciprocal_size(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return jnp.full(shape, 1 / max(shape), dtype)
 
 
 @final
@@ -22,8 +31,8 @@ class RandLoRA(Method):
         W + s sum_k A_k diag(d_k) B_k diag(b_k),    k = 1 ... ceil(min(in, out) / rank)
 
     with A_k: (larger, rank), B_k: (rank, smaller), d_k: rank numbers, b_k: as many as the smaller side, for a weight
-    whose in side is the larger one; the other way round the product is transposed. The random matrices are drawn from
-    the seed, and all weights share them. d starts at zero.
+    whose in side is the larger one; for other weights the product is transposed. The random matrices are drawn from the
+    seed, and all weights share them. d starts at zero.
 
     Arguments:
         rank: of each term: the smaller it is, the more terms, and the more parameters.
@@ -33,32 +42,32 @@ class RandLoRA(Method):
     Albert et al. 2025, RandLoRA: Full-rank Parameter-efficient Fine-tuning of Large Models, arXiv:2502.00987.
     """
 
-    rank: int = 32
-    alpha: float | None = None
-    seed: int = 0
+    rank: int = positive_integer(32)
+    alpha: float | None = nonzero(None)
+    seed: int = integer(0)
+
+    factors = {"d": "*stack terms rank", "b": "*stack terms smaller"}
+    initializers = {"d": zeros, "b": _reciprocal_size}
+
+    @property
+    def scale(self) -> float:
+        return scale_of(self.alpha, self.rank)
 
     def unsupported_reason(self, site: Site) -> str:
-        return site.unsupported_reason or _axes.rank_above(site, self.rank)
+        return site.unsupported_reason or rank_too_high(site, self.rank)
 
-    def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
-        stack, small = site.sizes("stack"), min(_axes.counts(site))
-        count = -(-small // self.rank)
-        return {
-            "d": jnp.zeros((*stack, count, self.rank), dtype),
-            "b": jnp.full((*stack, count, small), 1 / max(count, small), dtype),
-        }
+    def sizes(self, axes: WeightAxes) -> Mapping[str, int]:
+        smaller = min(axes.count("*in"), axes.count("*out"))
+        return {"smaller": smaller, "terms": -(-smaller // self.rank)}
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        _, inner, outer = _axes.letters(w, update.roles)
-        n_in, n_out = w.size(inner), w.size(outer)
-        small, large = sorted((n_in, n_out))
-        count = -(-small // self.rank)
-        one, two = _random.keys(self.seed, 2)
-        a = _random.rows(one, large, count * self.rank)
-        b = _random.rows(two, count * self.rank, small).reshape(count, self.rank, small)
+        n_in, n_out = update.axes.count("*in"), update.axes.count("*out")
+        smaller, larger = sorted((n_in, n_out))
+        count = self.sizes(update.axes)["terms"]
+        a_key, b_key = random_matrices.keys(self.seed, 2)
+        a = random_matrices.rows(a_key, larger, count * self.rank)
+        b = random_matrices.rows(b_key, count * self.rank, smaller).reshape(count, self.rank, smaller)
         d, columns = update["d"][..., None], update["b"][..., None, :]
         scaled = d * columns * jnp.expand_dims(b, list(range(d.ndim - b.ndim)))
-        delta = jnp.matmul(a, scaled.reshape(*scaled.shape[:-3], -1, small), precision=jax.lax.Precision.HIGHEST)
-        delta = delta if n_in >= n_out else delta.mT
-        scale = _check.scale(self.alpha, self.rank, False) * update.scale
-        return _axes.add_matrix(w, delta, update.roles, scale)
+        delta = jnp.matmul(a, scaled.reshape(*scaled.shape[:-3], -1, smaller), precision=jax.lax.Precision.HIGHEST)
+        return add_matrix(w, update, delta if n_in >= n_out else delta.mT, self.scale * update.scale)

@@ -1,16 +1,18 @@
 """SHiRA: a sparse update."""
 
 import dataclasses
-from typing import Any, final
-
-import jax
-import jax.numpy as jnp
+from collections.abc import Mapping
+from typing import final
 
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
-from jlora.methods._common import axes as _axes
-from jlora.methods._common import random_matrices as _random
+from jlora.methods._common.factor_axes import WeightAxes
+from jlora.methods._common.hyperparameters import integer, positive_integer
+from jlora.methods._common.initializers import zeros
+from jlora.methods._common.matrices import in_out, too_many_entries
+from jlora.methods._common.networks import add_matrix
+from jlora.methods._common.random_matrices import scattered
 
 
 @final
@@ -18,10 +20,10 @@ from jlora.methods._common import random_matrices as _random
 class SHiRA(Method):
     """Trains a few of the weight's own entries: a dense update of high rank, with as many numbers as LoRA's.
 
-        W + S,    S: (in, out), zero but for rank (in + out) trained entries
+        W + S,    S: (in, out), zero except for rank (in + out) trained entries
 
-    One entry lies in each of as many equal stretches of the weight, drawn from the seed and the same for all layers
-    of a stack. They start at zero.
+    The weight is divided into as many equal stretches, each with one entry at a random place that is drawn from the
+    seed and is the same for all layers of a stack. The entries start at zero.
 
     Arguments:
         rank: of the LoRA that has as many parameters.
@@ -30,16 +32,18 @@ class SHiRA(Method):
     Bhardwaj et al. 2024, Sparse High Rank Adapters, arXiv:2406.13175.
     """
 
-    rank: int = 8
-    seed: int = 0
+    rank: int = positive_integer(8)
+    seed: int = integer(0)
+
+    factors = {"s": "*stack entries"}
+    initializers = {"s": zeros}
 
     def unsupported_reason(self, site: Site) -> str:
-        return site.unsupported_reason or _axes.too_many(site, self.rank * sum(_axes.counts(site)))
+        return site.unsupported_reason or too_many_entries(site, self.rank * sum(in_out(site)))
 
-    def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
-        return {"s": jnp.zeros((*site.sizes("stack"), self.rank * sum(_axes.counts(site))), dtype)}
+    def sizes(self, axes: WeightAxes) -> Mapping[str, int]:
+        return {"entries": self.rank * (axes.count("*in") + axes.count("*out"))}
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        _, inner, outer = _axes.letters(w, update.roles)
-        delta = _random.scattered(update["s"], self.seed, w.size(inner), w.size(outer))
-        return _axes.add_matrix(w, delta, update.roles, update.scale)
+        delta = scattered(update["s"], self.seed, update.axes.count("*in"), update.axes.count("*out"))
+        return add_matrix(w, update, delta, update.scale)

@@ -2,16 +2,18 @@
 
 import dataclasses
 import math
-from typing import Any, final
+from collections.abc import Mapping
+from typing import final
 
 import jax
-import jax.numpy as jnp
 
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
-from jlora.methods._common import axes as _axes
-from jlora.methods._common import random_matrices as _random
+from jlora.methods._common import random_matrices
+from jlora.methods._common.hyperparameters import fraction, integer, number, positive_integer
+from jlora.methods._common.initializers import Initializer, constant, zeros
+from jlora.methods._common.networks import add_network
 
 
 @final
@@ -22,37 +24,43 @@ class VeRA(Method):
         W + A diag(d) B diag(b),    A: (in, rank),    B: (rank, out),    d: (*stack, rank),    b: (*stack, *out)
 
     A and B are the leading rows and columns of two matrices that all weights with the same seed share; they are drawn
-    from the seed wherever they are needed, and neither kept nor saved. b starts at zero.
+    from the seed when they are needed, and are neither kept nor saved. b starts at zero.
 
     Arguments:
         rank: the width of the random matrices.
-        d_initial: the value at which every entry of d starts.
+        d_initial: the initial value of every entry of d.
         seed: of the random matrices.
-        dropout: the share of the branch's input that is dropped in training, in [0, 1).
+        dropout: the dropout rate of the branch's input, in [0, 1).
 
     Kopiczko et al. 2023, VeRA: Vector-based Random Matrix Adaptation, arXiv:2310.11454.
     """
 
-    rank: int = 256
-    d_initial: float = 0.1
-    seed: int = 0
-    dropout: float = 0.0
+    rank: int = positive_integer(256)
+    d_initial: float = number(0.1)
+    seed: int = integer(0)
+    dropout: float = fraction(0.0)
 
-    def init(self, key: jax.Array, site: Site, dtype: Any, base: jax.Array | None) -> dict[str, jax.Array]:
-        stack, outer = site.sizes("stack"), site.sizes("out")
-        return {"d": jnp.full((*stack, self.rank), self.d_initial, dtype), "b": jnp.zeros((*stack, *outer), dtype)}
+    factors = {"d": "*stack rank", "b": "*stack *out"}
+
+    def initializers_for(self, site: Site) -> Mapping[str, Initializer]:
+        return {"d": constant(self.d_initial), "b": zeros}
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        stack, inner, outer = _axes.letters(w, update.roles)
-        a, b = shared(self.seed, w.size(inner), w.size(outer), self.rank)
-        rank = _axes.ranks(w)
-        pairs = [(a, inner + rank), (update["d"], stack + rank), (b, rank + outer), (update["b"], stack + outer)]
-        return _axes.add(w, pairs, {rank: self.rank}, update.scale, **_axes.dropout(update, stack))
+        a, b = shared_matrices(self.seed, update.axes.count("*in"), update.axes.count("*out"), self.rank)
+        terms = [(a, "*in rank"), (update["d"], "*stack rank"), (b, "rank *out"), (update["b"], "*stack *out")]
+        return add_network(w, update, terms, update.scale)
 
 
-def shared(seed: int, n_in: int, n_out: int, rank: int) -> tuple[jax.Array, jax.Array]:
-    """The leading parts of two endless random matrices, uniform with a variance of 2 / in and 2 / rank (He)."""
-    a_key, b_key = _random.keys(seed, 2)
-    return math.sqrt(6 / n_in) * _random.rows(a_key, n_in, rank), math.sqrt(6 / rank) * _random.rows(
-        b_key, n_out, rank
-    ).T
+def shared_matrices(seed: int, n_in: int, n_out: int, rank: int) -> tuple[jax.Array, jax.Array]:
+    """The leading parts of two endless random matrices, uniform with a variance of 2 / in and 2 / rank (He).
+
+    Arguments:
+        seed: of both matrices.
+        n_in, n_out, rank: the sizes; the same entries come first for all sizes, up to the scale of the first matrix.
+
+    Returns:
+        A `(in, rank)` and B `(rank, out)`.
+    """
+    a_key, b_key = random_matrices.keys(seed, 2)
+    a = math.sqrt(6 / n_in) * random_matrices.rows(a_key, n_in, rank)
+    return a, math.sqrt(6 / rank) * random_matrices.rows(b_key, n_out, rank).T

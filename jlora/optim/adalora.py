@@ -1,4 +1,4 @@
-"""AdaLoRA's budget: ranks taken away, step by step, where they matter least."""
+"""AdaLoRA: the rank pruning schedule, and the orthogonality term of the loss."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jlora.methods._base import Update
+from jlora.methods._common.factor_axes import as_pair
 from jlora.methods.adalora import AdaLoRA
 
 
@@ -129,3 +130,26 @@ def _masked(step: Update, params: Update, keep: jax.Array) -> Update:
     """The step that sets e to zero where a rank is not kept."""
     e = params.factors["e"]
     return dataclasses.replace(step, factors={**step.factors, "e": jnp.where(keep, step.factors["e"], -e)})
+
+
+def orthogonality(adapter: Any) -> jax.Array:
+    """How far the AdaLoRA updates of a tree are from singular vectors, a term to be added to the loss.
+
+        sum of |P^T P - I|^2 + |Q Q^T - I|^2,    Frobenius norms
+
+    Arguments:
+        adapter: an adapter, or any tree that contains adapters.
+
+    Returns:
+        a scalar; its weight in the paper is 0.1 to 0.5.
+
+    Zhang et al. 2023, AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, arXiv:2303.10512.
+    """
+    total = jnp.zeros(())
+    for update in _updates(adapter):
+        declared = update.declared["p"], update.declared["q"]
+        p, q = as_pair(update.factors["p"], update.factors["q"], declared, update.axes)
+        identity = jnp.eye(p.shape[-1], dtype=p.dtype)
+        identity = jnp.expand_dims(identity, list(range(p.ndim - 2)))
+        total = total + jnp.sum(jnp.square(p.mT @ p - identity)) + jnp.sum(jnp.square(q @ q.mT - identity))
+    return total

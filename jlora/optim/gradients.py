@@ -1,17 +1,17 @@
-"""Parts of optimisers that know which factor is which, as optax gradient transformations."""
+"""Gradient transformations for optax that know which factor is which."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jlora._ir.materialize import accumulation_dtype
 from jlora.methods._base import Update
+from jlora.methods._common.factor_axes import as_pair, from_pair
 from jlora.methods._common.linalg import identity_like, inverse
+from jlora.methods.grouped_lora import GroupedLoRA
 from jlora.methods.lora import LoRA
 
 
@@ -24,7 +24,7 @@ def _stateless(fn: Callable[[Update, Update], Update]) -> optax.GradientTransfor
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
-            raise ValueError("This transformation looks at the factors: call update(gradients, state, params).")
+            raise ValueError("This transformation needs the factors: call update(gradients, state, params).")
         new = jax.tree.map(lambda g, p: fn(g, p) if _is_update(p) else g, updates, params, is_leaf=_is_update)
         return new, state
 
@@ -32,55 +32,71 @@ def _stateless(fn: Callable[[Update, Update], Update]) -> optax.GradientTransfor
 
 
 def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
-    """Gives B a higher learning rate than A: put it last, `optax.chain(optax.adamw(1e-4), jlora.lora_plus(16))`.
+    """Gives B a higher learning rate than A; it comes last in a chain.
 
         B <- B + ratio dB,    A <- A + dA
 
     Arguments:
-        ratio: of the two learning rates. It applies to every factor whose name starts with "b".
+        ratio: of the two learning rates. It applies to every factor that leads from a rank to the weight's out axes.
+
+    Example:
+        tx = optax.chain(optax.adamw(1e-4), jlora.lora_plus(16))
 
     Hayou et al. 2024, LoRA+: Efficient Low Rank Adaptation of Large Models, arXiv:2402.12354.
     """
 
     def scaled(g: Update, p: Update) -> Update:
-        factors = {name: f * ratio if name.startswith("b") else f for name, f in g.factors.items()}
-        return dataclasses.replace(g, factors=factors)
+        names = _output_factors(p)
+        return dataclasses.replace(g, factors={n: f * ratio if n in names else f for n, f in g.factors.items()})
 
     return _stateless(scaled)
 
 
+def _output_factors(update: Update) -> set[str]:
+    """The factors that lead from a rank to the weight's out axes, as B does."""
+    if _is_lora(update):
+        return {"b"}
+    declared = {name: set(text.split()) for name, text in update.declared.items()}
+    outputs = {name for name, axes in declared.items() if "*out" in axes and "*in" not in axes}
+    return {name for name in outputs if declared[name] - {"*stack", "*out"}}
+
+
 def riemannian(damping: float = 1e-6) -> optax.GradientTransformation:
-    """Scales the gradients of a LoRA by the other factor: `optax.chain(jlora.riemannian(), optax.sgd(1e-2))`.
+    """Preconditions the gradient of each factor of a LoRA by the other factor; it comes first in a chain.
 
         dA <- dA (B B^T + damping I)^-1,    dB <- (A^T A + damping I)^-1 dB
 
-    A step then changes A B as much whatever the sizes of A and B. Other updates go through as they are.
+    A step then changes A B by the same amount whatever the sizes of A and B. The gradients of other methods are not
+    changed.
 
     Arguments:
-        damping: keeps the inverse finite, at the start above all, where one factor is zero.
+        damping: keeps the inverse finite, above all at initialisation, when one factor is zero.
+
+    Example:
+        tx = optax.chain(jlora.riemannian(), optax.sgd(1e-2))
 
     Zhang and Pilanci 2024, Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models, arXiv:2402.02347.
     """
 
     def scaled(g: Update, p: Update) -> Update:
-        if not isinstance(p.method, LoRA):
+        if not _is_lora(p):
             return g
-        (a, b), factors = _matrices(p, p.factors | p.frozen), dict(g.factors)
-        da, db = _matrices(g, g.factors | g.frozen)
+        (a, b), factors = _as_pair(p, p.factors | p.frozen), dict(g.factors)
+        da, db = _as_pair(g, g.factors | g.frozen)
         if "a" in factors:
-            factors["a"] = _solve(b.mT, da.mT, damping).mT.reshape(p.factors["a"].shape)
-        factors["b"] = _solve(a, db, damping).reshape(p.factors["b"].shape)
+            factors["a"] = _as_factor(p, _solve(b.mT, da.mT, damping).mT, "a")
+        factors["b"] = _as_factor(p, _solve(a, db, damping), "b")
         return dataclasses.replace(g, factors=factors)
 
     return _stateless(scaled)
 
 
 def lora_fa_gradient(damping: float = 1e-8) -> optax.GradientTransformation:
-    """Makes the step of B the one that moves the weight nearest to the full gradient, where A is frozen (LoRA-FA).
+    """Makes the step of B the one that moves the weight nearest to the full gradient, if A is frozen (LoRA-FA).
 
         dB <- (A^T A + damping I)^-1 dB / s^2
 
-    Updates whose A trains, or that are no LoRA, go through as they are.
+    The gradients of updates whose A is trained, and of other methods, are not changed.
 
     Arguments:
         damping: keeps the inverse finite.
@@ -90,25 +106,29 @@ def lora_fa_gradient(damping: float = 1e-8) -> optax.GradientTransformation:
     """
 
     def scaled(g: Update, p: Update) -> Update:
-        if not isinstance(p.method, LoRA) or "a" in p.factors:
+        if not _is_lora(p) or "a" in p.factors:
             return g
-        a, _ = _matrices(p, p.factors | p.frozen)
-        _, db = _matrices(g, g.factors | g.frozen)
+        a, _ = _as_pair(p, p.factors | p.frozen)
+        _, db = _as_pair(g, g.factors | g.frozen)
         b = _solve(a, db, damping) / (p.method.scale * p.scale) ** 2
-        return dataclasses.replace(g, factors={"b": b.reshape(p.factors["b"].shape)})
+        return dataclasses.replace(g, factors={"b": _as_factor(p, b, "b")})
 
     return _stateless(scaled)
 
 
-def _matrices(update: Update, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """A and B as `(*stack, in, rank)` and `(*stack, rank, out)`, a group counted with the stack."""
-    method: Any = update.method
-    stack = [n for n, role in zip(update.shape, update.roles, strict=True) if role == "stack"]
-    a, b = arrays["a"], arrays["b"]
-    if method.groups > 1:
-        a = jnp.moveaxis(a, -2, len(stack))
-        stack = [*stack, a.shape[len(stack)]]
-    return a.reshape(*stack, -1, method.rank), b.reshape(*stack, method.rank, -1)
+def _is_lora(update: Update) -> bool:
+    return isinstance(update.method, (LoRA, GroupedLoRA))
+
+
+def _as_pair(update: Update, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """A and B as `(*stack, in, rank)` and `(*stack, rank, out)`, groups as part of the stack."""
+    return as_pair(arrays["a"], arrays["b"], (update.declared["a"], update.declared["b"]), update.axes)
+
+
+def _as_factor(update: Update, matrix: jax.Array, name: str) -> jax.Array:
+    """A matrix of `_as_pair` in the shape of the factor."""
+    pair = (update.declared["a"], update.declared["b"])
+    return from_pair(matrix, update[name], pair, update.axes, "ab".index(name))
 
 
 def _solve(factor: jax.Array, right: jax.Array, damping: float) -> jax.Array:
@@ -118,21 +138,3 @@ def _solve(factor: jax.Array, right: jax.Array, damping: float) -> jax.Array:
         gram = wide.mT @ wide
         solved = inverse(gram + damping * identity_like(gram)) @ right.astype(gram.dtype)
     return solved.astype(right.dtype)
-
-
-def orthogonality(adapter: Any) -> jax.Array:
-    """How far the AdaLoRA updates of a tree are from singular vectors, a term to be added to the loss.
-
-        sum of |P^T P - I|^2 + |Q Q^T - I|^2,    Frobenius norms
-
-    Zhang et al. 2023, AdaLoRA, arXiv:2303.10512 (its weight there is 0.1 to 0.5).
-    """
-    total = jnp.zeros(())
-    for update in jax.tree.leaves(adapter, is_leaf=_is_update):
-        if _is_update(update) and set(update.factors) == {"p", "e", "q"}:
-            stack = update.factors["e"].shape[:-1]
-            p = update.factors["p"].reshape(math.prod(stack), -1, update.method.rank)
-            q = update.factors["q"].reshape(math.prod(stack), update.method.rank, -1)
-            eye = jnp.eye(update.method.rank, dtype=p.dtype)[None]
-            total = total + jnp.sum(jnp.square(p.mT @ p - eye)) + jnp.sum(jnp.square(q @ q.mT - eye))
-    return total

@@ -39,5 +39,7 @@ def _label(node: Any) -> Any:
         node,
         factors={name: jax.tree.map(lambda _, name=name: name, factor) for name, factor in node.factors.items()},
         frozen=jax.tree.map(lambda _: "frozen", node.frozen),
+        initial=jax.tree.map(lambda _: "frozen", node.initial),
         key=jax.tree.map(lambda _: "frozen", node.key),
+        rank_mask=jax.tree.map(lambda _: "frozen", node.rank_mask),
     )

@@ -11,8 +11,8 @@ from jlora._tree.leaves import as_array, is_quantized, requantize
 from jlora._tree.paths import flatten, named_leaves
 from jlora.methods import LoRA
 from jlora.methods._base import Adapter, Update
-from jlora.methods._common import axes as _axes
-from jlora.methods._common import initializers as _start
+from jlora.methods._common.initializers import named_start
+from jlora.methods._common.matrices import as_matrix
 from jlora.methods._lowering import check_fits, lower_updates
 
 
@@ -46,8 +46,8 @@ def loftq(adapter: Adapter, params: Any, quantized: Any, *, steps: int = 5) -> t
     found, out = dict(leaves), {}
     for path, update in adapter.items():
         method = update.method
-        if not isinstance(method, LoRA) or method.groups > 1 or method.offset or update.scale != 1:
-            raise ValueError(f"{path}: LoftQ starts plain LoRA, without groups, offset or jlora.scale, not {method}.")
+        if not isinstance(method, LoRA) or method.offset or update.scale != 1:
+            raise ValueError(f"{path}: LoftQ initialises LoRA without offset or jlora.scale, not {method}.")
         if not is_quantized(leaves[path]):
             raise ValueError(f"{path} is not quantised: give it a form in jlora.quantize, or leave it out here.")
         found[path], out[path] = _turns(update, weights[path], leaves[path], steps)
@@ -70,8 +70,8 @@ def _turns(update: Update, weight: jax.Array, leaf: Any, steps: int) -> tuple[An
 def _fitted(update: Update, difference: jax.Array) -> Update:
     """The update nearest to a difference of the weight's shape."""
     method: Any = update.method
-    matrix = _axes.as_matrix(difference, update.roles)
-    a, b = _start.pair("pissa", jax.random.key(0), matrix, matrix.shape, method.rank)
+    matrix = as_matrix(difference, update.roles)
+    a, b = named_start("pissa", jax.random.key(0), matrix, matrix.shape, method.rank)
     root = jnp.sqrt(jnp.asarray(method.scale, a.dtype))
     found = {"a": a / root, "b": b / root}
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._adapter.adapt import choose_paths
+from jlora._adapter.targets import select_by_pattern
 from jlora._interpreter.context import matrix_side
 from jlora._interpreter.site import Site
 from jlora._trace.sites import Sites
@@ -49,7 +49,7 @@ def quantize(params: Any, sites: Sites, targets: Mapping[str, Format | None]) ->
 
     Dettmers et al. 2023, arXiv:2305.14314.
     """
-    chosen = choose_paths(sites, targets)
+    chosen = select_by_pattern(sites, targets)
     leaves = []
     for path, leaf in named_leaves(params):
         format_ = chosen.get(path)

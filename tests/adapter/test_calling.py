@@ -12,7 +12,6 @@ import pytest
 from jax.extend.core import Primitive
 
 import jlora
-from jlora.methods._common import axes as _axes
 from tests.support import toy_model
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32))
@@ -124,11 +123,9 @@ def test_one_array_at_two_paths_is_not_donated():
 class Own(jlora.Method):
     """A method that jlora does not have."""
 
-    def init(self, key, site, dtype, base):
-        return {"d": jnp.ones(site.shape, dtype)}
-
-    def lower(self, update, w):
-        return _axes.add(w, [(update["d"], "".join(w.axes))], {}, update.scale)
+    factors = {"d": "*weight"}  # noqa: RUF012
+    initializers = {"d": jax.nn.initializers.ones}  # noqa: RUF012
+    networks = ("d",)
 
 
 def test_a_method_of_ones_own_is_loaded_again(tmp_path):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.methods._common import hyperparameters as _hyperparameters
 from tests.support import toy_model
 
 KEY = jax.random.key(0)
@@ -26,7 +25,9 @@ def test_patterns_match_whole_paths():
 
 
 def test_a_pattern_that_never_decides():
-    with pytest.raises(ValueError, match=r"'mix/kernel' never decides.*'mix/.\*'.*narrower pattern first"):
+    with pytest.raises(
+        ValueError, match=r"'mix/kernel' is shadowed by an earlier pattern.*'mix/.\*'.*narrower pattern first"
+    ):
         jlora.init(KEY, toy_model.sites(), {"mix/.*": None, "mix/kernel": jlora.LoRA()})
 
 
@@ -53,31 +54,31 @@ def test_a_weight_that_is_not_floating_point():
 
 @pytest.mark.parametrize("rank", [0, -1, True])
 def test_a_rank_that_is_none(rank):
-    with pytest.raises(ValueError, match="rank is a whole number from 1 on"):
+    with pytest.raises(ValueError, match="rank is a positive integer"):
         jlora.LoRA(rank=rank)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: jlora.LoRA(dropout=1.0), r"dropout is a share in \[0, 1\), not 1.0"),
-        (lambda: jlora.LoRA(alpha=0.0), "LoRA's alpha is a number other than zero, not 0.0"),
-        (lambda: jlora.LoKr(alpha=math.inf), "LoKr's alpha is a number other than zero, not inf"),
-        (lambda: jlora.DeLoRA(reach=0.0), "reach is a number other than zero, not 0.0"),
-        (lambda: jlora.FourierFT(scaling=math.nan), "scaling is a number other than zero, not nan"),
-        (lambda: jlora.VeRA(seed=True), "seed is a whole number, not True"),
+        (lambda: jlora.LoRA(dropout=1.0), r"dropout is a fraction in \[0, 1\), not 1.0"),
+        (lambda: jlora.LoRA(alpha=0.0), "LoRA's alpha is a finite non-zero number, not 0.0"),
+        (lambda: jlora.LoKr(alpha=math.inf), "LoKr's alpha is a finite non-zero number, not inf"),
+        (lambda: jlora.DeLoRA(reach=0.0), "reach is a finite non-zero number, not 0.0"),
+        (lambda: jlora.FourierFT(scaling=math.nan), "scaling is a finite non-zero number, not nan"),
+        (lambda: jlora.VeRA(seed=True), "seed is an integer, not True"),
         (lambda: jlora.LoRA(start="svd"), r"start is one of gaussian, .*olora.*'svd'"),
-        (lambda: jlora.LoRA(start="pissa", groups=2), "a start, or initialisers, or groups"),
-        (lambda: jlora.LoRA(groups=3, enable=(True, False)), "each of the 3 groups"),
-        (lambda: jlora.LoRA(groups=2, enable=(False, False)), "at least one"),
+        (lambda: jlora.LoRA(start="pissa", a_init=jax.nn.initializers.ones), "a start or initialisers, not both"),
+        (lambda: jlora.GroupedLoRA(groups=3, enable=(True, False)), "each of the 3 groups"),
+        (lambda: jlora.GroupedLoRA(groups=2, enable=(False, False)), "at least one"),
         (lambda: jlora.Hadamard(8, 3), "k = 3 does not divide its rank 8; rank 6, 9 would do"),
         (lambda: jlora.Hadamard(8, 2, "relu"), "of is one of 'lora', 'additive', 'tanh', 'sigmoid', not 'relu'"),
         (lambda: jlora.HRA(5), "4 or 6 would do, not 5"),
         (lambda: jlora.IA3("both"), "axis is one of 'out', 'in', not 'both'"),
         (lambda: jlora.OFT(1), "block is at least 2"),
         (lambda: jlora.BOFT(3, 2), "2 or 4 would do, not 3"),
-        (lambda: jlora.LoKr(factor=0), "factor is a whole number from 1 on, or -1 for the most even, not 0"),
-        (lambda: jlora.FourierFT(n=0), "n is a whole number"),
+        (lambda: jlora.LoKr(factor=0), "factor is a positive integer, or -1 for the square root, not 0"),
+        (lambda: jlora.FourierFT(n=0), "n is a positive integer, not 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -86,38 +87,45 @@ def test_hyper_parameters_that_make_no_sense(make, message):
         make()
 
 
-@dataclasses.dataclass
-class Numbers:
-    """Fields named and typed as those of methods, whose own types are checked by others here; and one that is not."""
-
-    rank: int = 8
-    alpha: float | None = 16
-    d_initial: float = 0.1
-    freeze_a: bool = False
-    scaling: str = "by the norm"
-
-
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("make", "message"),
     [
-        ({"rank": 8.0}, "rank is a whole number from 1 on, not 8.0"),
-        ({"alpha": "16"}, "alpha is a number other than zero, not '16'"),
-        ({"alpha": True}, "alpha is a number other than zero, not True"),
-        ({"d_initial": None}, "d_initial is a number, not None"),
-        ({"freeze_a": "no"}, "freeze_a is True or False, not 'no'"),
+        (lambda: jlora.LoRA(rank=8.0), "rank is a positive integer, not 8.0"),
+        (lambda: jlora.LoRA(alpha="16"), "alpha is a finite non-zero number, not '16'"),
+        (lambda: jlora.LoRA(alpha=True), "alpha is a finite non-zero number, not True"),
+        (lambda: jlora.VeRA(d_initial=None), "d_initial is a finite number, not None"),
+        (lambda: jlora.LoRA(freeze_a="no"), "freeze_a is True or False, not 'no'"),
+        (lambda: jlora.LoRA(rank=None), "rank is a positive integer, not None"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_hyper_parameters_of_another_type(values, message):
+def test_hyper_parameters_of_another_type(make, message):
     with pytest.raises(ValueError, match=message):
-        _hyperparameters.check(Numbers(**values))
+        make()
 
 
 def test_hyper_parameters_from_numpy_become_plain_numbers():
-    method = Numbers(rank=np.int64(4), alpha=np.float32(8), freeze_a=np.bool_(True))
-    _hyperparameters.check(method)
-    assert [type(value) for value in dataclasses.astuple(method)] == [int, float, float, bool, str]
-    assert method == Numbers(rank=4, alpha=8.0, freeze_a=True)
+    method = jlora.LoRA(rank=np.int64(4), alpha=np.float32(8), freeze_a=np.bool_(True))
+    assert [type(value) for value in (method.rank, method.alpha, method.freeze_a)] == [int, float, bool]
+    assert method == jlora.LoRA(rank=4, alpha=8.0, freeze_a=True)
+    assert jlora.LoKr(rank=None).rank is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Undeclared(jlora.Method):
+    """Fields with the standard names, whose annotations are strings, and one that means something else here."""
+
+    rank: "int" = 8
+    alpha: "float | None" = None
+    dropout: "float" = 0.0
+    scaling: "str" = "by the norm"
+
+
+@pytest.mark.parametrize("values", [{"rank": -3}, {"alpha": 0.0}, {"dropout": 7.0}], ids=str)
+def test_standard_fields_of_a_method_are_checked_whatever_their_annotations_look_like(values):
+    with pytest.raises(ValueError, match=f"Undeclared's {next(iter(values))} is"):
+        Undeclared(**values)
+    assert Undeclared(alpha=None).scaling == "by the norm"
 
 
 @pytest.mark.parametrize(
@@ -127,12 +135,12 @@ def test_hyper_parameters_from_numpy_become_plain_numbers():
         (jlora.MiSS(5), r"mix/kernel .*rank 5 does not divide its in size 8; 1, 2, 4, 8 would do"),
         (jlora.OFT(3), r"mix/kernel .*3 does not divide its in size 8; blocks that do: 2, 4, 8"),
         (jlora.BOFT(4, 3), r"mix/kernel .*4 \* 4 does not divide its in size 8; blocks that do: 2"),
-        (jlora.LoRA(2, groups=3), "mix/kernel .*3 groups do not divide axis 1, 'out' of size 8"),
-        (jlora.LoRA(5, groups=2), "mix/kernel .*rank 5 .*out size 4 of each of 2 groups; lower the rank"),
+        (jlora.GroupedLoRA(2, groups=3), "mix/kernel .*3 groups do not divide axis 1, 'out' of size 8"),
+        (jlora.GroupedLoRA(5, groups=2), "mix/kernel .*rank 5 .*out size 4 of each of 2 groups; lower the rank"),
         (jlora.SHiRA(5), "mix/kernel .*80 entries are more than its 8 x 8"),
         (jlora.Hadamard(2, 1, "tanh", dropout=0.5), "mix/kernel .*dropout needs a branch"),
         (jlora.LoRA(2, start="pissa"), r"starts from the weight mix/kernel: pass jlora.init\(..., params=params\)"),
-        (jlora.DoRA(2, offset=True), "DoRA scales the weight .*leave out offset at mix/kernel"),
+        (jlora.DoRA(2, offset=True), "DoRA multiplies the weight .*remove offset at mix/kernel"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, jlora.Method) else "",
 )
@@ -155,7 +163,7 @@ def test_a_dropout_that_is_no_share(dropout):
 
 def test_no_target_at_all():
     sites = jlora.trace(lambda p, x: x + p["b"], {"b": jnp.ones(3)}, jnp.ones(3))
-    with pytest.raises(ValueError, match="No product"):
+    with pytest.raises(ValueError, match="No matmul or convolution"):
         jlora.init(KEY, sites, jlora.LoRA())
 
 
@@ -223,12 +231,14 @@ def test_targets_that_are_none(targets):
 
 
 def test_a_pattern_that_is_no_regular_expression():
-    with pytest.raises(ValueError, match=r"'\*/kernel' is no regular expression .* '\.\*' stands for anything"):
+    with pytest.raises(
+        ValueError, match=r"'\*/kernel' is not a regular expression .* '\.\*' stands for any characters"
+    ):
         jlora.init(KEY, toy_model.sites(), {"*/kernel": jlora.LoRA()})
 
 
 def test_parameters_in_the_place_of_sites():
-    with pytest.raises(TypeError, match=r"what jlora\.trace gives, not dict"):
+    with pytest.raises(TypeError, match=r"come from jlora\.trace; this is dict"):
         jlora.init(KEY, toy_model.params(), jlora.LoRA())
 
 
@@ -252,7 +262,7 @@ def test_a_kronecker_factor_of_a_convolution_without_the_window():
     adapter = jlora.init(KEY, jlora.trace(conv, {"w": w}, x), jlora.LoKr(None, factor=2))
     assert adapter["w"]["d"].shape == (3, 2, 3)
     joined = dataclasses.replace(adapter["w"], factors=adapter["w"].factors | {"d": jnp.zeros((6, 3))})
-    message = r"shape \(6, 3\): LoKr.* one axis for each of the window, 3 in all"
+    message = r"shape \(6, 3\), which does not match its axes '.stack .window in_minor out_minor'"
     with pytest.raises(ValueError, match=r"w cannot be merged.*" + message):
         jlora.merge({"w": w}, {"w": joined})
     with pytest.raises(ValueError, match=r"A factor of w has " + message):

@@ -95,7 +95,7 @@ def test_an_offset_subtracts_the_initial_factors(name):
         path: dataclasses.replace(
             update,
             factors=toy_model.nonzero(update.factors),
-            frozen=update.frozen | {f"{k}_at_start": v for k, v in toy_model.nonzero(update.factors).items()},
+            initial=toy_model.nonzero(update.factors),
         )
         for path, update in adapter.items()
     }

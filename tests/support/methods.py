@@ -29,8 +29,8 @@ METHODS: dict[str, list[jlora.Method]] = {
     "lora_fa": [jlora.LoRA(2, ALPHA, freeze_a=True)],
     "lora_pissa": [jlora.LoRA(2, ALPHA, start="pissa")],
     "lora_groups": [
-        jlora.LoRA(1, ALPHA, groups=3, enable=(True, False, True), group_axis=-1),
-        jlora.LoRA(1, ALPHA, groups=2, enable=(False, True), group_axis=-1),
+        jlora.GroupedLoRA(1, ALPHA, groups=3, enable=(True, False, True), group_axis=-1),
+        jlora.GroupedLoRA(1, ALPHA, groups=2, enable=(False, True), group_axis=-1),
         jlora.LoRA(1, ALPHA),
     ],
     "adalora": [jlora.AdaLoRA(2, ALPHA)],

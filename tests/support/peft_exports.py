@@ -68,9 +68,11 @@ EXPORTS: dict[str, Export] = {
     "stack_loha": Export("llama_scanned", {"layers/.*/(query|down)/kernel": jlora.LoHa(2)}, scale=0.5),
     "fused": Export("llama_fused", {".*/gate_up/kernel": LORA, ".*/down/kernel": LORA}),
     "groups": Export(
-        "llama_fused", {".*/gate_up/kernel": jlora.LoRA(2, 3.0, groups=2), ".*/down/kernel": jlora.LoRA(2, 3.0)}
+        "llama_fused", {".*/gate_up/kernel": jlora.GroupedLoRA(2, 3.0, groups=2), ".*/down/kernel": jlora.LoRA(2, 3.0)}
     ),
-    "one_group": Export("llama_fused", {".*/gate_up/kernel": jlora.LoRA(2, 3.0, groups=2, enable=(False, True))}),
+    "one_group": Export(
+        "llama_fused", {".*/gate_up/kernel": jlora.GroupedLoRA(2, 3.0, groups=2, enable=(False, True))}
+    ),
     "tokens": Export("llama", {".*/query/kernel": LORA, "embed/.*": jlora.Full()}, rows=(1, 5, 7)),
     "tokens_alone": Export("llama", {"embed/.*": jlora.Full()}, rows=(2, 9)),
     "tokens_tied": Export("llama_tied", {".*/query/kernel": LORA, "embed/.*": jlora.Full()}, rows=(2, 9)),

@@ -149,7 +149,7 @@ ADALORA = jlora.AdaLoRA(4, ALPHA * 4 / (4 + 1e-5))  # PEFT divides by the rank p
 
 CASES = {
     "loralib_linear": Case(jlora.LoRA(4, ALPHA), LORA),
-    "loralib_merged_linear": Case(jlora.LoRA(2, ALPHA, groups=3, enable=(True, False, True)), merged_linear),
+    "loralib_merged_linear": Case(jlora.GroupedLoRA(2, ALPHA, groups=3, enable=(True, False, True)), merged_linear),
     "loralib_embedding": Case(jlora.LoRA(4, ALPHA), LORA, EMBEDDING),
     "loralib_conv2d": Case(jlora.ConvLoRA(2, ALPHA), LORA, CONV),
     "peft_lora": Case(jlora.LoRA(4, ALPHA), LORA),

@@ -12,9 +12,10 @@ from urllib.parse import quote
 
 from jlora.io.checkpoint.errors import CheckpointError
 from jlora.methods._base import Adapter, Method, Update
+from jlora.methods._registry import find, qualified_name
 
-FORMAT = 2
-GROUPS = ("factors", "frozen")
+FORMAT = 3
+GROUPS = ("factors", "frozen", "initial", "rank_mask")
 FILE = "metadata"  # as Orbax names what it writes of JSON
 
 Meta = dict[str, Any]
@@ -25,9 +26,15 @@ def arrays_of(adapter: Adapter) -> dict[str, Any]:
     return {
         _name(path, group, name): array
         for path, update in adapter.items()
-        for group in GROUPS
-        for name, array in getattr(update, group).items()
+        for group, arrays in _grouped(update).items()
+        for name, array in arrays.items()
     }
+
+
+def _grouped(update: Update) -> dict[str, dict[str, Any]]:
+    """The arrays of an update by group; dropout keys are not saved."""
+    mask = {} if update.rank_mask is None else {"rank": update.rank_mask}
+    return {"factors": update.factors, "frozen": update.frozen, "initial": update.initial, "rank_mask": mask}
 
 
 def describe(adapter: Adapter, rest: Mapping[str, Any]) -> Meta:
@@ -35,7 +42,7 @@ def describe(adapter: Adapter, rest: Mapping[str, Any]) -> Meta:
     methods: list[dict[str, Any]] = []
     updates = {}
     for path, update in adapter.items():
-        method = {"name": type(update.method).__name__, "hyperparameters": dataclasses.asdict(update.method)}  # pyright: ignore[reportArgumentType]
+        method = {"name": qualified_name(type(update.method)), "hyperparameters": dataclasses.asdict(update.method)}  # pyright: ignore[reportArgumentType]
         if method not in methods:
             methods.append(method)
         updates[path] = {
@@ -43,7 +50,7 @@ def describe(adapter: Adapter, rest: Mapping[str, Any]) -> Meta:
             "roles": update.roles,
             "shape": update.shape,
             "scale": update.scale,
-        } | {group: {name: _name(path, group, name) for name in getattr(update, group)} for group in GROUPS}
+        } | {group: {name: _name(path, group, name) for name in arrays} for group, arrays in _grouped(update).items()}
     meta: Meta = {
         "format": FORMAT,
         "versions": _versions(),
@@ -104,6 +111,8 @@ def rebuild(meta: Meta, arrays: Mapping[str, Any]) -> Adapter:
         path: Update(
             factors={name: arrays[key] for name, key in said["factors"].items()},
             frozen={name: arrays[key] for name, key in said["frozen"].items()},
+            initial={name: arrays[key] for name, key in said["initial"].items()},
+            rank_mask=next((arrays[key] for key in said["rank_mask"].values()), None),
             method=methods[said["method"]],
             roles=tuple(said["roles"]),
             shape=tuple(said["shape"]),
@@ -113,18 +122,18 @@ def rebuild(meta: Meta, arrays: Mapping[str, Any]) -> Adapter:
     }
 
 
-def _method(said: Mapping[str, Any]) -> Method:
-    name = said["name"]
-    methods = {method.__name__: method for method in Method.__subclasses__()}
-    if name not in methods:
+def _method(entry: Mapping[str, Any]) -> Method:
+    name = entry["name"]
+    method_class = find(name)
+    if method_class is None:
         raise CheckpointError(
-            f"The method {name!r} is not in this release of jlora: upgrade, or import it first if it is your own."
+            f"The method {name!r} is not known: upgrade jlora, or import the module that defines it before loading."
         )
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said["hyperparameters"].items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["hyperparameters"].items()}
     try:
-        return methods[name](**values)
+        return method_class(**values)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{name} in this release does not take what was saved: {error}") from error
+        raise CheckpointError(f"{name} of this release does not accept the saved hyper-parameters: {error}") from error
 
 
 def _from_1(meta: Meta) -> Meta:
@@ -135,7 +144,9 @@ def _from_1(meta: Meta) -> Meta:
         if method not in methods:
             methods.append(method)
         owned = [key.rsplit(":", 2) for key in meta["arrays"]]
-        groups = {g: {n: f"{p}:{g}:{n}" for p, group, n in owned if (p, group) == (path, g)} for g in GROUPS}
+        groups = {
+            g: {n: f"{p}:{g}:{n}" for p, group, n in owned if (p, group) == (path, g)} for g in ("factors", "frozen")
+        }
         updates[path] = said | {"method": methods.index(method)} | groups
     arrays = {
         key: said | {"shard": said["shape"], "piece": said["shape"], "sums": [said["sha256"]]}
@@ -144,7 +155,30 @@ def _from_1(meta: Meta) -> Meta:
     return meta | {"format": 2, "methods": methods, "updates": updates, "arrays": arrays, "base": None, "state": None}
 
 
-_MIGRATIONS: dict[int, Callable[[Meta], Meta]] = {1: _from_1}
+def _from_2(meta: Meta) -> Meta:
+    """Format 2 had the initial factors and rank masks among the frozen arrays, and groups as a part of LoRA."""
+    for entry in meta["updates"].values():
+        frozen = entry["frozen"]
+        suffix = "_at_start"
+        initial = {name: key for name, key in frozen.items() if name.endswith(suffix)}
+        entry["initial"] = {name.removesuffix(suffix): key for name, key in initial.items()}
+        entry["rank_mask"] = {"rank": frozen["kept"]} if "kept" in frozen else {}
+        entry["frozen"] = {name: key for name, key in frozen.items() if name not in {*initial, "kept"}}
+    return meta | {"format": 3, "methods": [_without_groups(entry) for entry in meta["methods"]]}
+
+
+def _without_groups(entry: Mapping[str, Any]) -> dict[str, Any]:
+    values = dict(entry["hyperparameters"])
+    if entry["name"] != "LoRA" or "groups" not in values:
+        return dict(entry)
+    if values["groups"] > 1:
+        values.pop("start", None)
+        return {"name": "GroupedLoRA", "hyperparameters": values}
+    kept = {name: value for name, value in values.items() if name not in ("groups", "enable", "group_axis")}
+    return {"name": "LoRA", "hyperparameters": kept}
+
+
+_MIGRATIONS: dict[int, Callable[[Meta], Meta]] = {1: _from_1, 2: _from_2}
 
 
 def _name(path: str, group: str, name: str) -> str:

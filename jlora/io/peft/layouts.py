@@ -41,7 +41,7 @@ _LOHA = _layout(
     b0=("hada_w1_a", "out rank"), a0=("hada_w1_b", "rank in"), b1=("hada_w2_a", "out rank"), a1=("hada_w2_b", "rank in")
 )
 _LOKR_FIRST = _layout(c=("lokr_w1", "out_major in_major"))
-_LOKR_FIRST_LOW_RANK = _layout(ca=("lokr_w1_b", "rank in_major"), cb=("lokr_w1_a", "out_major rank"))
+_LOKR_FIRST_LOW_RANK = _layout(ca=("lokr_w1_b", "major_rank in_major"), cb=("lokr_w1_a", "out_major major_rank"))
 _LOKR_SECOND = _layout(d=("lokr_w2", "out_minor in_minor window"))
 _LOKR_SECOND_LOW_RANK = _layout(a=("lokr_w2_b", "rank (in_minor window)"), b=("lokr_w2_a", "out_minor rank"))
 _LOKR: list[Layout] = [

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jlora._trace.sites import Sites
 from jlora.io.peft.completeness import check_complete, tied_heads
@@ -26,6 +25,7 @@ from jlora.io.torch.split_modules import split_out_axis
 from jlora.io.torch.weight_location import Index, Owners, Weight, WeightLocation, locate_weights, owners_of
 from jlora.methods import Full, LoKr, VeRA
 from jlora.methods._base import Adapter, Update
+from jlora.methods._common.factor_axes import WeightAxes
 
 _TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
 # For every weight, by the index of its stack and the position of a module in it, the module's factors.
@@ -215,8 +215,7 @@ def _check_updates(adapter: Adapter, sites: Sites) -> None:
             raise ValueError(f"{type(method).__name__} cannot adapt {path} {site.shape}: {site.unsupported_reason}.")
         key = (method, site.shape, site.roles)  # layers that are alike share a template
         if key not in templates:
-            arrays = jax.eval_shape(lambda m=method, s=site: m.init(jax.random.key(0), s, jnp.float32, None))
-            templates[key] = {name: array.shape for name, array in arrays.items()}
+            templates[key] = method.shapes(WeightAxes.of(site))
         shapes = {name: array.shape for name, array in update.factors.items()}
         if shapes != templates[key]:
             raise ValueError(f"{path}: the file's factors have the shapes {shapes}; {method} has {templates[key]}.")

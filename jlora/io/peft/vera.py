@@ -11,7 +11,7 @@ from jlora.io.peft.module_entry import ModuleEntry, shared_field
 from jlora.io.peft.tensors import Tensors
 from jlora.io.torch.factor_layout import ModuleFactors
 from jlora.methods import LoRA, VeRA
-from jlora.methods.vera import shared
+from jlora.methods.vera import shared_matrices
 
 PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 
@@ -56,7 +56,7 @@ def read_vera(name: str, factors: ModuleFactors, n_in: int, n_out: int, tensors:
 @functools.lru_cache(1)
 def _matrices(seed: int, n_in: int, n_out: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """jlora's matrices for a seed, as the file has them."""
-    a, b = shared(seed, n_in, n_out, rank)
+    a, b = shared_matrices(seed, n_in, n_out, rank)
     return np.asarray(a).T, np.asarray(b).T
 
 

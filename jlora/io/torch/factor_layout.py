@@ -7,41 +7,19 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from jlora.io.torch.weight_location import WeightLocation
-from jlora.methods import IA3, DoRA, Full, LoHa, LoKr, LoRA, VeRA
+from jlora.methods import VeRA
 from jlora.methods._base import Method
+from jlora.methods._common.factor_axes import WeightAxes
 
 FlatAxes = tuple[str, ...]
 # One entry for each axis of a flattened factor: its name, and the weight's axes that it joins; None for an axis of the
 # method's own.
 _Groups = list[tuple[str, tuple[int, ...] | None]]
 
-_DECLARED: dict[type[Method], dict[str, str]] = {
-    LoRA: {"a": "*stack *in rank", "b": "*stack rank *out"},
-    DoRA: {"a": "*stack *in rank", "b": "*stack rank *out", "m": "*stack *out"},
-    LoHa: {
-        "a0": "*stack *in rank",
-        "b0": "*stack rank *out",
-        "a1": "*stack *in rank",
-        "b1": "*stack rank *out",
-    },
-    LoKr: {
-        "c": "*stack in_major out_major",
-        "ca": "*stack in_major rank",
-        "cb": "*stack rank out_major",
-        "d": "*stack *window in_minor out_minor",
-        "a": "*stack *window in_minor rank",
-        "b": "*stack rank out_minor",
-    },
-    VeRA: {"d": "*stack rank", "b": "*stack *out"},
-    Full: {"d": "*weight"},
-}
 
-
-def declared_axes(method: Method) -> Mapping[str, str]:
-    """The axes of every factor of a method, as tokens: `{"a": "*stack *in rank"}`."""
-    if isinstance(method, IA3):
-        return {"l": "*stack *out" if method.axis == "out" else "*stack *channels"}
-    return _DECLARED[type(method)]
+def declared_axes(method: Method, location: WeightLocation) -> Mapping[str, str]:
+    """The axes of every factor of a method for a weight, as tokens: `{"a": "*stack *in rank"}`."""
+    return method.factors_for(WeightAxes.of(location.weight))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +60,7 @@ def flat_axes(method: Method, location: WeightLocation) -> dict[str, FlatAxes]:
     """The names of every factor's axes in a module."""
     return {
         name: tuple(axis for axis, _ in _groups(tokens, location) if axis != "loop")
-        for name, tokens in declared_axes(method).items()
+        for name, tokens in declared_axes(method, location).items()
     }
 
 

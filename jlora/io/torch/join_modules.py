@@ -8,8 +8,8 @@ import numpy as np
 
 from jlora.io.torch.factor_layout import ModuleFactors, declared_axes, unflatten
 from jlora.io.torch.weight_location import Index, WeightLocation
-from jlora.methods import DoRA, LoRA
-from jlora.methods._base import Update
+from jlora.methods import DoRA, GroupedLoRA, LoRA
+from jlora.methods._base import Method, Update
 
 Parts = Sequence[ModuleFactors | None]
 
@@ -48,10 +48,14 @@ def _as_groups(parts: Parts, location: WeightLocation) -> ModuleFactors:
     first = present[0]
     enable = None if len(present) == len(parts) else tuple(part is not None for part in parts)
     axis = location.axes("out")[0]
-    method = dataclasses.replace(first.method, groups=len(parts), enable=enable, group_axis=axis)
+    lora = first.method
+    assert isinstance(lora, LoRA)
+    method = GroupedLoRA(
+        lora.rank, lora.alpha, lora.rank_stabilized, lora.dropout, groups=len(parts), enable=enable, group_axis=axis
+    )
     a = np.stack([part.arrays["a"] for part in present], 1)
     b = np.stack([part.arrays["b"] for part in present])
-    axes = {"a": ("in", "group", "rank"), "b": ("group", "rank", "group_out")}
+    axes = {"a": ("in", "enabled", "rank"), "b": ("enabled", "rank", "group_out")}
     return ModuleFactors(method, first.scale, {"a": a, "b": b}, axes)
 
 
@@ -170,18 +174,15 @@ def stack_modules(by_index: Mapping[Index, ModuleFactors], location: WeightLocat
     return Update(factors, first.method, location.weight.roles, location.weight.shape, scale=first.scale)
 
 
-def _unflatten_all(method, arrays: Mapping[str, np.ndarray], location: WeightLocation) -> dict[str, np.ndarray]:
-    if isinstance(method, LoRA) and method.groups > 1:
-        a, stack = arrays["a"], len(location.sizes("stack"))
-        return {**arrays, "a": a.reshape(*a.shape[:stack], *location.sizes("in"), *a.shape[stack + 1 :])}
-    declared = declared_axes(method)
+def _unflatten_all(method: Method, arrays: Mapping[str, np.ndarray], location: WeightLocation) -> dict[str, np.ndarray]:
+    declared = declared_axes(method, location)
     return {name: unflatten(array, declared[name], location) for name, array in arrays.items()}
 
 
 def _with_equal_ranks(by_index: Mapping[Index, ModuleFactors]) -> Mapping[Index, ModuleFactors]:
     """Plain LoRAs of several ranks or scales with the largest rank and one scale; all else unchanged."""
     methods = {index: factors.method for index, factors in by_index.items()}
-    loras = [method for method in methods.values() if type(method) is LoRA and method.groups == 1]
+    loras = [method for method in methods.values() if isinstance(method, LoRA)]
     is_alike = len({(factors.method, factors.scale) for factors in by_index.values()}) == 1
     if is_alike or len(loras) < len(by_index) or len({method.dropout for method in loras}) > 1:
         return by_index

@@ -9,8 +9,9 @@ import numpy as np
 from jlora.io.torch.factor_layout import ModuleFactors, declared_axes, flat_axes, flatten
 from jlora.io.torch.join_modules import concatenate_out_axis
 from jlora.io.torch.weight_location import Index, WeightLocation
-from jlora.methods import LoRA
+from jlora.methods import GroupedLoRA, LoRA
 from jlora.methods._base import Update
+from jlora.methods._common.factor_axes import expand
 
 ByIndex = dict[Index, tuple[ModuleFactors | None, ...]]
 
@@ -30,9 +31,9 @@ def split_modules(update: Update, location: WeightLocation) -> ByIndex:
         ValueError: if the modules are not the groups of the update, or no factor can be cut between two modules.
     """
     method, arrays = update.method, _arrays(update, location)
-    if isinstance(method, LoRA) and method.groups > 1:
+    if isinstance(method, GroupedLoRA):
         return _split_groups(method, update.scale, arrays, location)
-    declared, axes = declared_axes(method), flat_axes(method, location)
+    declared, axes = declared_axes(method, location), flat_axes(method, location)
     flattened = {name: flatten(array, declared[name], location) for name, array in arrays.items()}
     num_joined = location.num_joined
     sizes = [location.count("out") // num_joined] * num_joined
@@ -47,13 +48,16 @@ def _arrays(update: Update, location: WeightLocation) -> dict[str, np.ndarray]:
     """The update's factors, also those that are not trained; ranks that are masked out are zero."""
     arrays = {name: np.asarray(array) for name, array in update.factors.items()}
     arrays |= {name: np.asarray(array) for name, array in update.frozen.items() if name in ("a", "b")}
-    if "kept" in update.frozen:
-        mask = np.asarray(update.frozen["kept"]).astype(arrays["b"].dtype)
-        arrays["b"] = arrays["b"] * mask.reshape(-1, *[1] * len(location.axes("out")))
+    if update.rank_mask is not None:
+        mask = np.asarray(update.rank_mask).astype(arrays["b"].dtype)
+        rank_axis = expand(update.declared["b"], update.axes).index("rank")
+        arrays["b"] = arrays["b"] * mask.reshape(-1, *[1] * (arrays["b"].ndim - rank_axis - 1))
     return arrays
 
 
-def _split_groups(method: LoRA, scale: float, arrays: Mapping[str, np.ndarray], location: WeightLocation) -> ByIndex:
+def _split_groups(
+    method: GroupedLoRA, scale: float, arrays: Mapping[str, np.ndarray], location: WeightLocation
+) -> ByIndex:
     """Each group as a LoRA of its own; all groups as one LoRA if one module holds the whole weight."""
     first = location.axes("out")[0]
     axis = first if method.group_axis is None else method.group_axis % len(location.weight.shape)
@@ -62,8 +66,8 @@ def _split_groups(method: LoRA, scale: float, arrays: Mapping[str, np.ndarray], 
             f"{location.path} has {method.groups} groups along axis {axis}, and names give it {location.num_joined} "
             f"modules along its first out axis, {first}: name one module for each group."
         )
-    enabled = [group for group in range(method.groups) if method.enable is None or method.enable[group]]
-    lora = dataclasses.replace(method, groups=1, enable=None, group_axis=None)
+    enabled = method.enabled
+    lora = LoRA(method.rank, method.alpha, method.rank_stabilized, method.dropout, freeze_a=method.freeze_a)
     axes, stack = flat_axes(lora, location), location.sizes("stack")
     a = arrays["a"].reshape(*stack, -1, len(enabled), method.rank)
     b = arrays["b"].reshape(*stack, len(enabled), method.rank, -1)

@@ -1,55 +1,137 @@
-"""Hyper-parameters: what numbers and switches have to be, by their names."""
+"""Hyper-parameters: a field of a method declares what its value has to be.
+
+    rank: int = positive_integer(8)
+    alpha: float | None = nonzero(None)
+
+The values are checked when the method is made, whatever the names and the annotations of its fields are.
+"""
 
 import dataclasses
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral)
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What the value of a field has to be.
+
+    Arguments:
+        text: the same in words, for errors: "rank is `text`".
+        type: the Python type that NumPy's and JAX's numbers are turned into; None leaves the value as it is.
+        accepts: whether a value is one of these.
+        optional: whether None is accepted too.
+    """
+
+    text: str
+    type: type | None
+    accepts: Callable[[Any], bool]
+    optional: bool = False
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and math.isfinite(value)
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
 
 
-_COUNT = "a whole number from 1 on", int, lambda value: _whole(value) and value >= 1
-_WHOLE = "a whole number", int, _whole
-_SCALE = "a number other than zero", float, lambda value: _finite(value) and value != 0
-_NUMBER = "a number", float, _finite
-_SHARE = "a share in [0, 1)", float, lambda value: _finite(value) and 0 <= value < 1
-_SWITCH = "True or False", bool, lambda _: True
-
-_KINDS: dict[str, tuple[str, type, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("rank", "k", "n", "groups", "block", "levels"), _COUNT),
-    **dict.fromkeys(("factor", "group_axis", "seed"), _WHOLE),
-    **dict.fromkeys(("alpha", "reach", "scaling"), _SCALE),
-    "d_initial": _NUMBER,
-    "dropout": _SHARE,
-    **dict.fromkeys(("offset", "rank_stabilized", "freeze_a", "decompose_both"), _SWITCH),
-}
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_)) and math.isfinite(value)
 
 
-def check(method: Any) -> None:
-    """Raises unless every number and switch makes sense; NumPy's become Python's.
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, (bool, np.bool_))
 
-    A field is one of these by its name and its type: another method may use the name for something else.
+
+_POSITIVE_INTEGER = Check("a positive integer", int, lambda value: _is_integer(value) and value >= 1)
+_INTEGER = Check("an integer", int, _is_integer)
+_NONZERO = Check("a finite non-zero number", float, lambda value: _is_finite(value) and value != 0)
+_NUMBER = Check("a finite number", float, _is_finite)
+_FRACTION = Check("a fraction in [0, 1)", float, lambda value: _is_finite(value) and 0 <= value < 1)
+_SWITCH = Check("True or False", bool, _is_switch)
+
+# Fields of these names that declare nothing are checked all the same, if their annotations are numbers.
+_DEFAULTS = {"rank": _POSITIVE_INTEGER, "alpha": _NONZERO, "dropout": _FRACTION}
+
+
+def positive_integer(default: int | None) -> Any:
+    """A field that holds 1, 2, ...; None too if it is the default."""
+    return _field(_POSITIVE_INTEGER, default)
+
+
+def integer(default: int | None) -> Any:
+    """A field that holds any integer; None too if it is the default."""
+    return _field(_INTEGER, default)
+
+
+def nonzero(default: float | None) -> Any:
+    """A field that holds a finite number other than zero, such as alpha; None too if it is the default."""
+    return _field(_NONZERO, default)
+
+
+def number(default: float) -> Any:
+    """A field that holds a finite number."""
+    return _field(_NUMBER, default)
+
+
+def fraction(default: float) -> Any:
+    """A field that holds a number in [0, 1), such as a dropout rate."""
+    return _field(_FRACTION, default)
+
+
+def switch(default: bool) -> Any:
+    """A field that holds True or False."""
+    return _field(_SWITCH, default)
+
+
+def choice(default: str, *others: str) -> Any:
+    """A field that holds one of some strings."""
+    options = (default, *others)
+    text = f"one of {', '.join(map(repr, options))}"
+    return _field(Check(text, None, lambda value: isinstance(value, str) and value in options), default)
+
+
+def optional(check: Any) -> Any:
+    """The same field, which takes None as well."""
+    declared = dataclasses.replace(check.metadata["check"], optional=True)
+    return dataclasses.field(default=check.default, metadata={"check": declared})
+
+
+def _field(check: Check, default: Any) -> Any:
+    check = dataclasses.replace(check, optional=default is None)
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
+def check_fields(method: Any) -> None:
+    """Checks the fields of a dataclass; numbers of NumPy become numbers of Python.
 
     Raises:
-        ValueError: with the field, what it has to be and what it is.
+        ValueError: with the field, what its value has to be, and what it is.
     """
     for field in dataclasses.fields(method):
-        if field.name not in _KINDS:
+        check = field.metadata.get("check") or _default_check(field)
+        value = getattr(method, field.name)
+        if check is None or (value is None and check.optional):
             continue
-        said, make, fits = _KINDS[field.name]
-        value, types = getattr(method, field.name), get_args(field.type) or (field.type,)
-        if make not in types or (value is None and type(None) in types):
-            continue
-        if isinstance(value, (bool, np.bool_)) != (make is bool) or not fits(value):
-            raise ValueError(f"{type(method).__name__}'s {field.name} is {said}, not {value!r}.")
-        if type(value) not in (bool, int, float):
-            object.__setattr__(method, field.name, make(value))
+        if not check.accepts(value):
+            raise ValueError(f"{type(method).__name__}'s {field.name} is {check.text}, not {value!r}.")
+        if check.type is not None and type(value) not in (bool, int, float):
+            object.__setattr__(method, field.name, check.type(value))
+
+
+def _default_check(field: "dataclasses.Field[Any]") -> Check | None:
+    """The check of a field that declares none, by its name and its annotation, which may be a string."""
+    check = _DEFAULTS.get(field.name)
+    annotation = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+    words = annotation.replace("|", " ").split()
+    if check is None or not {"int", "float"} & set(words):
+        return None
+    return dataclasses.replace(check, optional="None" in words)
+
+
+def scale_of(alpha: float | None, rank: int, rank_stabilized: bool = False) -> float:
+    """alpha / rank, or alpha / sqrt(rank) if stabilised; 1 without alpha."""
+    if alpha is None:
+        return 1.0
+    return alpha / (math.sqrt(rank) if rank_stabilized else rank)

@@ -1,39 +1,44 @@
-"""How the two matrices of a low-rank update start, from numbers at random or from the weight itself."""
+"""Initial values of factors: random numbers, or the two matrices of a low-rank update from the weight itself."""
 
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
 
 from jlora._compat import one_by_one
+
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]  # of a key, a shape and a dtype
 
 FROM_BASE = r"pissa|pissa_niter_\d+|milora|olora"
 STARTS = rf"gaussian|orthogonal|{FROM_BASE}"
 
 kaiming = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # a = sqrt(5): +-1 / sqrt(fan in)
 zeros = jax.nn.initializers.zeros
+ones = jax.nn.initializers.ones
+constant = jax.nn.initializers.constant
 normal = jax.nn.initializers.normal
 
 _qr = jnp.vectorize(one_by_one(lambda w: tuple(jnp.linalg.qr(w))), signature="(m,n)->(m,k),(k,n)")
 
 
 def stacked(
-    init: Callable[..., jax.Array], key: jax.Array, stack: tuple[int, ...], shape: tuple[int, ...], dtype: object
-) -> Float[Array, "*stack_and_shape"]:
-    """An initialiser's arrays, one with a key of its own for each layer of a stack."""
+    initializer: Initializer, key: jax.Array, stack: tuple[int, ...], shape: tuple[int, ...], dtype: DTypeLike
+) -> jax.Array:
+    """An array `(*stack, *shape)`; the initialiser is called for each layer of the stack with a key of its own."""
     if not stack:
-        return init(key, shape, dtype)
+        return initializer(key, shape, dtype)
     keys = jax.random.split(key, math.prod(stack))
-    return jax.vmap(lambda k: init(k, shape, dtype))(keys).reshape(*stack, *shape)
+    return jax.vmap(lambda k: initializer(k, shape, dtype))(keys).reshape(*stack, *shape)
 
 
-def pair(
-    start: str, key: jax.Array, weight: Float[Array, "*stack m n"] | None, shape: tuple[int, ...], rank: int
-) -> tuple[Float[Array, "*stack m {rank}"], Float[Array, "*stack {rank} n"]]:
-    """A and B for a named start; `shape` is `(*stack, in, out)`.
+def named_start(
+    start: str, key: jax.Array, weight: jax.Array | None, shape: tuple[int, ...], rank: int
+) -> tuple[jax.Array, jax.Array]:
+    """A `(*stack, in, rank)` and B `(*stack, rank, out)` for a named start; weight and `shape` are `(*stack, in, out)`.
 
     gaussian: A ~ N(0, 1/rank^2), B zero. orthogonal: A B = 0 with neither zero. pissa: the leading singular vectors
     (Meng et al. 2024, arXiv:2404.02948), `pissa_niter_k` by k subspace iterations (Halko et al. 2011,
@@ -63,13 +68,13 @@ def _orthogonal(key: jax.Array, stack: tuple[int, ...], m: int, n: int, rank: in
     """A in the span of half of an orthogonal basis of the ranks, B in that of the other half."""
     a_key, b_key, q_key = jax.random.split(key, 3)
     half = (rank + 1) // 2
-    q = stacked(_turn, q_key, stack, (rank, rank), jnp.float32)
+    q = stacked(_orthogonal_matrix, q_key, stack, (rank, rank), jnp.float32)
     a = stacked(normal(0.1), a_key, stack, (m, half), jnp.float32)
     b = stacked(normal(0.1), b_key, stack, (rank - half, n), jnp.float32)
     return a @ q[..., :half, :], q[..., half:, :].mT @ b
 
 
-def _turn(key: jax.Array, shape: tuple[int, ...], dtype: object) -> jax.Array:
+def _orthogonal_matrix(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """A random orthogonal matrix."""
     return one_by_one(lambda k: jax.nn.initializers.orthogonal()(k, shape, dtype))(key)
 

@@ -1,4 +1,4 @@
-"""Norms of a weight's columns or rows, without forming the weight."""
+"""Norms of a weight's columns or rows, without materialising the weight."""
 
 import dataclasses
 from typing import Any
@@ -10,13 +10,30 @@ from jlora._ir.algebra import align_axes
 from jlora._ir.lazy import LazyArray, materialize
 from jlora._ir.materialize import accumulation_dtype, einsum
 from jlora._ir.weight import AdaptedWeight, TensorNetwork, fresh_indices
+from jlora.methods._common.factor_axes import WeightAxes
+from jlora.methods._common.networks import UpdateLike, group_labels
 
 
-def norm(f: AdaptedWeight, along: str) -> jax.Array:
-    """The norm of a weight over all letters but some, without forming it; never zero."""
-    if isinstance(f.base, LazyArray):  # its gradient makes the base again
-        return jax.checkpoint(lambda f: _norm(dataclasses.replace(f, base=materialize(f.base)), along))(f)
-    return _norm(f, along)
+def norm(w: AdaptedWeight, update: UpdateLike, along: str) -> jax.Array:
+    """The norm of a weight over all of its axes but some; never zero.
+
+        |W + s A B|^2 = |W|^2 + 2 <W, s A B> + |s A B|^2
+
+    Arguments:
+        w: the weight.
+        update: what knows its axes.
+        along: the groups of axes that stay, "*stack *out".
+
+    Returns:
+        an array with one axis for each of these axes.
+    """
+    labels, axes = group_labels(w, update), WeightAxes.of(update)
+    indices = "".join(labels[group] for group in along.split())
+    if isinstance(w.base, LazyArray):  # the backward pass dequantises the base again
+        value = jax.checkpoint(lambda w: _norm(dataclasses.replace(w, base=materialize(w.base)), indices))(w)
+    else:
+        value = _norm(w, indices)
+    return value.reshape([size for group in along.split() for size in axes.sizes(group)])
 
 
 def _norm(f: AdaptedWeight, along: str) -> jax.Array:

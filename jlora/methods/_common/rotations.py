@@ -1,7 +1,5 @@
 """Rotations of a matrix's rows, a block of them at a time."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -9,41 +7,42 @@ from jlora.methods._common.linalg import identity_like, inverse
 
 
 def unsupported_reason(n_in: int, block: int, levels: int = 1) -> str:
-    """Why blocks do not fit an in space; empty where they do."""
+    """Why blocks do not divide an in space, with sizes that do; empty if they divide it."""
     if n_in % (block * 2 ** (levels - 1)) == 0:
         return ""
     step = 1 if levels == 1 else 2
-    good = [b for b in range(2, n_in + 1, step) if n_in % (b * 2 ** (levels - 1)) == 0]
-    would = ", ".join(map(str, sorted(sorted(good, key=lambda b: abs(b - block))[:4]))) or "none"
+    sizes = [b for b in range(2, n_in + 1, step) if n_in % (b * 2 ** (levels - 1)) == 0]
+    would = ", ".join(map(str, sorted(sorted(sizes, key=lambda b: abs(b - block))[:4]))) or "none"
     product = f"{block} * {2 ** (levels - 1)}" if levels > 1 else str(block)
     return f"{product} does not divide its in size {n_in}; blocks that do: {would}"
 
 
-def start(shape: tuple[int, ...], block: int, dtype: Any) -> jax.Array:
-    """The numbers above the diagonals of antisymmetric matrices, one for each of `shape`: these turn nothing."""
-    return jnp.zeros((*shape, block * (block - 1) // 2), dtype)
+def angles(block: int) -> int:
+    """How many numbers an antisymmetric matrix of this size has above its diagonal."""
+    return block * (block - 1) // 2
 
 
-def turned(matrix: jax.Array, numbers: jax.Array, block: int, apart: int = 1) -> jax.Array:
-    """Turns each block of rows by (I - Q) (I + Q)^-1, Q its antisymmetric matrix.
+def rotate_rows(matrix: jax.Array, angles: jax.Array, block: int, distance: int = 1) -> jax.Array:
+    """Rotates each block of rows by (I - Q) (I + Q)^-1, with Q the antisymmetric matrix of the block.
 
     Arguments:
         matrix: (*stack, in, out).
-        numbers: those above the diagonal of each block's Q, (*stack, in / block, block (block - 1) / 2).
-        block: rows a block.
-        apart: how far the halves of a block lie from each other, in halves: 1 for blocks of neighbours.
+        angles: the entries above the diagonal of each Q, (*stack, in / block, block (block - 1) / 2).
+        block: rows in a block.
+        distance: between the two halves of a block, in half blocks: 1 for blocks of neighbours.
     """
     *stack, _, n_out = matrix.shape
-    shape = (-1, 1, 1, block) if apart == 1 else (-1, 2, apart, block // 2)
+    shape = (-1, 1, 1, block) if distance == 1 else (-1, 2, distance, block // 2)
     halves = matrix.reshape(*stack, *shape, n_out).swapaxes(-4, -3)
     blocks = halves.reshape(*stack, -1, block, n_out)
-    blocks = jnp.matmul(_cayley(numbers.astype(matrix.dtype), block), blocks, precision=jax.lax.Precision.HIGHEST)
+    blocks = jnp.matmul(_cayley(angles.astype(matrix.dtype), block), blocks, precision=jax.lax.Precision.HIGHEST)
     return blocks.reshape(halves.shape).swapaxes(-4, -3).reshape(matrix.shape)
 
 
-def _cayley(numbers: jax.Array, block: int) -> jax.Array:
+def _cayley(angles: jax.Array, block: int) -> jax.Array:
+    """The rotation (I - Q) (I + Q)^-1 = 2 (I + Q)^-1 - I of every block."""
     rows, columns = jnp.triu_indices(block, 1)
-    q = jnp.zeros((*numbers.shape[:-1], block, block), numbers.dtype).at[..., rows, columns].set(numbers)
+    q = jnp.zeros((*angles.shape[:-1], block, block), angles.dtype).at[..., rows, columns].set(angles)
     q = q - q.mT
-    one = identity_like(q)
-    return 2 * inverse(one + q) - one  # I - Q is 2 I - (I + Q)
+    identity = identity_like(q)
+    return 2 * inverse(identity + q) - identity

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._interpreter.site import Site
-from jlora.methods._common import axes as _axes
+from jlora.methods._common.matrices import in_out
 
 
 def identities(rank: int, n: int, dtype: Any) -> jax.Array:
@@ -57,7 +57,7 @@ def every_row(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def unsupported_reason(site: Site, rank: int, name: str, *, both: bool = True) -> str:
     """Why matrices of a rank do not fill a site's in (and out) axes, with the nearest that do; empty where they do."""
-    sizes = dict(zip(("in", "out"), _axes.counts(site), strict=True))
+    sizes = dict(zip(("in", "out"), in_out(site), strict=True))
     for side, size in sizes.items() if both else [("in", sizes["in"])]:
         if size % rank:
             common = math.gcd(*sizes.values()) if both else size

@@ -1,0 +1,78 @@
+"""New adapters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jlora._adapter.targets import Targets, select_methods
+from jlora._interpreter.site import Site
+from jlora._trace.sites import Sites
+from jlora._tree.leaves import as_array
+from jlora._tree.paths import named_leaves, path_number
+from jlora.methods._base import Adapter, Method, Update, new_arrays
+
+
+def init(
+    key: jax.Array, sites: Sites, targets: Targets, *, params: Any = None, dtype: DTypeLike = jnp.float32
+) -> Adapter:
+    """Initialises a new adapter; it works under `jax.jit` and `jax.eval_shape` too.
+
+    Arguments:
+        key: a PRNG key. The key of each update is folded from its path, so adding a target changes no other update.
+        sites: from `jlora.trace`.
+        targets: a dict from patterns (`re.fullmatch` on the path; the first match decides) to methods, None to exclude;
+            or one method for every weight that is consumed directly by a matmul or a convolution. Weights that are
+            normalised, masked or clipped before use are not selected; `print(sites)` shows all.
+        params: the base parameters, for methods and starts that read them (PiSSA, LoRA-XS, ...).
+        dtype: of the factors.
+
+    Returns:
+        the adapter, a dict from path to `Update`.
+
+    Raises:
+        ValueError: if a pattern matches nothing, is shadowed, or matches a weight that its method cannot adapt; if a
+            method needs `params` and there are none, or they do not match the sites.
+
+    Example:
+        adapter = jlora.init(jax.random.key(0), sites, {r".*/(query|value)/kernel": jlora.LoRA(rank=8)})
+    """
+    leaves = dict(named_leaves(params))
+    return {
+        path: _update(key, sites[path], method, dtype, leaves.get(path))
+        for path, method in select_methods(sites, targets).items()
+    }
+
+
+def _update(key: jax.Array, site: Site, method: Method, dtype: DTypeLike, weight: Any) -> Update:
+    _check(site, method, weight)
+    value = as_array(weight) if method.init_needs_weight else None
+    arrays = new_arrays(method, jax.random.fold_in(key, path_number(site.path)), site, dtype, value)
+    kept = method.without_init_fields()
+    factors = {name: array for name, array in arrays.items() if name not in kept.frozen}
+    frozen = {name: arrays[name] for name in kept.frozen}
+    initial = {name: jnp.copy(array) for name, array in factors.items()} if kept.offset else {}
+    return Update(factors, kept, site.roles, site.shape, frozen, initial=initial)
+
+
+def _check(site: Site, method: Method, weight: Any) -> None:
+    name = type(method).__name__
+    reason = method.unsupported_reason(site)
+    if reason:
+        other = " Or use jlora.Full(), which adapts any shape." if site.is_trainable else ""
+        raise ValueError(
+            f"{name} cannot adapt {site.path} {site.shape}: {reason}. "
+            f"Narrow the pattern, or exclude the path with an earlier pattern and None.{other}"
+        )
+    if method.offset and method.is_multiplicative:
+        raise ValueError(
+            f"{name} multiplies the weight and so starts from the base by itself: remove offset at {site.path}."
+        )
+    if method.init_needs_weight and weight is None:
+        raise ValueError(f"{method} starts from the weight {site.path}: pass jlora.init(..., params=params).")
+    if weight is not None and tuple(weight.shape) != site.shape:
+        raise ValueError(
+            f"{site.path} has shape {tuple(weight.shape)} in params, and {site.shape} in the traced program. Pass the "
+            "parameters that were traced."
+        )

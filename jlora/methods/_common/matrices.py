@@ -1,0 +1,49 @@
+"""A weight as a matrix `(*stack, in, out)`, and limits that follow from its size."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora._interpreter.context import Role, matrix_side
+from jlora._interpreter.site import Site
+from jlora._ir.materialize import accumulation_dtype, dense
+from jlora._ir.weight import AdaptedWeight
+
+
+def as_matrix(array: jax.Array, roles: Sequence[Role]) -> jax.Array:
+    """A weight's value as `(*stack, in, out)`, the in and the out axes joined, in float32 or wider."""
+    order = [axis for role in ("stack", "in", "out") for axis, r in enumerate(roles) if matrix_side(r) == role]
+    stack = [n for n, r in zip(array.shape, roles, strict=True) if r == "stack"]
+    n_in = math.prod(n for n, r in zip(array.shape, roles, strict=True) if matrix_side(r) == "in")
+    return array.transpose(order).reshape(*stack, n_in, -1).astype(max(array.dtype, jnp.dtype(jnp.float32), key=_bits))
+
+
+def dense_matrix(w: AdaptedWeight, roles: Sequence[Role]) -> jax.Array:
+    """The materialised weight, in the form of `as_matrix`."""
+    return as_matrix(jnp.asarray(dense(w, accumulation_dtype(w.dtype))), roles)
+
+
+def in_out(site: Site) -> tuple[int, int]:
+    """The joint sizes of a site's in and out axes."""
+    return math.prod(site.sizes("in")), math.prod(site.sizes("out"))
+
+
+def rank_too_high(site: Site, rank: int) -> str:
+    """Why a rank is too high for a site; empty if it is not."""
+    n_in, n_out = in_out(site)
+    if rank <= min(n_in, n_out):
+        return ""
+    return f"rank {rank} is above the smaller of its in size {n_in} and out size {n_out}; lower the rank"
+
+
+def too_many_entries(site: Site, count: int) -> str:
+    """Why a number of entries is too high for a site; empty if it is not."""
+    n_in, n_out = in_out(site)
+    return "" if count <= n_in * n_out else f"{count} entries are more than its {n_in} x {n_out}; lower their number"
+
+
+def _bits(dtype: Any) -> int:
+    return jnp.finfo(dtype).bits

@@ -1,0 +1,164 @@
+"""Builders of adapted weights: tensor networks and axis scales from factors with declared axes."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+
+from jlora._interpreter.context import Role
+from jlora._ir.algebra import split_index
+from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork, fresh_indices
+from jlora.methods._common.factor_axes import GROUPS, WeightAxes
+
+Term = tuple[jax.Array, str]  # a factor and its declared axes
+
+
+class HasDropout(Protocol):
+    @property
+    def dropout(self) -> float: ...
+
+
+class UpdateLike(Protocol):
+    """What the builders need to know about an update."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def roles(self) -> tuple[Role, ...]: ...
+    @property
+    def key(self) -> Any: ...
+    @property
+    def rank_mask(self) -> Any: ...
+    @property
+    def method(self) -> HasDropout: ...
+
+
+def weight_name(w: AdaptedWeight) -> str:
+    """The path of a weight for an error; a merge does not know it."""
+    return ", ".join(path for path in w.paths if path) or "the weight"
+
+
+def group_labels(w: AdaptedWeight, update: UpdateLike) -> dict[str, str]:
+    """The indices of the weight in every group of axes."""
+    axes = WeightAxes.of(update)
+    return {group: "".join(w.axes[axis] for axis in axes.axes(group)) for group in GROUPS}
+
+
+def add_network(
+    w: AdaptedWeight,
+    update: UpdateLike,
+    terms: Sequence[Term],
+    scale: float,
+    labels: Mapping[str, str] | None = None,
+) -> AdaptedWeight:
+    """Adds `scale * product of factors` to a weight; axes that the weight lacks are summed over.
+
+    Arguments:
+        w: the weight.
+        update: the update, with its dropout key and rank mask.
+        terms: factors, each with its declared axes, `(a, "*stack *in rank")`. A factor has one array axis for each axis
+            of the weight, or one for each group (`*stack` excepted).
+        scale: a static multiplier.
+        labels: the indices of every group, from `group_labels`, with entries added for parts of the weight's axes that
+            the declarations name. By default those of `group_labels`.
+
+    Raises:
+        ValueError: if the shape of a factor does not match its declared axes.
+    """
+    labels = dict(group_labels(w, update) if labels is None else labels)
+    terms = [*terms, *_masked_rank(update, terms)]
+    names = dict.fromkeys(token for _, declared in terms for token in declared.split() if token not in labels)
+    labels |= zip(names, fresh_indices([w.used(), *labels.values()], len(names)), strict=True)
+    axes = WeightAxes.of(update)
+    factors = tuple(_one_axis_an_index(w, axes, array, declared, labels, names) for array, declared in terms)
+    indices = tuple("".join(labels[token] for token in declared.split()) for _, declared in terms)
+    dropout: dict[str, Any] = {}
+    if update.key is not None:
+        dropout = {"key": update.key, "key_term": labels["*stack"], "rate": update.method.dropout}
+    return dataclasses.replace(w, networks=(*w.networks, TensorNetwork(factors, indices, scale, **dropout)))
+
+
+def add_matrix(w: AdaptedWeight, update: UpdateLike, matrix: jax.Array, scale: float) -> AdaptedWeight:
+    """Adds a difference of the weight's own size, `(*stack, in, out)`: a dense update."""
+    return add_network(w, update, [(matrix, "*stack *in *out")], scale)
+
+
+def scale_axes(w: AdaptedWeight, update: UpdateLike, vector: jax.Array, declared: str) -> AdaptedWeight:
+    """Multiplies a weight, base and networks, by a vector along some of its axes, `"*stack *out"`."""
+    labels = group_labels(w, update)
+    term = "".join(labels[token] for token in declared.split())
+    vector = _one_axis_an_index(w, WeightAxes.of(update), vector, declared, labels, ())
+    networks = tuple(dataclasses.replace(n, factors=(*n.factors, vector), terms=(*n.terms, term)) for n in w.networks)
+    scales = (*w.axis_scales, AxisScale(vector, term))
+    return dataclasses.replace(w, networks=networks, axis_scales=scales)
+
+
+def split_group(w: AdaptedWeight, indices: str, minor: int) -> tuple[AdaptedWeight, str, str]:
+    """Splits the joint axis of some indices into a major and a minor part, `(n / minor, minor)`.
+
+    Returns:
+        the weight, with an index split if the border runs through it, and the indices of both parts.
+    """
+    part, reach = "", 1
+    while reach < minor:
+        index = indices[-1]
+        size = w.size(index)
+        if reach * size <= minor:
+            part, indices, reach = index + part, indices[:-1], reach * size
+        else:
+            before = {x.name for x in w.indices}
+            w = split_index(w, index, (size * reach // minor, minor // reach))
+            (new,) = (x.name for x in w.indices if x.name not in before)
+            part, reach = new + part, minor
+    return w, indices, part
+
+
+def splits_evenly(sizes: Sequence[int], minor: int) -> bool:
+    """Whether `split_group` can split the joint axis of some sizes into blocks of `minor`."""
+    reach = 1
+    for size in reversed(sizes):
+        if reach == minor:
+            return True
+        if minor % (reach * size) == 0:
+            reach *= size
+        else:
+            return minor % reach == 0 and size % (minor // reach) == 0
+    return reach == minor
+
+
+def _masked_rank(update: UpdateLike, terms: Sequence[Term]) -> list[Term]:
+    has_rank = any("rank" in declared.split() for _, declared in terms)
+    return [(update.rank_mask, "rank")] if update.rank_mask is not None and has_rank else []
+
+
+def _one_axis_an_index(
+    w: AdaptedWeight,
+    axes: WeightAxes,
+    array: jax.Array,
+    declared: str,
+    labels: Mapping[str, str],
+    names: Mapping[str, None] | tuple[()],
+) -> jax.Array:
+    """A factor with one axis for each index of its term."""
+    tokens = declared.split()
+    widths = {token: len(axes.axes(token)) if token in GROUPS else 1 for token in tokens}
+    joint = {token: widths[token] if token == "*stack" else 1 for token in tokens}
+    if array.ndim != sum(widths.values()):
+        widths = joint
+    wanted, position = [], 0
+    fits = array.ndim == sum(widths.values())
+    for token in tokens if fits else ():
+        dims = array.shape[position : position + widths[token]]
+        position += widths[token]
+        sizes = dims if token in names else tuple(w.size(index) for index in labels[token])
+        fits = fits and math.prod(dims) == math.prod(sizes)
+        wanted += sizes
+    if not fits:
+        raise ValueError(
+            f"A factor of {weight_name(w)} has shape {tuple(array.shape)}, which does not match its axes {declared!r} "
+            f"for a weight of shape {axes.shape}. An adapter with an axis in front of every factor is used under "
+            "jax.vmap."
+        )
+    return array.reshape(wanted)
