@@ -41,7 +41,7 @@ def metadata_of(folder):
 
 def test_it_describes_itself(saved):
     meta = metadata_of(saved[0])
-    assert meta["format"] == 2
+    assert meta["format"] == 3
     assert set(meta["versions"]) == {"jlora", "jax", "orbax-checkpoint"}
     update = meta["updates"]["layers/up"]
     method = meta["methods"][update["method"]]
@@ -91,7 +91,7 @@ def test_nothing_is_overwritten(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda meta: meta.update(format=3), r"format 3, and this release of jlora reads up to 2; upgrade"),
+        (lambda meta: meta.update(format=4), r"format 4, and this release of jlora reads up to 3; upgrade"),
         (lambda meta: meta.update(format=0), "altered"),
         (lambda meta: meta["methods"][0]["hyperparameters"].update(alpha=4.0), "altered"),
         (lambda meta: meta.pop("format"), "damaged"),
@@ -146,7 +146,7 @@ def test_every_format_that_was_ever_released(folder):
     """A checkpoint of each format is kept. A new format adds a folder; no folder changes."""
     same(jlora.load(folder), varied())
     same(jlora.load(folder, params=toy_model.params()), varied())
-    assert {path.name for path in GOLDEN.iterdir()} == {"1", "2"}
+    assert {path.name for path in GOLDEN.iterdir()} == {"1", "2", "3"}
 
 
 def test_nothing_is_unpickled(saved, monkeypatch):
