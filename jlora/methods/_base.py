@@ -122,9 +122,6 @@ class Method:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _registry.register(cls)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
         if "__repr__" not in vars(cls):  # else each dataclass would get a generated one, with all fields
             cls.__repr__ = Method.__repr__
 
