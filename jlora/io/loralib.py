@@ -83,15 +83,17 @@ def _module_pairs(
     others = [key for key in state if not key.endswith((".lora_A", ".lora_B"))]
     if others:
         raise ValueError(f"These are no tensors of an adapter: {others}. Pass loralib.lora_state_dict(model).")
-    modules = dict.fromkeys(key.rpartition(".")[0] for key in state)
+    modules = list(dict.fromkeys(key.rpartition(".")[0] for key in state))
     unplaced = {name: owners for name in modules if name not in owners}
     if unplaced:
         raise no_match_error("These in the state have no weight in the program:", unplaced, names, sites)
-    keys = {name: (f"{name}.lora_A", f"{name}.lora_B") for name in modules}
-    missing = [key for pair in keys.values() for key in pair if key not in state]
-    if missing:
-        raise ValueError(f"The state has no {missing[0]}. Pass the whole of loralib.lora_state_dict(model).")
-    return {name: (np.asarray(state[a]), np.asarray(state[b])) for name, (a, b) in keys.items()}
+    return {name: (_tensor(state, f"{name}.lora_A"), _tensor(state, f"{name}.lora_B")) for name in modules}
+
+
+def _tensor(state: Mapping[str, ArrayLike], key: str) -> np.ndarray:
+    if key not in state:
+        raise ValueError(f"The state has no {key}. Pass the whole of loralib.lora_state_dict(model).")
+    return np.asarray(state[key])
 
 
 def _factors(
@@ -132,7 +134,7 @@ def _convolution(a: np.ndarray, b: np.ndarray, location: WeightLocation, alpha: 
 def _merged_linear(
     a: np.ndarray, b: np.ndarray, location: WeightLocation, alpha: float, enable: tuple[bool, ...]
 ) -> ModuleFactors:
-    """A MergedLinear's matrices (enabled r, in) and (enabled out / groups, r) as a LoRA with groups."""
+    """A MergedLinear's matrices (enabled r, in) and (enabled out / groups, r)."""
     (count, n_in), rank = (sum(enable), a.shape[1]), b.shape[1]
     axis = location.axes("out")[0]
     method = GroupedLoRA(rank, float(alpha), groups=len(enable), enable=enable, group_axis=axis)
@@ -140,5 +142,4 @@ def _merged_linear(
         "a": a.reshape(count, rank, n_in).transpose(2, 0, 1),
         "b": b.reshape(count, -1, rank).transpose(0, 2, 1),
     }
-    axes = {"a": ("in", "enabled", "rank"), "b": ("enabled", "rank", "group_out")}
-    return ModuleFactors(method, 1.0, arrays, axes)
+    return ModuleFactors(method, 1.0, arrays, flat_axes(method, location))

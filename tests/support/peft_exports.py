@@ -118,9 +118,10 @@ def adapter(name: str, sites: jlora.Sites) -> dict[str, jlora.Update]:
         return jnp.asarray(new)
 
     def drawn(path: str, update: jlora.Update) -> jlora.Update:
-        groups = ({key: draw(path, key, a) for key, a in group.items()} for group in (update.factors, update.frozen))
-        factors, frozen = groups
-        return dataclasses.replace(update, factors=factors, frozen=frozen)
+        factors = {name: draw(path, name, array) for name, array in update.factors.items()}
+        frozen = {name: draw(path, name, array) for name, array in update.frozen.items()}
+        initial = {name: draw(path, f"{name}_at_start", array) for name, array in update.initial.items()}
+        return dataclasses.replace(update, factors=factors, frozen=frozen, initial=initial)
 
     return jlora.scale({path: drawn(path, update) for path, update in exported.items()}, export.scale)
 

@@ -106,14 +106,19 @@ def _check_type(path: str | os.PathLike[str], name: str, value: Any) -> None:
     if value is None:
         return
     types, item_type = _FIELD_TYPES[name]
-    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-    if name == "trainable_token_indices" and isinstance(value, dict):
-        items = [index for rows in items for index in (rows if isinstance(rows, list) else [None])]
-    if not (isinstance(value, types) and all(isinstance(item, item_type) for item in items)):
+    if not (isinstance(value, types) and all(isinstance(item, item_type) for item in _items(name, value))):
         raise ValueError(
             f"{path} has {name} = {value!r}, which PEFT does not write: it must be a "
             f"{' or '.join(t.__name__ for t in types)}, with items of type {item_type.__name__}."
         )
+
+
+def _items(name: str, value: Any) -> list[Any]:
+    """The values in a list or a dict; of trained tokens by embedding those of all lists."""
+    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    if name == "trainable_token_indices" and isinstance(value, dict):
+        return [index for rows in items for index in (rows if isinstance(rows, list) else [None])]
+    return items
 
 
 def _check_expressions(path: str | os.PathLike[str], name: str, value: Any) -> None:

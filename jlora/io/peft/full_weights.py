@@ -6,7 +6,7 @@ import numpy as np
 
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.deltas import BaseParams
-from jlora.io.peft.layouts import FactorInFile, layouts_of
+from jlora.io.peft.layouts import FactorInFile, layout_of
 from jlora.io.peft.module_entry import ModuleEntry
 from jlora.io.peft.targets import tokens_of
 from jlora.io.peft.tensors import Tensors, from_file, module_tensors, sizes_of, to_file
@@ -20,8 +20,7 @@ from jlora.methods._base import Update
 def _layout(name: str, location: WeightLocation) -> tuple[FlatAxes, FactorInFile]:
     """The axes of a trained parameter here and in the file."""
     axes = flat_axes(Full(), location)
-    (layout,) = layouts_of(Full(), location.module.kind, axes, name)
-    return axes["d"], layout["d"]
+    return axes["d"], layout_of(Full(), location.module.kind, axes, name)["d"]
 
 
 def _full(value: np.ndarray, axes: FlatAxes) -> ModuleFactors:

@@ -113,27 +113,23 @@ def flat_names(axes: str) -> FlatAxes:
     return tuple("in" if name == "kernel" else name for name in names)
 
 
-def layouts_of(method: Method, kind: Kind, axes: Mapping[str, FlatAxes], name: str) -> list[Layout]:
-    """The layouts that PEFT has for a module.
+def layout_of(method: Method, kind: Kind, axes: Mapping[str, FlatAxes], name: str) -> Layout:
+    """The layout of a module's tensors.
 
     Arguments:
         method: of the module.
         kind: of the module.
-        axes: of every factor that the method can have, by `flat_axes`.
+        axes: of every factor, by `flat_axes`.
         name: of the module, for the error.
 
     Raises:
         ValueError: if PEFT has none, or jlora does not know it.
     """
     by_kind = FULL if isinstance(method, Full) else ADAPTERS.get(type(method), {})
-    layouts = [layout for layout in by_kind.get(kind, ()) if _fits(layout, axes)]
-    if not layouts:
-        raise ValueError(
-            f"{type(method).__name__} of {name}, {kind}, has no form in PEFT's files that jlora knows. An update of "
-            "low rank becomes a LoRA by jlora.to_lora."
-        )
-    return layouts
-
-
-def _fits(layout: Layout, axes: Mapping[str, FlatAxes]) -> bool:
-    return all(set(flat_names(row.axes)) == set(axes[factor]) for factor, row in layout.items())
+    for layout in by_kind.get(kind, ()):
+        if layout.keys() == axes.keys() and all(set(flat_names(layout[f].axes)) == set(axes[f]) for f in layout):
+            return layout
+    raise ValueError(
+        f"{type(method).__name__} of {name}, {kind}, has no form in PEFT's files that jlora knows. An update of low "
+        "rank becomes a LoRA by jlora.to_lora."
+    )

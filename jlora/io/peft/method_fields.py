@@ -8,6 +8,7 @@ from typing import Any
 from jlora.io.peft.config import Config
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
 from jlora.io.peft.targets import by_pattern, exact_patterns, is_feedforward
+from jlora.io.torch.factor_layout import ModuleFactors
 from jlora.methods import IA3, DoRA, LoHa, LoKr, LoRA, VeRA
 from jlora.methods._base import Method
 
@@ -99,6 +100,12 @@ def ia3_fields(entries: Mapping[str, ModuleEntry]) -> Config:
     }
 
 
+def is_unscaled(factors: ModuleFactors) -> bool:
+    """Whether jlora's method has no scale and PEFT multiplies by alpha / rank: LoKr, if no factor has low rank."""
+    is_low_rank = factors.has_axis("rank") or factors.has_axis("major_rank")
+    return isinstance(factors.method, LoKr) and not is_low_rank
+
+
 def is_flipped(entries: Mapping[str, ModuleEntry]) -> bool:
     """Whether some modules hold their weight as (in, out): PEFT's `fan_in_fan_out`."""
     return any(entry.location.module.kind == "conv1d" for entry in entries.values())
@@ -116,7 +123,7 @@ def _saved_rank(entry: ModuleEntry) -> int:
 def _saved_alpha(entry: ModuleEntry, rank: int, stabilized: bool) -> float:
     """The numerator of PEFT's scale, which always has one: alpha / rank, or alpha / sqrt(rank) if stabilized."""
     method, scale = entry.factors.method, entry.factors.scale
-    if isinstance(method, LoKr) and not entry.factors.has_axis("rank"):  # jlora does not scale it, and PEFT does
+    if is_unscaled(entry.factors):
         return scale * rank
     alpha = getattr(method, "alpha", None)
     if alpha is None:

@@ -13,18 +13,18 @@ from jlora.io.peft.completeness import check_complete, tied_heads
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, scaled_bias, scaled_biases, to_delta
 from jlora.io.peft.full_weights import check_stored_base, read_full, read_token_rows
-from jlora.io.peft.layouts import SUFFIXES, Layout, layouts_of
-from jlora.io.peft.method_fields import method_of
+from jlora.io.peft.layouts import SUFFIXES, layout_of
+from jlora.io.peft.method_fields import is_unscaled, method_of
 from jlora.io.peft.targets import is_target_parameter
 from jlora.io.peft.tensors import Tensors, from_file, sizes_of
 from jlora.io.peft.vera import PROJECTIONS, read_vera
-from jlora.io.torch.factor_layout import ModuleFactors, flat_axes
+from jlora.io.torch.factor_layout import ModuleFactors, flat_axes, own_sizes
 from jlora.io.torch.join_modules import join_modules, stack_modules
 from jlora.io.torch.module_names import Names, no_match_error
 from jlora.io.torch.split_modules import split_out_axis
 from jlora.io.torch.weight_location import Index, Owners, Weight, WeightLocation, locate_weights, owners_of
 from jlora.methods import Full, LoKr, VeRA
-from jlora.methods._base import Adapter, Update
+from jlora.methods._base import Adapter, Method, Update
 from jlora.methods._common.factor_axes import WeightAxes
 
 _TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
@@ -70,19 +70,25 @@ def read_adapter(config: Config, tensors: Tensors, sites: Sites, names: Names, p
     if unplaced:
         raise no_match_error("These in the file have no weight in the program:", unplaced, names, sites)
     check_complete(config, set(content.adapters) - heads, set(content.trained), set(content.tokens), owners)
-    for name, tensor in content.bases.items():
-        if name not in heads:
-            check_stored_base(name, tensor, owners[name], base)
     collected = _collect(config, content, owners, heads, tensors, sites, base)
     adapter = {path: _update(by_index, locations[path]) for path, by_index in collected.items()}
     _check_updates(adapter, sites)
     adapter = {path: to_delta(path, update, base) for path, update in adapter.items()}
+    adapter |= _implied_biases(adapter, sites, locations, base)
+    factors = jax.device_put({path: adapter[path].factors for path in sites if path in adapter})
+    return {path: dataclasses.replace(adapter[path], factors=arrays) for path, arrays in factors.items()}
+
+
+def _implied_biases(
+    adapter: Adapter, sites: Sites, locations: Mapping[str, WeightLocation], base: BaseParams
+) -> Adapter:
+    """Updates for the biases that PEFT's IA3 scales with their weights."""
+    biases = {}
     for path, bias in scaled_biases(adapter, sites, locations).items():
         if bias in adapter:
             raise ValueError(f"The file trains the bias {bias} and scales it by IA3; jlora does one of the two.")
-        adapter[bias] = scaled_bias(path, adapter[path], bias, base)
-    factors = jax.device_put({path: adapter[path].factors for path in sites if path in adapter})
-    return {path: dataclasses.replace(adapter[path], factors=arrays) for path, arrays in factors.items()}
+        biases[bias] = scaled_bias(path, adapter[path], bias, base)
+    return biases
 
 
 def _group_tensors(tensors: Tensors, owners: Owners, config: Config) -> FileContent:
@@ -142,6 +148,9 @@ def _collect(
         _add(collected, name, read_full(name, tensor, owners[name]), owners)
     for name, tensor in content.tokens.items():
         _add(collected, name, read_token_rows(name, tensor, config, owners[name], base), owners)
+    for name, tensor in content.bases.items():
+        if name not in heads:
+            check_stored_base(name, tensor, owners[name], base)
     return collected
 
 
@@ -171,15 +180,14 @@ def _adapted_module(config: Config, name: str, by_suffix: Tensors, owners: Owner
     if not location.is_matrix:
         raise ValueError(f"The file adapts {name}, and {location.path} {location.weight.shape} is not a matrix.")
     axes, kind = flat_axes(method, location), location.module.kind
-    layout = _closest_layout(layouts_of(method, kind, axes, name), set(by_suffix))
+    layout = layout_of(method, kind, axes, name)
     suffixes = {row.suffix for row in layout.values()}
     if suffixes != set(by_suffix):
         raise ValueError(
             f"{name}, {type(method).__name__} of {kind}: missing {sorted(suffixes - set(by_suffix))}, left over "
             f"{sorted(set(by_suffix) - suffixes)}."
         )
-    sizes, rank = sizes_of(owners[name]), getattr(method, "rank", None)
-    sizes = sizes if rank is None else sizes.with_axes({"rank": rank})
+    sizes = sizes_of(owners[name]).with_axes(own_sizes(method, location))
     arrays = {
         factor: from_file(by_suffix[row.suffix], axes[factor], row.axes, sizes, f"{name}.{row.suffix}")
         for factor, row in layout.items()
@@ -187,14 +195,9 @@ def _adapted_module(config: Config, name: str, by_suffix: Tensors, owners: Owner
     factors = ModuleFactors(method, 1.0, arrays, axes)
     if isinstance(method, VeRA):
         return read_vera(name, factors, sizes.axes["in"], arrays["b"].shape[0], tensors)
-    if isinstance(method, LoKr) and not factors.has_axis("rank"):  # PEFT scales it, and jlora's method does not
+    if isinstance(method, LoKr) and is_unscaled(factors):
         return dataclasses.replace(factors, scale=(method.alpha or 0) / (method.rank or 1))
     return factors
-
-
-def _closest_layout(layouts: list[Layout], suffixes: set[str]) -> Layout:
-    """The layout whose suffixes differ least from those in the file."""
-    return min(layouts, key=lambda layout: len({row.suffix for row in layout.values()} ^ suffixes))
 
 
 def _update(by_index: Mapping[Index, Mapping[int, ModuleFactors]], location: WeightLocation) -> Update:
@@ -208,14 +211,16 @@ def _update(by_index: Mapping[Index, Mapping[int, ModuleFactors]], location: Wei
 
 def _check_updates(adapter: Adapter, sites: Sites) -> None:
     """Raises unless the factors of each update are those that its method has for the site."""
-    templates: dict[Any, dict[str, tuple[int, ...]]] = {}
+    templates: dict[tuple[Method, WeightAxes], Mapping[str, tuple[int, ...]]] = {}  # layers that are alike share one
     for path, update in adapter.items():
         site, method = sites[path], update.method
         if not isinstance(method, Full) and site.unsupported_reason:
             raise ValueError(f"{type(method).__name__} cannot adapt {path} {site.shape}: {site.unsupported_reason}.")
-        key = (method, site.shape, site.roles)  # layers that are alike share a template
-        if key not in templates:
-            templates[key] = method.shapes(WeightAxes.of(site))
+        axes = WeightAxes.of(site)
+        if (method, axes) not in templates:
+            templates[method, axes] = method.shapes(axes)
         shapes = {name: array.shape for name, array in update.factors.items()}
-        if shapes != templates[key]:
-            raise ValueError(f"{path}: the file's factors have the shapes {shapes}; {method} has {templates[key]}.")
+        if shapes != templates[method, axes]:
+            raise ValueError(
+                f"{path}: the file's factors have the shapes {shapes}; {method} has {templates[method, axes]}."
+            )

@@ -28,22 +28,11 @@ def read_vera(name: str, factors: ModuleFactors, n_in: int, n_out: int, tensors:
         tensors: all of the file.
 
     Raises:
-        ValueError: if the file lacks the matrices, or they are too small.
+        ValueError: if the file lacks the matrices, or they do not fit.
     """
     method = factors.method
     assert isinstance(method, VeRA)
-    missing = [key for key in PROJECTIONS if key not in tensors]
-    if missing:
-        raise ValueError(
-            f"The file lacks {missing}, the random matrices that all its weights share. Save it with "
-            "save_projection=True."
-        )
-    a, b = (tensors[key] for key in PROJECTIONS)
-    if a.ndim != 2 or b.ndim != 2 or (len(a), b.shape[1]) != (method.rank,) * 2 or a.shape[1] < n_in or len(b) < n_out:
-        raise ValueError(
-            f"The file's vera_A {a.shape} and vera_B {b.shape} are too small for {name}, {n_in} x {n_out} of rank "
-            f"{method.rank}."
-        )
+    a, b = _stored_matrices(name, (n_in, n_out, method.rank), tensors)
     drawn = _matrices(method.seed, a.shape[1], len(b), method.rank)
     d, axes = factors.arrays["d"], factors.axes
     if all(np.array_equal(stored, matrix) for stored, matrix in zip((a, b), drawn, strict=True)):
@@ -51,6 +40,28 @@ def read_vera(name: str, factors: ModuleFactors, n_in: int, n_out: int, tensors:
     lora = LoRA(method.rank, dropout=method.dropout)
     arrays = {"a": a[:, :n_in].T * d, "b": b[:n_out].T * factors.arrays["b"]}
     return ModuleFactors(lora, 1.0, arrays, {"a": ("in", "rank"), "b": ("rank", "out")})
+
+
+def _stored_matrices(name: str, sizes: tuple[int, int, int], tensors: Tensors) -> tuple[np.ndarray, np.ndarray]:
+    """The random matrices in a file.
+
+    Raises:
+        ValueError: if the file lacks them, or they are too small for a module's in size, out size and rank.
+    """
+    missing = [key for key in PROJECTIONS if key not in tensors]
+    if missing:
+        raise ValueError(
+            f"The file lacks {missing}, the random matrices that all its weights share. Save it with "
+            "save_projection=True."
+        )
+    a, b = (tensors[key] for key in PROJECTIONS)
+    n_in, n_out, rank = sizes
+    is_matrix = a.ndim == b.ndim == 2
+    if not is_matrix or len(a) != rank or b.shape[1] != rank or a.shape[1] < n_in or len(b) < n_out:
+        raise ValueError(
+            f"The file's vera_A {a.shape} and vera_B {b.shape} do not fit {name}, {n_in} x {n_out} of rank {rank}."
+        )
+    return a, b
 
 
 @functools.lru_cache(1)

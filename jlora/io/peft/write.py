@@ -16,7 +16,7 @@ from jlora.io.peft.uniform import check_vllm, with_uniform_rank
 from jlora.io.peft.vera import add_vera
 from jlora.io.torch.module_names import Names, no_match_error
 from jlora.io.torch.weight_location import Weight, WeightLocation, locate_weights
-from jlora.methods import IA3, DoRA, Full, LoRA, VeRA
+from jlora.methods import IA3, DoRA, Full, GroupedLoRA, LoRA, VeRA
 from jlora.methods._base import Adapter, Method, Update
 
 TARGETS = (None, "vllm")
@@ -78,12 +78,11 @@ def _as_one_method(adapter: Adapter, params: Any, target: str | None) -> tuple[A
         the adapter, and a sentence for every update that changed.
     """
     updates = {path: update for path, update in adapter.items() if not isinstance(update.method, Full)}
-    classes: set[type[Method]] = {type(u.method) if _is_in_peft(u) else LoRA for u in updates.values()}
-    if target == "vllm" or len(classes) > 1:
-        classes = {LoRA}
+    classes: set[type[Method]] = {_saved_class(update) or LoRA for update in updates.values()}
+    saved_class = LoRA if target == "vllm" or len(classes) > 1 else next(iter(classes), LoRA)
     notes, converted = [], dict(adapter)
     for path, update in updates.items():
-        if _is_in_peft(update) and type(update.method) in classes:
+        if _saved_class(update) is saved_class:
             continue
         lora, errors = to_lora({path: update}, params)
         converted |= lora
@@ -93,8 +92,13 @@ def _as_one_method(adapter: Adapter, params: Any, target: str | None) -> tuple[A
     return converted, notes
 
 
-def _is_in_peft(update: Update) -> bool:
-    return type(update.method) in PEFT_TYPES and not update.method.offset
+def _saved_class(update: Update) -> type[Method] | None:
+    """The method as which PEFT has an update as it is; None if it has none."""
+    if update.method.offset:
+        return None
+    if isinstance(update.method, GroupedLoRA):  # a LoRA for each module
+        return LoRA
+    return type(update.method) if type(update.method) in PEFT_TYPES else None
 
 
 def _for_target(adapted: Entries, trained: Entries, target: str | None, notes: list[str]) -> Entries:

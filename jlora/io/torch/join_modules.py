@@ -6,19 +6,23 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jlora.io.torch.factor_layout import ModuleFactors, declared_axes, unflatten
+from jlora.io.torch.factor_layout import ModuleFactors, declared_axes, flat_axes, unflatten
 from jlora.io.torch.weight_location import Index, WeightLocation
 from jlora.methods import DoRA, GroupedLoRA, LoRA
-from jlora.methods._base import Method, Update
+from jlora.methods._base import Update
 
 Parts = Sequence[ModuleFactors | None]
 
 
 def join_modules(parts: Parts, location: WeightLocation) -> ModuleFactors:
-    """The factors of a weight from those of the modules that are concatenated in it; None for one without an adapter.
+    """The factors of a weight from those of the modules that are concatenated in it.
 
-    Modules with the same A share it. LoRAs that are otherwise alike become groups, and all others one LoRA with a
-    block-diagonal B.
+    Modules with the same A share it. LoRAs that are otherwise alike become a `GroupedLoRA`, and all others one LoRA
+    with a block-diagonal B.
+
+    Arguments:
+        parts: the factors of each module; None for one without an adapter.
+        location: of the weight.
 
     Raises:
         ValueError: if no method has such factors.
@@ -43,20 +47,23 @@ def _are_groups(parts: Parts, sizes: Sequence[int], location: WeightLocation) ->
 
 
 def _as_groups(parts: Parts, location: WeightLocation) -> ModuleFactors:
-    """LoRAs that are alike as one LoRA with a group for each."""
+    """LoRAs that are alike as one `GroupedLoRA`."""
     present = [part for part in parts if part is not None]
-    first = present[0]
-    enable = None if len(present) == len(parts) else tuple(part is not None for part in parts)
-    axis = location.axes("out")[0]
-    lora = first.method
+    lora = present[0].method
     assert isinstance(lora, LoRA)
+    enable = None if len(present) == len(parts) else tuple(part is not None for part in parts)
     method = GroupedLoRA(
-        lora.rank, lora.alpha, lora.rank_stabilized, lora.dropout, groups=len(parts), enable=enable, group_axis=axis
+        lora.rank,
+        lora.alpha,
+        lora.rank_stabilized,
+        lora.dropout,
+        groups=len(parts),
+        enable=enable,
+        group_axis=location.axes("out")[0],
     )
     a = np.stack([part.arrays["a"] for part in present], 1)
     b = np.stack([part.arrays["b"] for part in present])
-    axes = {"a": ("in", "enabled", "rank"), "b": ("enabled", "rank", "group_out")}
-    return ModuleFactors(method, first.scale, {"a": a, "b": b}, axes)
+    return ModuleFactors(method, present[0].scale, {"a": a, "b": b}, flat_axes(method, location))
 
 
 def concatenate_out_axis(parts: Parts, sizes: Sequence[int], name: str) -> ModuleFactors:
@@ -147,50 +154,58 @@ def stack_modules(by_index: Mapping[Index, ModuleFactors], location: WeightLocat
     LoRAs that differ in rank and scale become one of the largest rank, with zeros in A and in B for what a module
     lacks: no gradient reaches those, so they stay zero.
 
+    Arguments:
+        by_index: the factors.
+        location: of the weight.
+
     Raises:
         ValueError: if a module has no factors, or differs otherwise in method or scale.
     """
-    missing = [location.modules[index][0] for index in location.modules if index not in by_index]
-    if missing:
-        raise ValueError(
-            f"{location.path} holds all layers of its stack in one weight, and {', '.join(missing)} has no adapter. "
-            "Adapt all layers, or keep those without an adapter in a weight of their own."
-        )
+    missing = [index for index in location.modules if index not in by_index]
     by_index = _with_equal_ranks(by_index)
-    first = by_index[next(iter(location.modules))]
+    first = next(iter(by_index.values()))
+    if missing:
+        names = ", ".join(location.modules[index][0] for index in missing)
+        raise ValueError(
+            f"{location.path} holds all layers of its stack in one weight, and {names} has no adapter: a "
+            f"{type(first.method).__name__} of the stack adapts them all. Adapt all layers, or unstack the weight."
+        )
     for index, factors in by_index.items():
         if (factors.method, factors.scale) != (first.method, first.scale):
             raise ValueError(
                 f"{location.path} holds all layers of its stack in one weight, which takes one method and scale: "
-                f"{location.modules[index][0]} has {factors.method} and scale {factors.scale}, the first module "
+                f"{location.modules[index][0]} has {factors.method} and scale {factors.scale}, another one "
                 f"{first.method} and scale {first.scale}."
             )
-    loop_sizes = location.sizes("stack")[: location.loop_axes]
-    arrays = {}
-    for factor in first.arrays:
-        stacked = np.stack([by_index[index].arrays[factor] for index in location.modules])
-        arrays[factor] = stacked.reshape(*loop_sizes, *stacked.shape[1:])
-    factors = _unflatten_all(first.method, arrays, location)
+    arrays = {name: _stack(name, by_index, location) for name in first.arrays}
+    declared = declared_axes(first.method, location)
+    factors = {name: unflatten(array, declared[name], location) for name, array in arrays.items()}
     return Update(factors, first.method, location.weight.roles, location.weight.shape, scale=first.scale)
 
 
-def _unflatten_all(method: Method, arrays: Mapping[str, np.ndarray], location: WeightLocation) -> dict[str, np.ndarray]:
-    declared = declared_axes(method, location)
-    return {name: unflatten(array, declared[name], location) for name, array in arrays.items()}
+def _stack(name: str, by_index: Mapping[Index, ModuleFactors], location: WeightLocation) -> np.ndarray:
+    """A factor at all indices of the stack."""
+    stacked = np.stack([by_index[index].arrays[name] for index in location.modules])
+    return stacked.reshape(*location.sizes("stack")[: location.loop_axes], *stacked.shape[1:])
 
 
 def _with_equal_ranks(by_index: Mapping[Index, ModuleFactors]) -> Mapping[Index, ModuleFactors]:
     """Plain LoRAs of several ranks or scales with the largest rank and one scale; all else unchanged."""
-    methods = {index: factors.method for index, factors in by_index.items()}
-    loras = [method for method in methods.values() if isinstance(method, LoRA)]
-    is_alike = len({(factors.method, factors.scale) for factors in by_index.values()}) == 1
-    if is_alike or len(loras) < len(by_index) or len({method.dropout for method in loras}) > 1:
+    if not _differ_in_rank_alone(list(by_index.values())):
         return by_index
-    rank, scales = max(method.rank for method in loras), [total_scale(factors) for factors in by_index.values()]
+    rank = max(_rank(factors) for factors in by_index.values())
+    scales = [total_scale(factors) for factors in by_index.values()]
     scale = max(scales, key=abs) or 1.0
     if not all(_is_power_of_two(one / scale) for one in scales):  # bfloat16 would round the product
         by_index = {index: _with_float32_b(factors) for index, factors in by_index.items()}
     return {index: pad_rank(factors, rank, scale) for index, factors in by_index.items()}
+
+
+def _differ_in_rank_alone(layers: Sequence[ModuleFactors]) -> bool:
+    """Whether all are LoRAs that differ, but not in their dropout."""
+    is_lora = all(isinstance(factors.method, LoRA) for factors in layers)
+    differ = len({(factors.method, factors.scale) for factors in layers}) > 1
+    return is_lora and differ and len({factors.method.dropout for factors in layers}) == 1
 
 
 def _is_power_of_two(ratio: float) -> bool:

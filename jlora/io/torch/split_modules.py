@@ -11,7 +11,6 @@ from jlora.io.torch.join_modules import concatenate_out_axis
 from jlora.io.torch.weight_location import Index, WeightLocation
 from jlora.methods import GroupedLoRA, LoRA
 from jlora.methods._base import Update
-from jlora.methods._common.factor_axes import expand
 
 ByIndex = dict[Index, tuple[ModuleFactors | None, ...]]
 
@@ -30,58 +29,52 @@ def split_modules(update: Update, location: WeightLocation) -> ByIndex:
     Raises:
         ValueError: if the modules are not the groups of the update, or no factor can be cut between two modules.
     """
-    method, arrays = update.method, _arrays(update, location)
-    if isinstance(method, GroupedLoRA):
-        return _split_groups(method, update.scale, arrays, location)
-    declared, axes = declared_axes(method, location), flat_axes(method, location)
-    flattened = {name: flatten(array, declared[name], location) for name, array in arrays.items()}
-    num_joined = location.num_joined
+    arrays, axes, num_joined = _flat_arrays(update, location), flat_axes(update.method, location), location.num_joined
     sizes = [location.count("out") // num_joined] * num_joined
     by_index: ByIndex = {}
     for index in location.modules:
-        factors = ModuleFactors(method, update.scale, {name: array[index] for name, array in flattened.items()}, axes)
-        by_index[index] = tuple(split_out_axis(factors, sizes, location.path)) if num_joined > 1 else (factors,)
+        at_index = {name: array[index] for name, array in arrays.items()}
+        factors = ModuleFactors(update.method, update.scale, at_index, axes)
+        if isinstance(update.method, GroupedLoRA):
+            by_index[index] = tuple(_split_groups(update.method, factors, location))
+        else:
+            by_index[index] = tuple(split_out_axis(factors, sizes, location.path)) if num_joined > 1 else (factors,)
     return by_index
 
 
-def _arrays(update: Update, location: WeightLocation) -> dict[str, np.ndarray]:
-    """The update's factors, also those that are not trained; ranks that are masked out are zero."""
-    arrays = {name: np.asarray(array) for name, array in update.factors.items()}
-    arrays |= {name: np.asarray(array) for name, array in update.frozen.items() if name in ("a", "b")}
+def _flat_arrays(update: Update, location: WeightLocation) -> dict[str, np.ndarray]:
+    """The flattened factors, also those that are not trained; ranks that are masked out are zero."""
+    arrays: Mapping[str, np.ndarray] = {**update.frozen, **update.factors}
+    declared = declared_axes(update.method, location)
+    flattened = {name: flatten(np.asarray(arrays[name]), axes, location) for name, axes in declared.items()}
     if update.rank_mask is not None:
-        mask = np.asarray(update.rank_mask).astype(arrays["b"].dtype)
-        rank_axis = expand(update.declared["b"], update.axes).index("rank")
-        arrays["b"] = arrays["b"] * mask.reshape(-1, *[1] * (arrays["b"].ndim - rank_axis - 1))
-    return arrays
+        axes = flat_axes(update.method, location)
+        last = [name for name in axes if "rank" in axes[name]][-1]
+        mask = np.asarray(update.rank_mask).astype(flattened[last].dtype)
+        following = len(axes[last]) - 1 - axes[last].index("rank")
+        flattened[last] = flattened[last] * mask.reshape(-1, *[1] * following)
+    return flattened
 
 
 def _split_groups(
-    method: GroupedLoRA, scale: float, arrays: Mapping[str, np.ndarray], location: WeightLocation
-) -> ByIndex:
+    method: GroupedLoRA, factors: ModuleFactors, location: WeightLocation
+) -> Sequence[ModuleFactors | None]:
     """Each group as a LoRA of its own; all groups as one LoRA if one module holds the whole weight."""
     first = location.axes("out")[0]
-    axis = first if method.group_axis is None else method.group_axis % len(location.weight.shape)
+    axis = method.axis(*location.weight)
     if axis != first or location.num_joined not in (1, method.groups):
         raise ValueError(
             f"{location.path} has {method.groups} groups along axis {axis}, and names give it {location.num_joined} "
             f"modules along its first out axis, {first}: name one module for each group."
         )
-    enabled = method.enabled
     lora = LoRA(method.rank, method.alpha, method.rank_stabilized, method.dropout, freeze_a=method.freeze_a)
-    axes, stack = flat_axes(lora, location), location.sizes("stack")
-    a = arrays["a"].reshape(*stack, -1, len(enabled), method.rank)
-    b = arrays["b"].reshape(*stack, len(enabled), method.rank, -1)
-    width = b.shape[-1]
-    by_index: ByIndex = {}
-    for index in location.modules:
-        parts: list[ModuleFactors | None] = [None] * method.groups
-        for position, group in enumerate(enabled):
-            pair = {"a": a[index][:, position], "b": b[index][position]}
-            parts[group] = ModuleFactors(lora, scale, pair, axes)
-        if location.num_joined == 1:
-            parts = [concatenate_out_axis(parts, [width] * method.groups, location.path)]
-        by_index[index] = tuple(parts)
-    return by_index
+    axes, a, b = flat_axes(lora, location), factors.arrays["a"], factors.arrays["b"]
+    parts: list[ModuleFactors | None] = [None] * method.groups
+    for position, group in enumerate(method.enabled):
+        parts[group] = ModuleFactors(lora, factors.scale, {"a": a[:, position], "b": b[position]}, axes)
+    if location.num_joined == 1:
+        return [concatenate_out_axis(parts, [b.shape[-1]] * method.groups, location.path)]
+    return parts
 
 
 def split_out_axis(factors: ModuleFactors, sizes: Sequence[int], name: str) -> list[ModuleFactors]:
@@ -93,7 +86,7 @@ def split_out_axis(factors: ModuleFactors, sizes: Sequence[int], name: str) -> l
         name: of the module or weight, for errors.
 
     Raises:
-        ValueError: if the sizes do not add up to the out axis, or the factors do not have one.
+        ValueError: if the sizes do not add up to the out axis, or the factors cannot be divided.
     """
     total = factors.size("out")
     if not factors.is_separable or total not in (None, sum(sizes)):
