@@ -71,7 +71,9 @@ def read_adapter(config: Config, tensors: Tensors, sites: Sites, names: Names, p
         raise no_match_error("These in the file have no weight in the program:", unplaced, names, sites)
     check_complete(config, set(content.adapters) - heads, set(content.trained), set(content.tokens), owners)
     collected = _collect(config, content, owners, heads, tensors, sites, base)
-    adapter = {path: _update(by_index, locations[path]) for path, by_index in collected.items()}
+    # The configuration has named every layer that has an adapter, unless it leaves that to torch's classes.
+    are_named = config["target_modules"] != "all-linear"
+    adapter = {path: _update(by_index, locations[path], are_named) for path, by_index in collected.items()}
     _check_updates(adapter, sites)
     adapter = {path: to_delta(path, update, base) for path, update in adapter.items()}
     adapter |= _implied_biases(adapter, sites, locations, base)
@@ -200,13 +202,15 @@ def _adapted_module(config: Config, name: str, by_suffix: Tensors, owners: Owner
     return factors
 
 
-def _update(by_index: Mapping[Index, Mapping[int, ModuleFactors]], location: WeightLocation) -> Update:
+def _update(
+    by_index: Mapping[Index, Mapping[int, ModuleFactors]], location: WeightLocation, zeros_if_missing: bool
+) -> Update:
     positions = range(location.num_joined)
     joined = {
         index: join_modules([factors.get(position) for position in positions], location)
         for index, factors in by_index.items()
     }
-    return stack_modules(joined, location)
+    return stack_modules(joined, location, zeros_if_missing=zeros_if_missing)
 
 
 def _check_updates(adapter: Adapter, sites: Sites) -> None:

@@ -148,7 +148,9 @@ def total_scale(factors: ModuleFactors) -> float:
     return method.scale * factors.scale
 
 
-def stack_modules(by_index: Mapping[Index, ModuleFactors], location: WeightLocation) -> Update:
+def stack_modules(
+    by_index: Mapping[Index, ModuleFactors], location: WeightLocation, *, zeros_if_missing: bool = False
+) -> Update:
     """The update of a weight from the factors at every index of its stack.
 
     LoRAs that differ in rank and scale become one of the largest rank, with zeros in A and in B for what a module
@@ -157,6 +159,7 @@ def stack_modules(by_index: Mapping[Index, ModuleFactors], location: WeightLocat
     Arguments:
         by_index: the factors.
         location: of the weight.
+        zeros_if_missing: gives a module without factors zeros in all of them, if they are a product.
 
     Raises:
         ValueError: if a module has no factors, or differs otherwise in method or scale.
@@ -164,7 +167,7 @@ def stack_modules(by_index: Mapping[Index, ModuleFactors], location: WeightLocat
     missing = [index for index in location.modules if index not in by_index]
     by_index = _with_equal_ranks(by_index)
     first = next(iter(by_index.values()))
-    if missing:
+    if missing and not (zeros_if_missing and _is_product(first)):
         names = ", ".join(location.modules[index][0] for index in missing)
         raise ValueError(
             f"{location.path} holds all layers of its stack in one weight, and {names} has no adapter: a "
@@ -183,9 +186,17 @@ def stack_modules(by_index: Mapping[Index, ModuleFactors], location: WeightLocat
     return Update(factors, first.method, location.weight.roles, location.weight.shape, scale=first.scale)
 
 
+def _is_product(factors: ModuleFactors) -> bool:
+    """Whether zeros in all factors add nothing to the weight, and have no gradient."""
+    method = factors.method
+    return len(factors.arrays) > 1 and not method.depends_on_weight and not method.is_multiplicative
+
+
 def _stack(name: str, by_index: Mapping[Index, ModuleFactors], location: WeightLocation) -> np.ndarray:
-    """A factor at all indices of the stack."""
-    stacked = np.stack([by_index[index].arrays[name] for index in location.modules])
+    """A factor at all indices of the stack; zeros where a module has none."""
+    zeros = np.zeros_like(next(iter(by_index.values())).arrays[name])
+    layers = [by_index[index].arrays[name] if index in by_index else zeros for index in location.modules]
+    stacked = np.stack(layers)
     return stacked.reshape(*location.sizes("stack")[: location.loop_axes], *stacked.shape[1:])
 
 
