@@ -321,7 +321,7 @@ def test_loftq_refuses_what_it_cannot_start() -> None:
         jlora.loftq(adapter, params, low, steps=0)
     with pytest.raises(ValueError, match="is not quantised"):
         jlora.loftq(adapter, params, params)
-    with pytest.raises(ValueError, match="LoftQ starts plain LoRA"):
+    with pytest.raises(ValueError, match="LoftQ initialises LoRA"):
         jlora.loftq(toy_model.adapter(jlora.DoRA(2)), params, low)
 
 
