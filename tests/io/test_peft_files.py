@@ -1,4 +1,4 @@
-"""Files of PEFT that are written here, and their weights in NumPy: biases and tokens of a head."""
+"""Files of PEFT that are written here, and their weights in NumPy: biases, layers of a stack, tokens of a head."""
 
 import json
 from pathlib import Path
@@ -100,6 +100,64 @@ def test_all_biases_that_a_file_names_are_saved(tmp_path, layer_sites, trained, 
         assert np.array_equal(array, LAYERS[name.removeprefix(PREFIX)[2]]["bias"])
     again = jlora.peft.load(tmp_path / "saved", layer_sites, LAYER_NAMES, params=LAYERS)
     assert_close(jlora.merge(LAYERS, again)["b"]["bias"], LAYERS["b"]["bias"])
+
+
+# A stack of four layers that a scan runs over.
+STACK_NAMES = {"w": "model.layers.{i}.q_proj"}
+
+
+def scanned(params: Any, x: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda y, w: (jnp.tanh(y @ w), None), x, params["w"])[0]
+
+
+@pytest.mark.parametrize(
+    ("adapted", "fields"),
+    [
+        ([1, 3], {"target_modules": ["q_proj"], "layers_to_transform": [1, 3], "layers_pattern": "layers"}),
+        ([2], {"target_modules": ["q_proj"], "layers_to_transform": 2, "layers_pattern": ["layers"]}),
+        ([0], {"target_modules": ["q_proj"], "layers_to_transform": [0]}),
+        ([0], {"target_modules": r".*layers\.0\..*q_proj"}),
+    ],
+)
+def test_some_layers_of_a_stack(tmp_path, adapted, fields):
+    """Layers that the configuration leaves out stay as they are, before and after training."""
+    params, x = {"w": jnp.asarray(draw(4, 6, 6))}, jnp.asarray(draw(3, 6))
+    expected, tensors = np.array(params["w"]), {}
+    for layer in adapted:
+        added, delta = lora(f"model.layers.{layer}.q_proj", 6, 6)
+        tensors |= added
+        expected[layer] += delta
+    sites = jlora.trace(scanned, params, x)
+    adapter = jlora.peft.load(write(tmp_path / "given", tensors, **fields), sites, STACK_NAMES)
+    assert_close(jlora.merge(params, adapter)["w"], expected)
+    gradients = jax.grad(lambda adapter: jnp.sin(jlora.adapt(scanned)(params, adapter, x)).sum())(adapter)
+    for layer in range(4):
+        for factor in ("a", "b"):
+            assert bool(gradients["w"][factor][layer].any()) == (layer in adapted)
+    jlora.peft.save(tmp_path / "saved", adapter, STACK_NAMES)
+    again = jlora.peft.load(tmp_path / "saved", sites, STACK_NAMES)
+    assert_close(jlora.merge(params, again)["w"], expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": ["q_proj"]}, "the file lacks them: .*layers.1.q_proj"),
+        ({"target_modules": "all-linear"}, "layers.1.q_proj has no adapter|layers.1.q_proj, .* has no adapter"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0], "use_dora": True},
+            "has no adapter: a DoRA of the stack adapts them all",
+        ),
+    ],
+)
+def test_layers_that_are_lost_are_refused(tmp_path, fields, message):
+    params = {"w": jnp.asarray(draw(4, 6, 6))}
+    tensors, _ = lora("model.layers.0.q_proj", 6, 6)
+    if "use_dora" in fields:
+        tensors["model.layers.0.q_proj.lora_magnitude_vector"] = draw(6)
+    folder = write(tmp_path / "given", tensors, **fields)
+    with pytest.raises(ValueError, match=message):
+        jlora.peft.load(folder, jlora.trace(scanned, params, jnp.ones((3, 6))), STACK_NAMES, params=params)
 
 
 @pytest.mark.parametrize("n_in", [6, 4])
