@@ -54,8 +54,8 @@ def test_arguments_are_counted_with_the_adapter():
     params, adapter = parts()
     adapted = jlora.adapt(model)
     want = model(jlora.merge(params, adapter), X, True)
-    for options in ({"static_argnames": "double"}, {"static_argnums": 3}):
-        np.testing.assert_allclose(jax.jit(adapted, **options)(params, adapter, X, True), want, atol=1e-5)
+    for compiled in (jax.jit(adapted, static_argnames="double"), jax.jit(adapted, static_argnums=3)):
+        np.testing.assert_allclose(compiled(params, adapter, X, True), want, atol=1e-5)
     np.testing.assert_allclose(eqx.filter_jit(adapted)(params, adapter, X, double=True), want, atol=1e-5)
     (base, updates, x), _ = jax.tree.map(
         lambda a: a.donated, jax.jit(adapted, donate_argnames="x").lower(params, adapter, X).args_info

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +106,8 @@ def test_hyper_parameters_of_another_type(make, message):
 
 
 def test_hyper_parameters_from_numpy_become_plain_numbers():
-    method = jlora.LoRA(rank=np.int64(4), alpha=np.float32(8), freeze_a=np.bool_(True))
+    fields: dict[str, Any] = {"rank": np.int64(4), "alpha": np.float32(8), "freeze_a": np.bool_(True)}
+    method = jlora.LoRA(**fields)
     assert [type(value) for value in (method.rank, method.alpha, method.freeze_a)] == [int, float, bool]
     assert method == jlora.LoRA(rank=4, alpha=8.0, freeze_a=True)
     assert jlora.LoKr(rank=None).rank is None
@@ -188,7 +190,7 @@ def test_an_adapter_that_does_not_fit_names_every_misfit(call):
 
 def test_something_that_is_no_adapter():
     with pytest.raises(TypeError, match=r"jlora\.init"):
-        jlora.merge(toy_model.params(), {"mix/kernel": jnp.ones(3)})
+        jlora.merge(toy_model.params(), {"mix/kernel": jnp.ones(3)})  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("given", [None, "adapter", {"w": 1.0}, [{"w": 1.0}], 3], ids=str)
@@ -239,7 +241,7 @@ def test_a_pattern_that_is_no_regular_expression():
 
 def test_parameters_in_the_place_of_sites():
     with pytest.raises(TypeError, match=r"come from jlora\.trace; this is dict"):
-        jlora.init(KEY, toy_model.params(), jlora.LoRA())
+        jlora.init(KEY, toy_model.params(), jlora.LoRA())  # pyright: ignore[reportArgumentType]
 
 
 def test_two_parameters_of_one_path():
@@ -250,7 +252,7 @@ def test_two_parameters_of_one_path():
 
 def test_an_unknown_action():
     with pytest.raises(ValueError, match="on_dense"):
-        jlora.adapt(toy_model.model, on_dense="ignore")
+        jlora.adapt(toy_model.model, on_dense="ignore")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_kronecker_factor_of_a_convolution_without_the_window():

@@ -22,6 +22,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
+from tests.support import compiled as report
 from tests.support import toy_model
 from tests.support.layouts import BATCH, LAYOUTS, MANUAL, WIDTH, Layout, block
 
@@ -80,7 +81,7 @@ Sent = collections.Counter[tuple[str, tuple[int, ...]]]
 def sent(compiled: Any) -> Sent:
     """Every collective of a compiled program, with the shape of what it sends, piece by piece."""
     found: Sent = collections.Counter()
-    for line in compiled.as_text().splitlines():
+    for line in report.text(compiled).splitlines():
         for result, name in re.findall(rf" = (.*?) ({SENDS})(?:-start)?\(", line):
             for dims in re.findall(r"\w+\[([\d,]*)\]", result):
                 found[name, tuple(int(n) for n in dims.split(",") if n)] += 1
@@ -216,8 +217,10 @@ def test_factors_are_made_in_pieces(method: jlora.Method) -> None:
 
     pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True)
     parts = [(np.prod(a.shape), np.prod(s.shard_shape(a.shape)), s.is_fully_replicated) for a, s in pairs]
-    made = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\w\d+\[([\d,]+)\]", compiled.as_text())]
+    made = [
+        np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\w\d+\[([\d,]+)\]", report.text(compiled))
+    ]
     assert max(made) == max(part for _, part, _ in parts)
     assert max(made) < max((whole for whole, _, replicated in parts if not replicated), default=np.inf)
-    assert not re.search(rf" ({SENDS})", compiled.as_text())
-    assert compiled.memory_analysis().output_size_in_bytes < 1.01 * 4 * sum(part for _, part, _ in parts) + 1024
+    assert not re.search(rf" ({SENDS})", report.text(compiled))
+    assert report.memory(compiled).output_size_in_bytes < 1.01 * 4 * sum(part for _, part, _ in parts) + 1024

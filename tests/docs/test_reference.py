@@ -60,7 +60,7 @@ def test_docstring(module: ModuleType, name: str):
     assert not missing, f"{name} does not say what {missing} are"
 
 
-PAGES = {module.__name__: pdoc.render.html_module(pdoc.doc.Module(module), {}) for module in MODULES}
+PAGES = {module.__name__: pdoc.render.html_module(pdoc.doc.Module(module), {}) for module in MODULES}  # pyright: ignore[reportPrivateImportUsage]
 
 
 @every_module
@@ -70,7 +70,7 @@ def test_the_reference_has_every_name(module: ModuleType):
 
 
 def test_the_reference_has_a_page_for_every_public_module_and_no_private_one():
-    written = set(pdoc.extract.walk_specs(["jlora"]))
+    written = set(pdoc.extract.walk_specs(["jlora"]))  # pyright: ignore[reportPrivateImportUsage]
     assert {module.__name__ for module in MODULES} <= written
     assert not {name for name in written if re.search(r"\._", name)}
 

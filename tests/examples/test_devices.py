@@ -121,6 +121,7 @@ def test_processes_and_one_that_is_lost(losses: list[float], tmp_path: Path) -> 
     pipes: dict[str, Any] = {"env": ENV, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     pair = [subprocess.Popen(command(killed, address, f"--process-id={k}"), **pipes) for k in range(2)]
     first = []
+    assert pair[0].stdout is not None
     for line in pair[0].stdout:
         first.append(line)
         if line.startswith("step 5 "):

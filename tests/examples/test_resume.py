@@ -51,6 +51,7 @@ def test_resume_after_a_kill(uninterrupted, tmp_path):
     count, _, (adapter, state, losses) = uninterrupted
     command = [sys.executable, resume.__file__, f"--folder={tmp_path}", f"--steps={STEPS}"]
     process = subprocess.Popen([*command, f"--every={EVERY}", f"--devices={count}"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
     with process.stdout as out:
         for line in out:
             if line.startswith(f"step {2 * EVERY + 1} "):

@@ -43,7 +43,7 @@ def write(folder, adapter, state=None, compress=True, chunked=True, **options):
     """Saves with Orbax alone, in its own chunks if not `chunked`."""
     items = jlora.checkpoint_args(adapter, state)
     if not chunked:
-        items["arrays"] = ocp.args.PyTreeSave(items["arrays"].item)
+        items["arrays"] = ocp.args.PyTreeSave(vars(items["arrays"])["item"])
     arrays = ocp.PyTreeCheckpointHandler(use_compression=compress, **options)
     handler = ocp.CompositeCheckpointHandler(arrays=arrays, jlora=ocp.JsonCheckpointHandler())
     with ocp.Checkpointer(handler) as checkpointer:

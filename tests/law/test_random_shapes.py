@@ -92,8 +92,10 @@ def dots(draw: st.DrawFn) -> Dot:
     w_dtype = draw(st.sampled_from((*same, *DTYPES)))
     out_dtype = draw(st.sampled_from((None, None, "float32", *same, w_dtype)))
     precision = draw(st.sampled_from((None, None, "highest", ("default", "highest"))))
+    x_shape, w_shape = shapes
     return Dot(
-        *shapes,
+        x_shape,
+        w_shape,
         tuple(places[0][: len(inner)]),
         tuple(places[1][: len(inner)]),
         tuple(places[0][len(inner) : split]),
@@ -110,8 +112,8 @@ def dots(draw: st.DrawFn) -> Dot:
 
 def dot_law(case: Dot) -> None:
     def f(params: Any, x: jax.Array) -> jax.Array:
-        pairs = (case.x_in, case.w_in), (case.x_batch, case.w_batch)
-        dims = tuple((b, a) if case.w_first else (a, b) for a, b in pairs)
+        inner, batch = (case.x_in, case.w_in), (case.x_batch, case.w_batch)
+        dims: Any = (inner[::-1], batch[::-1]) if case.w_first else (inner, batch)
         operands = (params["w"], x) if case.w_first else (x, params["w"])
         return lax.dot_general(*operands, dims, precision=case.precision, preferred_element_type=case.out_dtype)
 

@@ -14,6 +14,7 @@ from jax.test_util import check_grads
 
 import jlora
 from jlora.methods._common.linalg import inverse
+from tests.support import compiled as report
 from tests.support import toy_model
 
 RNG = np.random.default_rng(0)
@@ -45,7 +46,7 @@ def test_derivatives():
 
 def calls_lapack(function, *args) -> bool:
     """Two calls on many matrices at a time wait for each other for ever, by jaxlib 0.10 on two cores."""
-    return 'custom_call_target="lapack' in jax.jit(function).lower(*args).compile().as_text()
+    return 'custom_call_target="lapack' in report.text(jax.jit(function).lower(*args).compile())
 
 
 @pytest.mark.parametrize("method", [jlora.OFT(4), jlora.BOFT(4, 2)], ids=["oft", "boft"])

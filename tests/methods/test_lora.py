@@ -51,7 +51,7 @@ def test_initialisers_can_be_replaced():
 def test_an_initialiser_sees_one_layer_of_a_stack():
     shapes = []
 
-    def spy(key, shape, dtype):
+    def spy(key, shape, dtype=jnp.float32, out_sharding=None):
         shapes.append(shape)
         return jnp.zeros(shape, dtype)
 

@@ -16,6 +16,7 @@ import pytest
 
 import jlora
 from jlora._compat import is_literal, open_jaxpr, scan_params
+from tests.support import compiled as report
 from tests.support.methods import shapes_of_adapter
 from tests.support.programs import PROGRAMS, Program, floats, total
 from tests.support.weight_uses import KINDS, Kind
@@ -155,7 +156,7 @@ def test_a_step_costs_two_forward_passes(fun: Callable[..., Any], shape: Dims) -
         return fun(jlora.merge(params, adapter), x)
 
     def cost(side: Callable[..., Any], *args: Tree) -> float:
-        return jax.jit(side).lower(*args).compile().cost_analysis()["flops"]
+        return report.flops(jax.jit(side).lower(*args).compile())
 
     def trained(side: Callable[..., Any]) -> Callable[..., Any]:
         return lambda params, adapter, x: jax.value_and_grad(lambda a, x: total(side(params, a, x)), (0, 1))(adapter, x)

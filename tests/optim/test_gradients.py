@@ -1,6 +1,7 @@
 """Optimiser parts against their formulas, and what else trains beside the adapted weights."""
 
 import dataclasses
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,17 @@ from tests.support import toy_model
 KEY = jax.random.key(0)
 
 
+def updates(tx: optax.GradientTransformation, gradients: Any, adapter: Any) -> dict[str, jlora.Update]:
+    """The updates of the first step, which have the adapter's structure."""
+    steps, _ = tx.update(gradients, tx.init(adapter), adapter)
+    return cast(dict[str, jlora.Update], steps)
+
+
 def test_lora_plus_scales_b_alone():
     adapter = toy_model.adapter()
     tx = optax.chain(optax.sgd(0.5), jlora.lora_plus(8.0))
     gradients = toy_model.nonzero(adapter, 5)
-    steps, _ = tx.update(gradients, tx.init(adapter), adapter)
+    steps = updates(tx, gradients, adapter)
     for path, step in steps.items():
         np.testing.assert_allclose(step.factors["a"], -0.5 * gradients[path].factors["a"], rtol=1e-6)
         np.testing.assert_allclose(step.factors["b"], -4.0 * gradients[path].factors["b"], rtol=1e-6)
@@ -34,7 +41,7 @@ def matrices(update: jlora.Update, layer: int) -> tuple[np.ndarray, np.ndarray]:
 def test_the_riemannian_gradient():
     adapter = toy_model.adapter(jlora.LoRA(3, 6.0))
     gradients = toy_model.nonzero(adapter, 5)
-    steps, _ = jlora.riemannian(1e-3).update(gradients, optax.EmptyState(), adapter)
+    steps = updates(jlora.riemannian(1e-3), gradients, adapter)
     for path, update in adapter.items():
         (a, b), (da, db), (sa, sb) = (matrices(tree[path], 1) for tree in (adapter, gradients, steps))
         eye = 1e-3 * np.eye(update.method.rank)
@@ -55,7 +62,7 @@ def test_the_riemannian_step_does_not_care_how_the_factors_are_balanced():
     def change(update: jlora.Update) -> jax.Array:
         one = {"mix/kernel": update}
         gradients = jax.grad(lambda a: toy_model.loss(jlora.adapt(toy_model.model)(params, a, x)))(one)
-        steps, _ = jlora.riemannian(0.0).update(gradients, optax.EmptyState(), one)
+        steps = updates(jlora.riemannian(0.0), gradients, one)
         (a, b), (da, db) = (tuple(t["mix/kernel"].factors.values()) for t in (one, steps))
         return da @ b + a @ db
 
@@ -73,7 +80,7 @@ def test_the_gradient_of_lora_fa_projects_the_full_one():
         return toy_model.loss(jlora.adapt(toy_model.model)(params, adapters, x))
 
     gradients, (_, whole) = jax.grad(loss)([adapter])[0], jax.grad(loss)([adapter, full])
-    steps, _ = jlora.lora_fa_gradient(0.0).update(gradients, optax.EmptyState(), adapter)
+    steps = updates(jlora.lora_fa_gradient(0.0), gradients, adapter)
     a = adapter["mix/kernel"].frozen["a"]
     got = adapter["mix/kernel"].method.scale * a @ steps["mix/kernel"].factors["b"]
     want = a @ jnp.linalg.pinv(a) @ whole["mix/kernel"].factors["d"]
@@ -116,7 +123,7 @@ def test_biases_beside_the_adapted_weights():
     update = jlora.init(KEY, sites, found["all"])["mix/bias"]
     assert isinstance(update.method, jlora.Full)
     with pytest.raises(ValueError, match="'lora_only', not 'some'"):
-        jlora.with_biases(sites, kernels, "some")
+        jlora.with_biases(sites, kernels, "some")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_restart_goes_on_from_where_it_was():

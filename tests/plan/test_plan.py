@@ -66,7 +66,7 @@ def test_sizes():
     assert plan.argument_bytes == 4 * 32 * 4 + 2 * 32 * 4
     assert plan.aliased_bytes == 4 * 32 * 4
     parts = (plan.argument_bytes, plan.output_bytes, plan.temporary_bytes, plan.code_bytes)
-    assert plan.needed == sum(parts) - plan.aliased_bytes
+    assert plan.needed == sum(part or 0 for part in parts) - (plan.aliased_bytes or 0)
     assert jlora.plan(step, x, y, topology="cpu:8").aliased_bytes == 0
 
 
@@ -99,8 +99,8 @@ def test_arrays_numbers_and_what_has_no_sharding():
     args = (abstract((16, 32), "x"), np.ones((16, 32), np.float32), jax.random.key(0), 2.0)
     jitted = jax.jit(step, static_argnames="flag")
     plan = jlora.plan(jitted, *args, topology="cpu:8", flag=True)
-    assert plan.argument_bytes >= 4 * 32 * 4 + 16 * 32 * 4
-    assert plan.argument_bytes < 2 * 16 * 32 * 4
+    assert plan.argument_bytes is not None
+    assert 4 * 32 * 4 + 16 * 32 * 4 <= plan.argument_bytes < 2 * 16 * 32 * 4
 
 
 def test_one_device_needs_no_mesh():
@@ -130,6 +130,8 @@ def test_a_training_step_of_an_adapter():
     plan = jlora.plan(jax.jit(step, donate_argnums=0), adapter, params, tokens, topology="cpu:8")
     assert plan.exact
     assert plan.flops
+    assert plan.aliased_bytes is not None
+    assert plan.output_bytes is not None
     assert 0 < plan.aliased_bytes <= plan.output_bytes
     assert not moved(plan, "all-gather")
     assert moved(plan, "all-reduce")

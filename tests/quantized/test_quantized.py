@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import gguf
 import jax
@@ -15,6 +16,7 @@ from flax import linen as nn
 
 import jlora
 from jlora.quantized import GGUF, NF4, nf4
+from tests.support import compiled as report
 from tests.support import toy_model
 from tests.support.int8_rows import rounded
 
@@ -46,7 +48,7 @@ def test_law(form: str, method: jlora.Method) -> None:
     adapted = jlora.adapt(toy_model.model, on_dense="allow")
 
     @jax.jit
-    def sides(adapter: dict, params: dict) -> tuple:
+    def sides(adapter: dict, params: dict) -> list:
         def left(adapter: dict) -> jax.Array:
             return adapted(params, adapter, toy_model.tokens())
 
@@ -156,9 +158,9 @@ def test_models_that_qwix_has_quantized() -> None:
     sites = jlora.trace(model.apply, variables, x)
     adapted = jlora.adapt(model.apply)
     adapter = jlora.init(jax.random.key(1), sites, {"params/kernel": jlora.LoRA(2)})
-    np.testing.assert_allclose(adapted(variables, adapter, x), theirs.apply(variables, x), atol=1e-5)
+    np.testing.assert_allclose(adapted(variables, adapter, x), cast(jax.Array, theirs.apply(variables, x)), atol=1e-5)
     adapter = toy_model.nonzero(adapter)
-    expected = model.apply(jlora.merge(variables, adapter), x)
+    expected = cast(jax.Array, model.apply(jlora.merge(variables, adapter), x))
     np.testing.assert_allclose(adapted(variables, adapter, x), expected, atol=1e-5)
 
 
@@ -187,8 +189,8 @@ def test_a_step_holds_one_layer_at_a_time() -> None:
 
     def memory(params: dict) -> tuple[int, int]:
         step = jax.jit(jax.grad(lambda adapter, params, x: jnp.square(adapted(params, adapter, x)).mean()))
-        found = step.lower(adapter, params, x).compile().memory_analysis()
-        return found.argument_size_in_bytes, found.temp_size_in_bytes
+        stats = report.memory(step.lower(adapter, params, x).compile())
+        return stats.argument_size_in_bytes, stats.temp_size_in_bytes
 
     arguments, temporary = memory(weights)
     for form, share in (("int8", 0.3), ("nf4", 0.2)):
@@ -235,7 +237,7 @@ def test_a_lookup_makes_its_rows_alone(make: Callable, mode: str) -> None:
         expected = look(jlora.merge(weights, adapter), some)
         run = jax.jit(jlora.adapt(look))
         assert np.allclose(run(weights, adapter, some), expected, atol=1e-6, equal_nan=True)
-        assert run.lower(weights, adapter, some).compile().memory_analysis().temp_size_in_bytes < table.nbytes / 16
+        assert report.memory(run.lower(weights, adapter, some).compile()).temp_size_in_bytes < table.nbytes / 16
 
 
 def test_a_lookup_in_a_transposed_table() -> None:

@@ -127,7 +127,7 @@ def manual(specs: dict[str, P], x: P) -> Callable[..., Callable[[Tree, jax.Array
 BLOCK = {"up": P("data", "model"), "down": P("model", "data")}
 EXPERT = {"up": P("expert"), "down": P("expert")}
 PIPE = {"up": P("pipe"), "down": P("pipe")}
-SQUARE = dict.fromkeys(("query", "key", "value", "out"), P())
+SQUARE: dict[str, P] = {name: P() for name in ("query", "key", "value", "out")}
 
 
 @manual(BLOCK, P("data"))

@@ -82,7 +82,7 @@ def _cast(w: jax.Array, dtype: str) -> jax.Array:
 
 
 def _concat(w: jax.Array, params: dict[str, jax.Array], other: Any, axis: int, first: bool) -> jax.Array:
-    v = params[other] if isinstance(other, str) else vector(*other, w.dtype)
+    v = params[other] if isinstance(other, str) else vector(other[0], other[1], w.dtype)
     return lax.concatenate([v, w] if first else [w, v], axis)
 
 
