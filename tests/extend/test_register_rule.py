@@ -50,4 +50,4 @@ def test_a_second_rule_for_a_primitive_is_refused():
 
 def test_a_rule_without_a_primitive_is_refused():
     with pytest.raises(TypeError, match="primitives or their names"):
-        register_rule(flip_rule)
+        register_rule(flip_rule)  # pyright: ignore[reportArgumentType]
