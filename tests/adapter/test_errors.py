@@ -91,12 +91,12 @@ def test_hyper_parameters_that_make_no_sense(make, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: jlora.LoRA(rank=8.0), "rank is a positive integer, not 8.0"),
-        (lambda: jlora.LoRA(alpha="16"), "alpha is a finite non-zero number, not '16'"),
+        (lambda: jlora.LoRA(rank=8.0), "rank is a positive integer, not 8.0"),  # pyright: ignore[reportArgumentType]
+        (lambda: jlora.LoRA(alpha="16"), "alpha is a finite non-zero number, not '16'"),  # pyright: ignore[reportArgumentType]
         (lambda: jlora.LoRA(alpha=True), "alpha is a finite non-zero number, not True"),
-        (lambda: jlora.VeRA(d_initial=None), "d_initial is a finite number, not None"),
-        (lambda: jlora.LoRA(freeze_a="no"), "freeze_a is True or False, not 'no'"),
-        (lambda: jlora.LoRA(rank=None), "rank is a positive integer, not None"),
+        (lambda: jlora.VeRA(d_initial=None), "d_initial is a finite number, not None"),  # pyright: ignore[reportArgumentType]
+        (lambda: jlora.LoRA(freeze_a="no"), "freeze_a is True or False, not 'no'"),  # pyright: ignore[reportArgumentType]
+        (lambda: jlora.LoRA(rank=None), "rank is a positive integer, not None"),  # pyright: ignore[reportArgumentType]
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
