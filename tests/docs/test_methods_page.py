@@ -64,6 +64,23 @@ def test_every_result_is_on_the_page():
     assert [row[0] for row in COSTS] == list(RESULTS["transformer"]["methods"])
 
 
+def convolution(params: dict, x: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize("row", rows("What each method learns"), ids=lambda row: row[0])
+def test_axes_are_those_that_the_method_declares(row: list[str]):
+    method: jlora.Method = getattr(jlora, row[0])()
+    is_convolution = row[0] in ("LoCon", "ConvLoRA")
+    program, shape, x_shape = (convolution, (3, 3, 8, 8), (1, 5, 5, 8)) if is_convolution else (model, (96, 96), (2, 96))
+    params = jax.eval_shape(lambda: {"w": jnp.zeros(shape)})
+    sites = jlora.trace(program, params, jax.ShapeDtypeStruct(x_shape, jnp.float32))
+    key = jax.random.key(0)
+    adapter = jax.eval_shape(lambda w: jlora.init(key, sites, {"w": method}, params={"w": w}), params["w"])
+    shown = [f"{name} ({axes.replace('*stack', '').strip() or 1})" for name, axes in adapter["w"].declared.items()]
+    assert row[2] == ", ".join(shown)
+
+
 @every_row
 def test_figures_are_those_of_the_benchmark(row: list[str]):
     results = [RESULTS[program]["methods"][row[0]] for program in ("transformer", "kernel")]
