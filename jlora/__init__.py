@@ -71,6 +71,7 @@ from jlora.quantized.loftq import loftq as loftq
 from jlora.quantized.quantize import quantize as quantize
 
 if typing.TYPE_CHECKING:
+    from jlora import extend as extend
     from jlora import io as io
     from jlora import quantized as quantized
     from jlora.io import loralib as loralib
@@ -91,6 +92,7 @@ __docformat__ = "google"
 # Orbax, TensorStore, optax and safetensors take as long to import as JAX itself. The modules that import them are
 # imported when one of these names is first used.
 _LAZY_MODULES = {
+    "extend": "jlora.extend",
     "io": "jlora.io",
     "loralib": "jlora.io.loralib",
     "peft": "jlora.io.peft",

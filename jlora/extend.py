@@ -35,3 +35,4 @@ __all__ = [
     "relabel",
     "treat_as",
 ]
+__docformat__ = "google"

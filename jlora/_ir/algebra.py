@@ -29,7 +29,14 @@ def relabel(f: AdaptedWeight, base: Any, axes: Sequence[str], indices: Iterable[
 
 
 def map_index(f: AdaptedWeight, name: str, fn: Callable[[jax.Array, int], jax.Array], size: int) -> AdaptedWeight:
-    """Applies `fn(array, axis)` to every array that has the index, whose size becomes `size`."""
+    """Applies `fn(array, axis)` to every factor, axis scale and dropout key that has the index.
+
+    Arguments:
+        f: the weight; its base stays as it is.
+        name: the index.
+        fn: returns the new array.
+        size: of the index afterwards.
+    """
     return resize_index(f.map_arrays(at_index(name, fn)), name, size)
 
 
@@ -74,6 +81,9 @@ def merge_indices(f: AdaptedWeight) -> AdaptedWeight:
     """Labels an axis with one index if every array has all of the axis's indices or none of them.
 
     An axis of which some factor has a part (a Kronecker product) stays composite.
+
+    Arguments:
+        f: the weight.
     """
     for axis in f.axes:
         if len(axis) > 1 and all(set(axis) <= set(term) or not set(axis) & set(term) for _, term in f.arrays):

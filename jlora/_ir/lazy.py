@@ -94,7 +94,15 @@ def materialize(array: Any) -> Any:
 
 
 def bind(eqn: Eqn, *operands: Any) -> list[Any]:
-    """Evaluates an equation whose result is still a weight; it is deferred if an operand is lazy."""
+    """Evaluates an equation whose result is still a weight; it is deferred if an operand is lazy.
+
+    Arguments:
+        eqn: the equation.
+        operands: one for each of its inputs: arrays, and the base in the place of an adapted weight.
+
+    Returns:
+        one base for each output.
+    """
     if not any(isinstance(v, LazyArray) for v in operands):
         return _compat.bind(eqn, *operands)
     outputs = [_compat.aval(var) for var in eqn.outvars]
@@ -107,6 +115,13 @@ def consume(eqn: Eqn, *operands: Any) -> list[Any]:
     """Evaluates an equation on the operands' values. Lazy ones are materialised here, and again for the gradient.
 
     Products with lazy zeros are not computed.
+
+    Arguments:
+        eqn: the equation.
+        operands: as for `bind`.
+
+    Returns:
+        one array for each output.
     """
     if not any(isinstance(v, LazyArray) for v in operands):
         return _compat.bind(eqn, *operands)

@@ -6,12 +6,13 @@ from tests.support.pages import ROOT
 from tests.test_imports import ONLY, PACKAGES
 
 PAGE = (ROOT / "jlora" / "README.md").read_text()
+PICTURE = PAGE.split("```mermaid\n")[1].split("```")[0]
 INSIDE = {package for package in PACKAGES if package}
 
 
 def packages_of_nodes() -> dict[str, set[str]]:
     """The packages that each node of the picture stands for: the names before its line break."""
-    nodes = re.findall(r'(\w+)\["(.*?)(?:<br>.*?)?"\]', PAGE)
+    nodes = re.findall(r'(\w+)\["(.*?)(?:<br>.*?)?"\]', PICTURE)
     return {node: set(names.split(", ")) for node, names in nodes}
 
 
@@ -23,7 +24,7 @@ def test_the_picture_has_every_package():
 
 def test_arrows_run_to_earlier_packages():
     nodes = packages_of_nodes()
-    edges = re.findall(r"^  (\w+)(?:\[.*?\])? --> (\w+)", PAGE, flags=re.MULTILINE)
+    edges = re.findall(r"^  (\w+)(?:\[.*?\])? --> (\w+)", PICTURE, flags=re.MULTILINE)
     assert edges
     for start, end in edges:
         for package in nodes[start]:
