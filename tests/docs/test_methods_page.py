@@ -73,7 +73,7 @@ def test_axes_are_those_that_the_method_declares(row: list[str]):
     method: jlora.Method = getattr(jlora, row[0])()
     is_convolution = row[0] in ("LoCon", "ConvLoRA")
     program, shape, x_shape = (
-        (convolution, (3, 3, 8, 8), (1, 5, 5, 8)) if is_convolution else (model, (64, 64), (2, 64))
+        (convolution, (3, 3, 8, 8), (1, 5, 5, 8)) if is_convolution else (model, (192, 192), (2, 192))
     )
     params = jax.eval_shape(lambda: {"w": jnp.zeros(shape)})
     sites = jlora.trace(program, params, jax.ShapeDtypeStruct(x_shape, jnp.float32))
