@@ -1,7 +1,7 @@
-"""Meshes with `AxisType.Explicit` axes, where the type of an array says how it lies.
+"""Meshes with `AxisType.Explicit` axes, on which the type of an array has its sharding.
 
-A program says it of every product of its own that leaves a choice. What jlora computes of factors the program does not
-know of: it is left to the compiler, and typed like the array that it is added to.
+On Explicit meshes a program annotates its operations. It cannot annotate those that jlora inserts: they run with the
+axes set to Auto, and take the sharding of the array that they are added to.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from jlora._tree.leaves import is_quantized
 
 
 def explicit_axes(a: Any) -> tuple[Any, ...]:
-    """The explicit axes of the mesh in an array's type; a quantised weight, made or to be made, has no such type."""
+    """The Explicit axes of the mesh in an array's type; a quantised or lazy weight has no such type."""
     if isinstance(a, LazyArray) or is_quantized(a):
         return ()
     mesh = jax.typeof(a).sharding.mesh
@@ -23,12 +23,12 @@ def explicit_axes(a: Any) -> tuple[Any, ...]:
 
 
 def under_auto_axes(fun: Callable[..., Any], like: Any, out: Any = None) -> Callable[..., Any]:
-    """`fun` of trees of arrays, run where types say nothing.
+    """Runs `fun` with the mesh's Explicit axes switched to Auto.
 
     Arguments:
-        fun: the function.
-        like: an array of the program.
-        out: shardings for the result, or for trees in it; that in the type of `like`, where they are left out.
+        fun: a function of pytrees of arrays.
+        like: an array of the program, whose type has the mesh.
+        out: shardings of the result, or of its subtrees; by default that in the type of `like`.
     """
     axes = explicit_axes(like)
     return auto_axes(fun, axes=axes, out_sharding=out or jax.typeof(like).sharding) if axes else fun

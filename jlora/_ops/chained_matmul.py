@@ -1,9 +1,10 @@
-"""Two factors in a row that share no letter, as in a Kronecker product, without the value between them being kept.
+"""Two consecutive contractions whose factors share no index (Kronecker), whose backward pass saves no intermediate.
 
-    k = h C,    y = k B;    in letters  ac, rd  on  h: (t, a, r),  k: (t, c, r),  y: (t, c, d)
+    k = h C,    y = k B;    with indices  ac, rd  on  h: (t, a, r),  k: (t, c, r),  y: (t, c, d)
 
-The gradient of B takes k, which is as large as h. XLA would compute k a second time at once, and keep it: nothing that
-it needs is still to come. So the backward pass computes it beside what it computes anyway, in one product of the two:
+The gradient of B takes k, as large as h. `jax.checkpoint` does not help on the CPU, where XLA keeps k: measured
+temporaries are those without it. So the backward pass computes k together with the gradient of h,
+which it needs anyway, in one product:
 
     [h, gk] [[0, C], [C^T, 0]] = [gh, k],    gk = g B^T,    dC = h^T gk,    dB = k^T g
 """
@@ -21,15 +22,15 @@ from jlora._compat import Primitive, ad, batching, mlir
 from jlora._ops.matmul import eager, rank_matmul
 
 Terms = tuple[str, str, str, str]  # of h, C, B and y
-_JOINT, _TURNED = "+-"  # stand for both letters of C, one after the other, before and after the product
+_JOINT, _TURNED = "+-"  # both indices of C, one after the other, before and after the product
 
 
 def chained_matmul(h: jax.Array, c: jax.Array, b: jax.Array, terms: Terms, **params: Any) -> jax.Array:
-    """Contracts an activation with a matrix, and then with a factor that has none of the matrix's letters.
+    """Contracts an activation with a matrix, and then with a factor that has none of the matrix's indices.
 
     Arguments:
         h, c, b: the activation and the factors, in one dtype.
-        terms: the letters of all three and of the result. Letters that the operands have in common are contracted.
+        terms: the indices of all three and of the result. Indices that two operands share are contracted.
         params: `first`, whether activations are left operands; `precision`, as in `jax.lax.dot_general`; and `dtype`,
             that of the result.
     """
@@ -49,9 +50,9 @@ def _jvp(terms: Terms, params: Any, primals: Any, tangents: Any) -> tuple[jax.Ar
 
 
 def _plain(h: Any, c: Any, b: Any, *, terms: Terms, dtype: Any, **params: Any) -> jax.Array:
-    k, letters = _pair(h, terms[0], c, terms[1], dtype=h.dtype, **params)
-    y, letters = _pair(k, letters, b, terms[2], dtype=dtype, **params)
-    return _arranged(y, letters, terms[3])
+    k, labels = _pair(h, terms[0], c, terms[1], dtype=h.dtype, **params)
+    y, labels = _pair(k, labels, b, terms[2], dtype=dtype, **params)
+    return _arranged(y, labels, terms[3])
 
 
 def _tangent(*operands: Any, **params: Any) -> jax.Array:
@@ -59,15 +60,15 @@ def _tangent(*operands: Any, **params: Any) -> jax.Array:
 
 
 def _pair(x: Any, xs: str, t: Any, ts: str, *, first: bool, **params: Any) -> tuple[jax.Array, str]:
-    """One product that contracts all letters in common."""
+    """One product that contracts all shared indices."""
     left, ls, right, rs = (x, xs, t, ts) if first else (t, ts, x, xs)
     inner = [c for c in xs if c in ts]
     contracted = tuple(ls.index(c) for c in inner), tuple(rs.index(c) for c in inner)
     return rank_matmul(left, right, contracted, **params), "".join(c for c in ls + rs if c not in inner)
 
 
-def _arranged(x: jax.Array, letters: str, out: Sequence[str]) -> jax.Array:
-    order = [letters.index(c) for c in out]
+def _arranged(x: jax.Array, labels: str, out: Sequence[str]) -> jax.Array:
+    order = [labels.index(c) for c in out]
     return x if order == sorted(order) else x.transpose(order)
 
 
@@ -75,8 +76,8 @@ def _transpose(g: Any, h: Any, c: Any, b: Any, *linear: Any, terms: Terms, dtype
     if isinstance(g, ad.Zero):
         return [None] * 6
     hs, cs, bs, ys = terms
-    inner, outer = sorted(cs, key=lambda letter: letter not in hs)
-    shared = "".join(letter for letter in hs if letter != inner)
+    inner, outer = sorted(cs, key=lambda name: name not in hs)
+    shared = "".join(name for name in hs if name != inner)
     gk, ks = _pair(g, ys, b, bs, dtype=h.dtype, **params)
 
     beside = jnp.concatenate([h, _arranged(gk, ks, hs.replace(inner, outer))], hs.index(inner))
@@ -84,17 +85,17 @@ def _transpose(g: Any, h: Any, c: Any, b: Any, *linear: Any, terms: Terms, dtype
     matrix = _arranged(c, cs, inner + outer)
     a, n = matrix.shape
     turn = jnp.block([[jnp.zeros((a, a), c.dtype), matrix], [matrix.T, jnp.zeros((n, n), c.dtype)]])
-    both, spelled = _pair(beside, shared + _JOINT, turn, _JOINT + _TURNED, dtype=h.dtype, **params)
-    gh, k = jnp.split(both, [a], spelled.index(_TURNED))
-    gh = _arranged(gh, spelled.replace(_TURNED, inner), hs)
+    both, both_labels = _pair(beside, shared + _JOINT, turn, _JOINT + _TURNED, dtype=h.dtype, **params)
+    gh, k = jnp.split(both, [a], both_labels.index(_TURNED))
+    gh = _arranged(gh, both_labels.replace(_TURNED, inner), hs)
 
-    order = "".join([*(letter for letter in ys if letter in ks), *(letter for letter in bs if letter in ks)])
-    k = _arranged(k, spelled.replace(_TURNED, outer), order)
+    order = "".join([*(name for name in ys if name in ks), *(name for name in bs if name in ks)])
+    k = _arranged(k, both_labels.replace(_TURNED, outer), order)
     db = _pair(k, order, g, ys, dtype=b.dtype, **params)
     gk = _arranged(gk, ks, shared + outer)
-    dc, spelled = _pair(beside, shared + _JOINT, gk, shared + outer, dtype=c.dtype, **params)
-    dc = lax.slice_in_dim(dc, 0, a, axis=spelled.index(_JOINT))
-    cotangents = gh, _arranged(dc, spelled.replace(_JOINT, inner), cs), _arranged(*db, bs)
+    dc, both_labels = _pair(beside, shared + _JOINT, gk, shared + outer, dtype=c.dtype, **params)
+    dc = lax.slice_in_dim(dc, 0, a, axis=both_labels.index(_JOINT))
+    cotangents = gh, _arranged(dc, both_labels.replace(_JOINT, inner), cs), _arranged(*db, bs)
     made = zip(linear, cotangents, strict=True)
     return [None, None, None, *(value if ad.is_undefined_primal(operand) else None for operand, value in made)]
 
@@ -109,8 +110,8 @@ def _batched(operands: Any, axes: Any, **params: Any) -> tuple[jax.Array, int]:
 
 def _abstract(h: Any, c: Any, b: Any, *_: Any, terms: Terms, dtype: Any, **params: Any) -> Any:
     known = zip(terms, (h, c, b), strict=False)
-    sizes = {letter: n for term, a in known for letter, n in zip(term, a.shape, strict=True)}
-    return jax.typeof(jax.ShapeDtypeStruct([sizes[letter] for letter in terms[3]], dtype))
+    sizes = {name: n for term, a in known for name, n in zip(term, a.shape, strict=True)}
+    return jax.typeof(jax.ShapeDtypeStruct([sizes[name] for name in terms[3]], dtype))
 
 
 tangent_p = Primitive("jlora_through_tangent")

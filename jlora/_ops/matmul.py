@@ -1,9 +1,11 @@
-"""A product of an activation with a thin factor that the CPU runs fast.
+"""The product of an activation with a low-rank factor, in a form that is fast on the CPU.
 
-On the CPU, XLA copies a whole activation-sized cotangent for the factor's gradient where the product contracts several
-leading axes, (batch, time, in) x (in, rank); with the leading axes joined it does not. So this product is
-`jax.lax.dot_general` everywhere, and joins the axes only in programs that are lowered for one CPU device: programs for
-GPU and TPU are untouched, and no sharded axis is ever joined with another.
+If such a product has several leading axes, (batch, time, in) x (in, rank), XLA's CPU backend copies an activation-sized
+cotangent to compute the factor's gradient. It does not if the leading axes are flattened to one. So in programs for one
+CPU device this product is a primitive that flattens them when it is lowered. In all other programs it is
+`jax.lax.dot_general`: no primitive is bound if the default device is a GPU or a TPU, or if there is a mesh, and no
+sharded axis is ever joined with another. A program that is traced on a CPU host and lowered for another platform
+(`jax.export`) is not flattened either.
 """
 
 import math
@@ -30,8 +32,8 @@ def _plain(x: jax.Array, w: jax.Array, *, contracted: Dims, precision: Any, dtyp
     return lax.dot_general(x, w, (contracted, ((), ())), precision=precision, preferred_element_type=dtype)
 
 
-def _joined(x: jax.Array, w: jax.Array, *, contracted: Dims, precision: Any, dtype: Any) -> jax.Array:
-    """The same with one free and one contracted axis for each operand, where they lie side by side."""
+def _flattened(x: jax.Array, w: jax.Array, *, contracted: Dims, precision: Any, dtype: Any) -> jax.Array:
+    """The same with one free and one contracted axis for each operand, if these are contiguous."""
     if not all(_at_one_end(a.ndim, c) for a, c in zip((x, w), contracted, strict=True)):
         return _plain(x, w, contracted=contracted, precision=precision, dtype=dtype)
     free = [[n for k, n in enumerate(a.shape) if k not in c] for a, c in zip((x, w), contracted, strict=True)]
@@ -90,7 +92,7 @@ def _abstract(x: Any, w: Any, *, contracted: Dims, precision: Any, dtype: Any) -
 
 
 def _lowered(ctx: Any, x: Any, w: Any, **params: Any) -> Any:
-    fun = _joined if _compat.is_single_device(ctx) else _plain
+    fun = _flattened if _compat.is_single_device(ctx) else _plain
     return mlir.lower_fun(fun, multiple_results=False)(ctx, x, w, **params)
 
 
