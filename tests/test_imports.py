@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import jlora
+import jlora.methods
 from jlora._compat import bodies
 
 ROOT = Path(jlora.__file__).parent
@@ -222,6 +223,7 @@ def test_flax_is_never_imported(file: Path):
 def test_every_exported_name_is_listed_and_exists():
     tree = ast.parse((ROOT / "__init__.py").read_text())
     imported = {a.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names if a.asname}
+    imported |= set(jlora.methods.__all__)
     assert set(jlora.__all__) == imported
     assert set(dir(jlora)) >= imported
     assert all(getattr(jlora, name) is not None for name in jlora.__all__)
@@ -242,6 +244,7 @@ def test_import_loads_only_jax():
 def test_lazy_names_are_reached_in_every_way():
     program = """
 import jlora
+import jlora.methods
 print(jlora.peft.load.__module__)
 from jlora import load
 print(load.__module__)
