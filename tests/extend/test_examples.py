@@ -44,15 +44,12 @@ def test_a_method_outside_of_jlora_is_saved_by_its_module_and_name(tmp_path):
 
 
 def test_two_methods_of_the_same_name_are_refused():
-    class Twice(jlora.Method):
-        def lower(self, update, w):
-            return w
-
-    with pytest.raises(TypeError, match=r"two methods named .*Twice: rename one"):
-
-        class Twice(jlora.Method):
-            def lower(self, update, w):
-                return w
+    source = "class Twice(jlora.Method):\n    def lower(self, update, w):\n        return w\n"
+    names = {"jlora": jlora, "__name__": "a_module_of_a_user"}
+    exec(compile(source, "first.py", "exec"), names)
+    exec(compile(source, "first.py", "exec"), names)  # the same lines again: the module was reloaded
+    with pytest.raises(TypeError, match=r"two methods named a_module_of_a_user\.Twice: rename one"):
+        exec(compile(source, "second.py", "exec"), names)
 
 
 def test_a_class_named_as_one_of_jlora_replaces_nothing(tmp_path):
