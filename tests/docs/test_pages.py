@@ -35,7 +35,7 @@ def run_blocks(page: Path, folder: Path, marks: tuple[str, ...]) -> None:
             for block in blocks(page):
                 if block.language == "python" and block.mark in marks:
                     source = "\n" * (block.line - 1) + block.text  # so that a traceback has the page's own lines
-                    exec(compile(source, str(page), "exec"), namespace)
+                    exec(compile(source, str(page), "exec", dont_inherit=True), namespace)
     finally:
         os.chdir(home)
 
