@@ -56,44 +56,80 @@ _DEFAULTS = {"rank": _POSITIVE_INTEGER, "alpha": _NONZERO, "dropout": _FRACTION}
 
 
 def positive_integer(default: int | None) -> Any:
-    """A field that holds 1, 2, ...; None too if it is the default."""
+    """A field that holds 1, 2, ...; None too if it is the default.
+
+    Arguments:
+        default: the value that the field has if none is given.
+
+    Raises:
+        ValueError: when the method is made, if the value is another.
+    """
     return _field(_POSITIVE_INTEGER, default)
 
 
 def integer(default: int | None) -> Any:
-    """A field that holds any integer; None too if it is the default."""
+    """A field that holds any integer; None too if it is the default.
+
+    Arguments:
+        default: as for `positive_integer`.
+    """
     return _field(_INTEGER, default)
 
 
 def nonzero(default: float | None) -> Any:
-    """A field that holds a finite number other than zero, such as alpha; None too if it is the default."""
+    """A field that holds a finite number other than zero, such as alpha; None too if it is the default.
+
+    Arguments:
+        default: as for `positive_integer`.
+    """
     return _field(_NONZERO, default)
 
 
 def number(default: float) -> Any:
-    """A field that holds a finite number."""
+    """A field that holds a finite number.
+
+    Arguments:
+        default: as for `positive_integer`.
+    """
     return _field(_NUMBER, default)
 
 
 def fraction(default: float) -> Any:
-    """A field that holds a number in [0, 1), such as a dropout rate."""
+    """A field that holds a number in [0, 1), such as a dropout rate.
+
+    Arguments:
+        default: as for `positive_integer`.
+    """
     return _field(_FRACTION, default)
 
 
 def switch(default: bool) -> Any:
-    """A field that holds True or False."""
+    """A field that holds True or False.
+
+    Arguments:
+        default: as for `positive_integer`.
+    """
     return _field(_SWITCH, default)
 
 
 def choice(default: str, *others: str) -> Any:
-    """A field that holds one of some strings."""
+    """A field that holds one of some strings.
+
+    Arguments:
+        default: as for `positive_integer`.
+        others: the other strings.
+    """
     options = (default, *others)
     text = f"one of {', '.join(map(repr, options))}"
     return _field(Check(text, None, lambda value: isinstance(value, str) and value in options), default)
 
 
 def optional(check: Any) -> Any:
-    """The same field, which takes None as well."""
+    """The same field, which takes None as well.
+
+    Arguments:
+        check: a field, such as `positive_integer(8)`.
+    """
     declared = dataclasses.replace(check.metadata["check"], optional=True)
     return dataclasses.field(default=check.default, metadata={"check": declared})
 

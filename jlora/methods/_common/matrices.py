@@ -14,7 +14,12 @@ from jlora._ir.weight import AdaptedWeight
 
 
 def as_matrix(array: jax.Array, roles: Sequence[Role]) -> jax.Array:
-    """A weight's value as `(*stack, in, out)`, the in and the out axes joined, in float32 or wider."""
+    """A weight's value as `(*stack, in, out)`, the in and the out axes joined, in float32 or wider.
+
+    Arguments:
+        array: the value.
+        roles: the role of every axis.
+    """
     order = [axis for role in ("stack", "in", "out") for axis, r in enumerate(roles) if matrix_side(r) == role]
     stack = [n for n, r in zip(array.shape, roles, strict=True) if r == "stack"]
     n_in = math.prod(n for n, r in zip(array.shape, roles, strict=True) if matrix_side(r) == "in")
@@ -22,7 +27,12 @@ def as_matrix(array: jax.Array, roles: Sequence[Role]) -> jax.Array:
 
 
 def dense_matrix(w: AdaptedWeight, roles: Sequence[Role]) -> jax.Array:
-    """The materialised weight, in the form of `as_matrix`."""
+    """The materialised weight, in the form of `as_matrix`.
+
+    Arguments:
+        w: the weight, with the updates that it has so far.
+        roles: the role of every axis.
+    """
     return as_matrix(jnp.asarray(dense(w, accumulation_dtype(w.dtype))), roles)
 
 

@@ -41,7 +41,15 @@ def weight_name(w: AdaptedWeight) -> str:
 
 
 def group_labels(w: AdaptedWeight, update: UpdateLike) -> dict[str, str]:
-    """The indices of the weight in every group of axes."""
+    """The indices of the weight in every group of axes.
+
+    Arguments:
+        w: the weight.
+        update: its update, which has the roles of the axes.
+
+    Returns:
+        the indices by group, `{"*in": "i", "*out": "ho", ...}`.
+    """
     axes = WeightAxes.of(update)
     return {group: "".join(w.axes[axis] for axis in axes.axes(group)) for group in GROUPS}
 
@@ -81,12 +89,24 @@ def add_network(
 
 
 def add_matrix(w: AdaptedWeight, update: UpdateLike, matrix: jax.Array, scale: float) -> AdaptedWeight:
-    """Adds a difference of the weight's own size, `(*stack, in, out)`: a dense update."""
+    """Adds a difference of the weight's own size: a dense update.
+
+    Arguments:
+        w, update: as for `add_network`.
+        matrix: the difference, `(*stack, in, out)`.
+        scale: a static multiplier.
+    """
     return add_network(w, update, [(matrix, "*stack *in *out")], scale)
 
 
 def scale_axes(w: AdaptedWeight, update: UpdateLike, vector: jax.Array, declared: str) -> AdaptedWeight:
-    """Multiplies a weight, base and networks, by a vector along some of its axes, `"*stack *out"`."""
+    """Multiplies a weight, base and networks, by a vector along some of its axes.
+
+    Arguments:
+        w, update: as for `add_network`.
+        vector: the multipliers.
+        declared: the axes of the vector, `"*stack *out"`.
+    """
     labels = group_labels(w, update)
     term = "".join(labels[token] for token in declared.split())
     vector = _one_axis_an_index(w, WeightAxes.of(update), vector, declared, labels, ())
