@@ -1,4 +1,4 @@
-"""Adapters of loralib: MergedLinear with some of its parts, and convolutions, computed in NumPy."""
+"""Adapters of loralib: its own merged weights, and MergedLinear with some of its parts, computed in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import jlora
+from jlora.io.peft import Module
+from tests.support import references
 
 IN, PART, PARTS, RANK, ALPHA = 5, 4, 3, 2, 4.0
 OUT = PART * PARTS
@@ -63,3 +65,33 @@ def test_merged_linear_needs_its_enabled_parts():
     for enable in (None, (True, True), (True, False, False)):
         with pytest.raises(ValueError, match=r"attn has lora_A \(4, 5\) .* do not fit w \(5, 12\)\. .*needs enable="):
             jlora.loralib.load(state, sites, {"w": "attn"}, alpha=ALPHA, enable=enable)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("loralib_linear", "linear", {}),
+        ("loralib_merged_linear", "linear", {"enable": (True, False, True)}),
+        ("loralib_embedding", "embedding", {}),
+        ("loralib_conv2d", "conv", {}),
+    ],
+)
+def test_loralib(name, kind, options):
+    """The original library's tensors give its merged weights."""
+    case, want = references.CASES[name], references.golden()[name]
+    start = references.golden()[kind]
+    params = {"w": jnp.asarray(start["weight"].transpose(case.program.order))}
+    sites = jlora.trace(case.program.use, params, jnp.asarray(start["x"]))
+    state = {f"a.layer.{x}": want[f"factor.{x}"] for x in ("lora_A", "lora_B")}
+    names = {"w": Module("a.layer", kind)}
+    adapter = jlora.loralib.load(state, sites, names, alpha=references.ALPHA, **options)
+    merged = jlora.merge(params, adapter)["w"].transpose(np.argsort(case.program.order))
+    assert references.error(merged, want["merged"]) <= references.BOUND
+    for bad, message in (
+        ({**state, "a.layer.weight": 1}, "no tensors of an adapter"),
+        ({"a.layer.lora_A": state["a.layer.lora_A"]}, "no a.layer.lora_B"),
+        ({key.replace("layer", "leyer"): value for key, value in state.items()}, "near misses: a.layer"),
+        ({key: value[:, 1:] for key, value in state.items()}, "has lora_A"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jlora.loralib.load(bad, sites, names, **options)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 import jlora
+from jlora.io.peft import Names
 from tests.support import peft_exports
 from tests.support.peft_models import MODELS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "exchange.npz"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+NAMES: Names = MODELS["bert"].names
+QUERY = "base_model.model.encoder.layer.0.attention.self.query"
 BOUND = 1e-5  # of the largest entry, in float32
 
 
@@ -47,6 +53,7 @@ def error(actual: Any, expected: np.ndarray) -> float:
 
 
 def unpack(files: dict[str, np.ndarray], folder: Path) -> Path:
+    """Writes recorded files into a new folder."""
     folder.mkdir()
     for name in FILES:
         (folder / name).write_bytes(files[name].tobytes())
@@ -55,3 +62,22 @@ def unpack(files: dict[str, np.ndarray], folder: Path) -> Path:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def change_configuration(folder: Path, **fields: Any) -> None:
+    """Sets fields of the configuration in `folder`; `...` deletes a field."""
+    file = folder / FILES[0]
+    config = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray] | None]) -> None:
+    """Writes what `change` returns in place of the tensors in `folder`, or the tensors that it changed in place."""
+    tensors = load_file(folder / FILES[1])
+    save_file(change(tensors) or tensors, folder / FILES[1])
+
+
+def load_for_bert(folder: Path, names: Names = NAMES) -> jlora.Adapter:
+    """The adapter that the files in `folder` hold for the BERT of the tests."""
+    params, sites, _ = program("bert")
+    return jlora.peft.load(folder, sites, names, params=params)
