@@ -15,7 +15,7 @@ import jax
 import pytest
 
 import jlora
-from tests.support.pages import PAGES, ROOT, anchors, blocks, links, spans
+from tests.support.pages import PAGES, ROOT, anchors, blocks, links, setup_pages, spans
 
 
 def page_name(page: Path) -> str:
@@ -32,10 +32,11 @@ def run_blocks(page: Path, folder: Path, marks: tuple[str, ...]) -> None:
     os.chdir(folder)
     try:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            for block in blocks(page):
-                if block.language == "python" and block.mark in marks:
-                    source = "\n" * (block.line - 1) + block.text  # so that a traceback has the page's own lines
-                    exec(compile(source, str(page), "exec", dont_inherit=True), namespace)
+            for file in (*setup_pages(page), page):
+                for block in blocks(file):
+                    if block.language == "python" and block.mark in marks:
+                        source = "\n" * (block.line - 1) + block.text  # so that a traceback has the file's own lines
+                        exec(compile(source, str(file), "exec", dont_inherit=True), namespace)
     finally:
         os.chdir(home)
 

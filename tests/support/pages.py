@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("[a-z]*/**/README.md")])
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("[a-z]*/**/*.md")])
 
 # A comment on the line above a block: `<!-- nightly: reason -->` or `<!-- syntax only: reason -->`.
 _MARK = re.compile(r"<!-- (nightly|syntax only): \S.* -->")
@@ -63,6 +63,12 @@ def links(page: Path) -> list[tuple[str, str]]:
         for text, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", prose(page))
         if not re.match(r"[a-z]+:", target)
     ]
+
+
+def setup_pages(page: Path) -> list[Path]:
+    """The pages whose blocks run before those of a page: those whose section "Setup" it links to."""
+    targets = [target for _, target in links(page) if target.endswith("README.md#setup")]
+    return [page.parent / target.partition("#")[0] for target in dict.fromkeys(targets)]
 
 
 def spans(page: Path) -> list[str]:
