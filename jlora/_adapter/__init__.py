@@ -1,1 +1,1 @@
-"""What one does with adapters: one public verb a file."""
+"""The public functions that create, use and change adapters: one subject a file."""

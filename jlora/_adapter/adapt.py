@@ -1,4 +1,4 @@
-"""The transform: a program of base parameters becomes one of base parameters and an adapter."""
+"""The transform: a function of base parameters becomes a function of base parameters and an adapter."""
 
 import functools
 import inspect
@@ -18,49 +18,54 @@ from jlora.methods._lowering import Adapters, as_adapters, check_fits, lower_upd
 
 
 class DenseWarning(UserWarning):
-    """A weight with a low-rank update was formed: right, but as dear as training it whole."""
+    """A weight with a low-rank update was materialised: correct, but as expensive as training the full weight."""
 
 
 class DenseError(RuntimeError):
-    """A weight would be formed where `adapt(..., on_dense="error")` forbids it."""
+    """A weight would be materialised, which `adapt(..., on_dense="error")` forbids."""
 
 
 def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"] = "warn") -> Callable[..., Any]:
-    """Makes a program of base parameters one of base parameters and an adapter, without merging the two.
+    """Turns a function of base parameters into one of base parameters and an adapter, without merging the two.
 
         adapt(f)(params, adapter, *args)  ==  f(merge(params, adapter), *args)
 
-    Several adapters, `[first, second]`, apply in order: what they add adds up, and a later one that rotates, scales
-    or normalises (DoRA, IA3, OFT, ...) does so to the weight that the earlier ones made.
+    Several adapters, `[first, second]`, apply in order: their additive updates are summed, and a later one that
+    rotates, scales or normalises (DoRA, IA3, OFT, ...) acts on the weight that the earlier ones result in.
 
-    An adapted function is not adapted again: of `adapt(adapt(f))` the inner adapter gets no gradient. Use a list.
+    Do not nest `adapt`: in `adapt(adapt(f))` the inner adapter receives no gradient. Pass a list.
 
-    The base parameters are constants to differentiation: gradients reach the adapter and the other arguments. What
-    else is trained (a head, a norm) is an argument of its own, or has the method `Full` in the adapter.
+    The base parameters are constants for differentiation: gradients reach the adapter and the other arguments. To
+    train other parameters too (a head, a norm), pass them as an argument, or give them the method `Full`.
 
-    What lies between the factors of an update (`x @ A`) has the name "jlora" for `jax.checkpoint`: the policy
-    `jax.checkpoint_policies.save_only_these_names("jlora")` keeps that, r numbers a row, and computes the rest again.
+    The intermediates of rank r (`x @ A`) have the name "jlora" for `jax.checkpoint`: the policy
+    `jax.checkpoint_policies.save_only_these_names("jlora")` saves them, r numbers a row, and recomputes the rest.
 
     Arguments:
         fun: `fun(params, *args, **kwargs)`, any function that `jax.jit` could trace. Python numbers, booleans and
-            other arguments that are no arrays reach it as they are.
-        on_dense: what to do where a weight must be formed because no rule covers its use: `"warn"` (the default),
+            other arguments that are not arrays reach it unchanged.
+        on_dense: what to do if a weight must be materialised because no rule covers its use: `"warn"` (the default),
             `"error"`, or `"allow"`. `jlora.explain` lists such uses.
 
     Returns:
-        `g(params, adapter, *args, **kwargs)`, to be compiled (`jax.jit(g)`): outside of `jit` it runs equation by
-        equation, and what `fun` itself has under `jit` is compiled again in every call. Pass the base parameters to
-        `jax.jit` as an argument: closed over they become a constant, which XLA folds for minutes and holds twice.
+        `g(params, adapter, *args, **kwargs)`. Compile it (`jax.jit(g)`): outside `jit` it runs equation by equation,
+        and every call compiles again the parts of `fun` that are under `jit`. Pass the base parameters to `jax.jit` as
+        an argument: if they are closed over, they become a constant, which XLA folds for minutes and stores twice.
 
     Raises:
-        TypeError: where the adapter is none.
-        ValueError: where the adapter does not fit the parameters, with every misfit; where `on_dense` is unknown.
-        DenseError: with `on_dense="error"`.
+        TypeError: from `g`, if `adapter` is not an adapter or a list of adapters.
+        ValueError: if `on_dense` is not one of the three; from `g`, if the adapter does not fit the parameters, with
+            every misfit.
+        DenseError: from `g`, if a weight must be materialised and `on_dense` is "error".
+
+    Example:
+        loss = lambda adapter, params, x, y: jnp.mean((jlora.adapt(apply)(params, adapter, x) - y) ** 2)
+        gradients = jax.jit(jax.grad(loss))(adapter, params, x, y)
 
     Hu et al. 2021, arXiv:2106.09685.
     """
     if on_dense not in ("warn", "error", "allow"):
-        raise ValueError(f"on_dense is 'warn', 'error' or 'allow', not {on_dense!r}.")
+        raise ValueError(f"on_dense must be 'warn', 'error' or 'allow', not {on_dense!r}.")
 
     def adapted(params: Any, adapter: Adapters, *args: Any, **kwargs: Any) -> Any:
         adapters = as_adapters(adapter)
@@ -68,17 +73,17 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
         program = stage(fun, params, args, kwargs)
         leaves = dict(zip(program.paths, program.params, strict=True))
         check_fits(adapters, leaves)
-        touched = {path for one in adapters for path in one}
-        formed: dict[str, None] = {}
-        ctx = Context(_interpret.run, functools.partial(_on_dense, formed, on_dense))
-        touched |= {path for path, leaf in leaves.items() if is_quantized(leaf)}
-        weights = [lower_updates(adapters, leaf, path) if path in touched else leaf for path, leaf in leaves.items()]
+        dense_uses: dict[str, None] = {}
+        ctx = Context(_interpret.run, functools.partial(_on_dense, dense_uses, on_dense))
+        lowered = {path for each in adapters for path in each}
+        lowered |= {path for path, leaf in leaves.items() if is_quantized(leaf)}
+        weights = [lower_updates(adapters, leaf, path) if path in lowered else leaf for path, leaf in leaves.items()]
         out = _interpret.run(ctx, program.jaxpr, program.consts, [*weights, *program.args])
         out = [ctx.materialize(None, v) if isinstance(v, AdaptedWeight) else v for v in out]
-        if formed:
+        if dense_uses:
             warnings.warn(
-                "jlora formed weights, at the cost of a dense update. jlora.explain shows all of it; "
-                "on_dense='allow' silences this:\n  " + "\n  ".join(formed),
+                "jlora materialised weights, at the cost of a dense update. jlora.explain shows every use; "
+                "on_dense='allow' silences this warning:\n  " + "\n  ".join(dense_uses),
                 DenseWarning,
                 stacklevel=2,
             )
@@ -90,13 +95,13 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
 
 
 def _signature(fun: Callable[..., Any]) -> inspect.Signature:
-    """That of `fun` with the adapter after the parameters: what reads it (`jax.jit`, Equinox) numbers arguments so."""
+    """The signature of `fun` with the adapter after the parameters: `jax.jit` and Equinox number arguments by it."""
     kind = inspect.Parameter
     try:
-        given = inspect.signature(fun)
+        signature = inspect.signature(fun)
     except (TypeError, ValueError):
-        given = inspect.Signature([kind("args", kind.VAR_POSITIONAL), kind("kwargs", kind.VAR_KEYWORD)])
-    rest = list(given.parameters.values())
+        signature = inspect.Signature([kind("args", kind.VAR_POSITIONAL), kind("kwargs", kind.VAR_KEYWORD)])
+    rest = list(signature.parameters.values())
     first = rest.pop(0) if rest and rest[0].kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD) else None
     new = [kind("params", kind.POSITIONAL_OR_KEYWORD), kind("adapter", kind.POSITIONAL_OR_KEYWORD)]
     taken = {"params", "adapter"} & {parameter.name for parameter in rest}
@@ -105,20 +110,24 @@ def _signature(fun: Callable[..., Any]) -> inspect.Signature:
             parameter.replace(name="_" * bool(taken) + parameter.name, kind=kind.POSITIONAL_ONLY) for parameter in new
         ]
     annotation = kind.empty if first is None else first.annotation
-    return given.replace(parameters=[new[0].replace(annotation=annotation), new[1], *rest])
+    return signature.replace(parameters=[new[0].replace(annotation=annotation), new[1], *rest])
 
 
-def _on_dense(formed: dict[str, None], action: str, f: AdaptedWeight, eqn: Any) -> None:
-    use = f"{eqn.primitive.name} at {_compat.source_line(eqn)}" if eqn else "the program's output"
-    what = f"{', '.join(f.paths)}: {use}"
-    if eqn and any(n.key is not None for n in f.networks):
+def _on_dense(dense_uses: dict[str, None], action: str, w: AdaptedWeight, eqn: Any) -> None:
+    """Handles the materialisation of a weight: raises, or adds it to `dense_uses`, or does nothing."""
+    consumer = f"{eqn.primitive.name} at {_compat.source_line(eqn)}" if eqn else "the program's output"
+    use = f"{', '.join(w.paths)}: {consumer}"
+    if eqn and any(network.key is not None for network in w.networks):
         raise ValueError(
-            f"Dropout acts on a branch's input, and there is none where the weight is formed: {what}. "
+            f"Dropout acts on the input of the low-rank branch, but this use materialises the weight: {use}. "
             "Exclude the path, or set its dropout to 0."
         )
-    if f.is_dense:  # an update of the weight's own shape has no other form
+    if w.is_dense:  # an update that is as large as the weight has no factors to keep
         return
     if action == "error":
-        raise DenseError(f"The weight would be formed: {what}.")
+        raise DenseError(
+            f"The weight would be materialised: {use}. No rule keeps its update factored. Exclude the path, or pass "
+            "on_dense='warn'."
+        )
     if action == "warn":
-        formed[what] = None
+        dense_uses[use] = None

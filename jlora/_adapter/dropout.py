@@ -1,4 +1,4 @@
-"""Dropout of the low-rank branch as data: keys that travel in the adapter."""
+"""Dropout of the low-rank branch: its PRNG keys are leaves of the adapter."""
 
 import dataclasses
 import math
@@ -12,21 +12,28 @@ from jlora.methods._lowering import as_single
 
 
 def with_dropout(adapter: Adapter, key: jax.Array) -> Adapter:
-    """Gives every update whose method has dropout a key of its own; call it inside the loss.
+    """Gives every update whose method has dropout its own key; call it inside the loss.
 
-        W x + s B A (m * x) / (1 - dropout),    m: Bernoulli(1 - dropout), drawn from the key
+        x W + s ((m * x) / (1 - dropout)) A B,    m: Bernoulli(1 - dropout), drawn from the key
 
-    Keys are folded from the paths; a stacked weight has one a layer, and each use of a weight and each step of a loop
-    folds its own number in, so no two masks are the same, but those of the devices
-    in a `shard_map` that the program has. Without this call nothing is dropped.
+    Masks differ between paths, layers of a stack, uses of a weight and steps of a loop. Exception: inside the program's
+    own `shard_map`, all devices use the same mask. Without this call no input is dropped.
 
     Arguments:
         adapter: the adapter.
         key: a PRNG key, new for every training step.
 
     Returns:
-        an adapter of the same factors. Its key leaves cannot be differentiated, so call this inside the function that
-        `jax.grad` is applied to.
+        the adapter with keys. `jax.grad` does not accept key leaves, so call this inside the function that is
+        differentiated.
+
+    Raises:
+        TypeError: if `adapter` is not an adapter.
+
+    Example:
+        def loss(adapter, params, x, y, key):
+            prediction = jlora.adapt(apply)(params, jlora.with_dropout(adapter, key), x)
+            return jnp.mean((prediction - y) ** 2)
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)

@@ -18,18 +18,23 @@ def with_rank(adapter: Adapter, key: jax.Array) -> Adapter:
 
         W + s A[:, :b] B[:b],    b uniform in 1 ... rank
 
-    One number is drawn for all: updates of other ranks keep the same share of theirs. After such training every
-    truncation of the adapter (`jlora.truncate`) can be used.
+    One random share is drawn for all updates: each keeps that share of its ranks. After such training every truncation
+    of the adapter (`jlora.truncate`) can be used.
 
     Arguments:
         adapter: the adapter.
         key: a PRNG key, new for every training step.
 
     Returns:
-        the adapter with a rank mask in each LoRA.
+        the adapter with a rank mask, (rank,), in each LoRA.
 
     Raises:
+        TypeError: if `adapter` is not an adapter.
         ValueError: if no update is a LoRA.
+
+    Example:
+        def loss(adapter, params, x, y, key):
+            return jnp.mean((jlora.adapt(apply)(params, jlora.with_rank(adapter, key), x) - y) ** 2)
 
     Valipour et al. 2022, DyLoRA: Parameter-Efficient Tuning using Dynamic Search-Free Low-Rank Adaptation,
     arXiv:2210.07558.
@@ -54,17 +59,21 @@ def truncate(adapter: Adapter, rank: int) -> Adapter:
 
     Arguments:
         adapter: the adapter.
-        rank: how many ranks to keep; an update of fewer stays as it is.
+        rank: how many ranks to keep; an update with fewer ranks is not changed.
 
     Returns:
         the adapter with smaller factors.
 
     Raises:
+        TypeError: if `adapter` is not an adapter.
         ValueError: if no update is a LoRA, or `rank` is not a positive integer.
+
+    Valipour et al. 2022, DyLoRA: Parameter-Efficient Tuning using Dynamic Search-Free Low-Rank Adaptation,
+    arXiv:2210.07558.
     """
     _check_has_lora(adapter)
     if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
-        raise ValueError(f"rank is a positive integer, not {rank!r}.")
+        raise ValueError(f"rank must be a positive integer, not {rank!r}.")
     return {path: _truncate(update, int(rank)) for path, update in adapter.items()}
 
 
@@ -90,5 +99,8 @@ def _truncate(update: Update, rank: int) -> Update:
 
 def _check_has_lora(adapter: Adapter) -> None:
     if not any(isinstance(update.method, (LoRA, GroupedLoRA)) for update in as_single(adapter).values()):
-        kinds = ", ".join(sorted({type(update.method).__name__ for update in adapter.values()})) or "nothing"
-        raise ValueError(f"Only LoRA updates can be truncated to fewer ranks; this adapter has {kinds}.")
+        methods = ", ".join(sorted({type(update.method).__name__ for update in adapter.values()})) or "no updates"
+        raise ValueError(
+            f"Only LoRA and GroupedLoRA updates can be truncated to fewer ranks; this adapter has {methods}. "
+            "jlora.to_lora turns other updates into LoRA."
+        )

@@ -1,4 +1,4 @@
-"""New adapters."""
+"""Initialisation of adapters."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from jlora.methods._base import Adapter, Method, Update, new_arrays
 def init(
     key: jax.Array, sites: Sites, targets: Targets, *, params: Any = None, dtype: DTypeLike = jnp.float32
 ) -> Adapter:
-    """Initialises a new adapter; it works under `jax.jit` and `jax.eval_shape` too.
+    """Initialises an adapter; it works under `jax.jit` and `jax.eval_shape` too.
 
     Arguments:
         key: a PRNG key. The key of each update is folded from its path, so adding a target changes no other update.
@@ -25,15 +25,16 @@ def init(
         targets: a dict from patterns (`re.fullmatch` on the path; the first match decides) to methods, None to exclude;
             or one method for every weight that is consumed directly by a matmul or a convolution. Weights that are
             normalised, masked or clipped before use are not selected; `print(sites)` shows all.
-        params: the base parameters, for methods and starts that read them (PiSSA, LoRA-XS, ...).
+        params: the base parameters, for methods and starts that depend on their values (PiSSA, LoRA-XS, ...).
         dtype: of the factors.
 
     Returns:
         the adapter, a dict from path to `Update`.
 
     Raises:
-        ValueError: if a pattern matches nothing, is shadowed, or matches a weight that its method cannot adapt; if a
-            method needs `params` and there are none, or they do not match the sites.
+        TypeError: if `sites` is not from `jlora.trace`, or a target is not a method.
+        ValueError: if a pattern matches no path, is shadowed, or matches a weight that its method cannot adapt; if a
+            method needs `params` and they are missing, or do not match the sites.
 
     Example:
         adapter = jlora.init(jax.random.key(0), sites, {r".*/(query|value)/kernel": jlora.LoRA(rank=8)})
@@ -49,11 +50,11 @@ def _update(key: jax.Array, site: Site, method: Method, dtype: DTypeLike, weight
     _check(site, method, weight)
     value = as_array(weight) if method.init_needs_weight else None
     arrays = new_arrays(method, jax.random.fold_in(key, path_number(site.path)), site, dtype, value)
-    kept = method.without_init_fields()
-    factors = {name: array for name, array in arrays.items() if name not in kept.frozen}
-    frozen = {name: arrays[name] for name in kept.frozen}
-    initial = {name: jnp.copy(array) for name, array in factors.items()} if kept.offset else {}
-    return Update(factors, kept, site.roles, site.shape, frozen, initial=initial)
+    method = method.without_init_fields()
+    factors = {name: array for name, array in arrays.items() if name not in method.frozen}
+    frozen = {name: arrays[name] for name in method.frozen}
+    initial = {name: jnp.copy(array) for name, array in factors.items()} if method.offset else {}
+    return Update(factors, method, site.roles, site.shape, frozen, initial=initial)
 
 
 def _check(site: Site, method: Method, weight: Any) -> None:
@@ -67,7 +68,8 @@ def _check(site: Site, method: Method, weight: Any) -> None:
         )
     if method.offset and method.is_multiplicative:
         raise ValueError(
-            f"{name} multiplies the weight and so starts from the base by itself: remove offset at {site.path}."
+            f"{site.path}: {name} multiplies the weight, so it equals the base at the start without an offset. Set "
+            "offset=False."
         )
     if method.init_needs_weight and weight is None:
         raise ValueError(f"{method} starts from the weight {site.path}: pass jlora.init(..., params=params).")

@@ -1,4 +1,4 @@
-"""Folding adapters into their base, and out of it again."""
+"""Merging adapters into base parameters, and removing them again."""
 
 import collections
 import dataclasses
@@ -16,24 +16,31 @@ from jlora.methods._lowering import Adapters, as_adapters, as_single, check_fits
 
 
 def merge(params: Any, adapter: Adapters, *, donate: bool = False, requantize: bool = False) -> Any:
-    """Folds an adapter into its base: plain parameters, with no cost at inference.
+    """Merges an adapter into base parameters: the result costs nothing extra at inference.
 
         W * axis scales + sum of networks,    in float32 (or wider), rounded once to the dtype of W
 
     Arguments:
-        params: the base parameters; they stay as they are.
+        params: the base parameters; they are not changed unless `donate`.
         adapter: the adapter, or several, which apply in order. Dropout keys are ignored.
-        donate: lets the result reuse the buffers of the adapted weights, which are gone from `params` afterwards.
-        requantize: keeps quantised weights in their form, the merged ones rounded again. Otherwise all of them become
-            plain arrays, which any program takes.
+        donate: lets the result reuse the buffers of the adapted weights, which are then deleted from `params`.
+        requantize: keeps quantised weights quantised; the merged ones are rounded again. Otherwise all of them become
+            plain arrays, which any program accepts.
 
     Returns:
-        parameters of the structure, shapes, dtypes and shardings of `params`.
+        parameters with the structure, shapes, dtypes and shardings of `params`; without `requantize`, quantised weights
+        are arrays of their dequantised dtype.
 
     Raises:
-        ValueError: where the adapter does not fit the parameters, with every misfit.
+        TypeError: if `adapter` is not an adapter or a list of adapters.
+        ValueError: if the adapter does not fit the parameters, with every misfit.
+
+    Example:
+        logits = model.apply(jlora.merge(params, adapter), tokens)
+
+    Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
     """
-    merged = _fold(params, as_adapters(adapter), _merged_again if requantize else _merged, donate)
+    merged = _fold(params, as_adapters(adapter), _merge_requantized if requantize else _merge, donate)
     if requantize:
         return merged
     return jax.tree.map(
@@ -42,7 +49,7 @@ def merge(params: Any, adapter: Adapters, *, donate: bool = False, requantize: b
 
 
 def unmerge(params: Any, adapter: Adapters) -> Any:
-    """Takes an adapter out of merged parameters: the base again, up to rounding.
+    """Removes an adapter from merged parameters: the result is the base, up to rounding.
 
         (W - sum of networks) / axis scales,    in float32 (or wider), rounded once to the dtype of W
 
@@ -50,55 +57,67 @@ def unmerge(params: Any, adapter: Adapters) -> Any:
         params: merged parameters.
         adapter: the adapter that was merged, or several, in the order in which they were merged.
 
+    Returns:
+        the base parameters, with the structure, shapes, dtypes and shardings of `params`.
+
     Raises:
-        ValueError: where the adapter does not fit the parameters, or depends on the base itself and so cannot be
-            taken out of what it became; keep the base instead.
+        TypeError: if `adapter` is not an adapter or a list of adapters.
+        ValueError: if the adapter does not fit the parameters, if an update depends on the base and so cannot be
+            removed, or if an adapted weight is quantised. Keep the base parameters in the last two cases.
+
+    Example:
+        base = jlora.unmerge(jlora.merge(base, first), first)
     """
     adapters = as_adapters(adapter)
     for path, update in (item for each in adapters for item in each.items()):
         if update.method.depends_on_weight:
             raise ValueError(
                 f"{path} has the method {type(update.method).__name__}, whose update depends on the base, "
-                "so it cannot be taken out again. Keep the base parameters: jlora.merge leaves them as they are."
+                "so it cannot be removed. Keep the base parameters: jlora.merge does not change them."
             )
     for path, leaf in named_leaves(params):
         if _quantized.is_quantized(leaf) and any(path in adapter for adapter in adapters):
             raise ValueError(
-                f"{path} is quantised, and what was rounded cannot be taken out. Keep the base parameters."
+                f"{path} is quantised, and rounding cannot be undone. Keep the base parameters: jlora.merge does not "
+                "change them."
             )
-    return _fold(params, adapters, _unmerged, False)
+    return _fold(params, adapters, _unmerge, False)
 
 
-def _fold(params: Any, adapters: list[Adapter], fold_one: Callable[..., jax.Array], donate: bool) -> Any:
+def _fold(params: Any, adapters: list[Adapter], fold_weight: Callable[..., jax.Array], donate: bool) -> Any:
+    """Applies `fold_weight(weight, adapters)` to every adapted weight.
+
+    An array that `params` holds at several paths is not donated.
+    """
     leaves, structure = named_leaves(params), flatten(params)[1]
     check_fits(adapters, {path: leaf for path, leaf in leaves if is_array(leaf)})
-    plain, donating = jax.jit(fold_one), jax.jit(fold_one, donate_argnums=(0,))
-    new, times = [], collections.Counter(id(leaf) for _, leaf in leaves)
-    for path, leaf in leaves:  # under one name for all, so that weights of one shape share a compiled program
-        mine = [{"": dataclasses.replace(a[path], key=None)} for a in adapters if path in a]
-        run = donating if donate and times[id(leaf)] == 1 and not _quantized.is_quantized(leaf) else plain
+    keeping, donating = jax.jit(fold_weight), jax.jit(fold_weight, donate_argnums=(0,))
+    new, counts = [], collections.Counter(id(leaf) for _, leaf in leaves)
+    for path, leaf in leaves:  # the path "" for all, so that weights of one shape share a compiled program
+        updates = [{"": dataclasses.replace(adapter[path], key=None)} for adapter in adapters if path in adapter]
+        run = donating if donate and counts[id(leaf)] == 1 and not _quantized.is_quantized(leaf) else keeping
         try:
-            new.append(run(leaf, mine) if mine else leaf)
+            new.append(run(leaf, updates) if updates else leaf)
         except ValueError as error:
             raise ValueError(f"{path} cannot be merged. {error}") from error
     return jax.tree.unflatten(structure, new)
 
 
-def _merged(w: jax.Array, adapters: list[Adapter]) -> jax.Array:
+def _merge(w: jax.Array, adapters: list[Adapter]) -> jax.Array:
     return dense(lower_updates(adapters, w, ""))
 
 
-def _merged_again(w: Any, adapters: list[Adapter]) -> Any:
-    merged = _merged(w, adapters)
+def _merge_requantized(w: Any, adapters: list[Adapter]) -> Any:
+    merged = _merge(w, adapters)
     return _quantized.requantize(w, merged) if _quantized.is_quantized(w) else merged
 
 
-def _unmerged(w: jax.Array, adapters: list[Adapter]) -> jax.Array:
+def _unmerge(w: jax.Array, adapters: list[Adapter]) -> jax.Array:
     value = w.astype(accumulation_dtype(w.dtype))
     for adapter in reversed(adapters):
-        f = lower_updates([adapter], value, "")
-        scales = [broadcast_axis_scale(scale, f, value.dtype) for scale in f.axis_scales]
-        value = functools.reduce(jax.numpy.divide, scales, value - delta(f, value.dtype))
+        lowered = lower_updates([adapter], value, "")
+        scales = [broadcast_axis_scale(scale, lowered, value.dtype) for scale in lowered.axis_scales]
+        value = functools.reduce(jax.numpy.divide, scales, value - delta(lowered, value.dtype))
     return value.astype(w.dtype)
 
 
@@ -107,7 +126,16 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
 
     Arguments:
         adapter: the adapter.
-        factor: a Python number; it is part of the adapter's structure, not of its arrays.
+        factor: a Python number. It is static: another factor compiles again.
+
+    Returns:
+        the adapter with the same arrays.
+
+    Raises:
+        TypeError: if `adapter` is not an adapter.
+
+    Example:
+        half = jlora.merge(params, jlora.scale(adapter, 0.5))
     """
     factor = float(factor)
     return {

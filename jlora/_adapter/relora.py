@@ -1,4 +1,4 @@
-"""ReLoRA: merging an adapter and starting again."""
+"""ReLoRA: merging an adapter and initialising the next one."""
 
 import re
 from typing import Any
@@ -13,21 +13,28 @@ from jlora.methods._lowering import as_single
 
 
 def restart(key: jax.Array, sites: Sites, params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
-    """Merges an adapter into its base and initialises a new one of the same methods: a higher rank in several runs.
+    """Merges an adapter into its base and initialises a new one of the same methods.
 
-    The optimiser's state belongs to the old factors: initialise it again, `state = tx.init(adapter)`.
+        W <- W + s A B,    then new A and B: several runs of rank r add an update of a higher rank
+
+    The state of the optimiser belongs to the old factors: initialise it again, `state = tx.init(adapter)`.
 
     Arguments:
         key: a PRNG key.
         sites: from `jlora.trace`.
         params: the base parameters; they are not changed.
-        adapter: the adapter. Initialisers are not kept in it, so the new factors start as their method's default.
+        adapter: the adapter. It does not store its initialisers, so the new factors have the default ones.
 
     Returns:
-        the new base and the new adapter. Quantised weights stay quantised, and those that changed are rounded again.
+        the new base and the new adapter. Quantised weights stay quantised; the merged ones are rounded again.
 
     Raises:
+        TypeError: if `adapter` is not an adapter.
         ValueError: if the adapter does not fit the parameters.
+
+    Example:
+        params, adapter = jlora.restart(key, sites, params, adapter)
+        state = tx.init(adapter)
 
     Lialin et al. 2023, ReLoRA: High-Rank Training Through Low-Rank Updates, arXiv:2307.05695.
     """

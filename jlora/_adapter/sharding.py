@@ -23,7 +23,7 @@ def shardings(adapter: Adapter, params: Any) -> Any:
 
     Arguments:
         adapter: the adapter, of arrays or of `jax.ShapeDtypeStruct`.
-        params: the base parameters, of either kind too. A NumPy array stands for the default device.
+        params: the base parameters, of either kind too. A NumPy array counts as placed on the default device.
 
     Returns:
         a tree of the adapter's structure with a sharding for every leaf: for `jax.device_put(adapter, shardings)`,
@@ -33,8 +33,8 @@ def shardings(adapter: Adapter, params: Any) -> Any:
         ValueError: if the adapter does not fit the parameters, with every misfit.
 
     Example:
-        make = lambda: jlora.init(key, sites, jlora.LoRA(rank=8))
-        adapter = jax.jit(make, out_shardings=jlora.shardings(jax.eval_shape(make), params))()
+        init = lambda: jlora.init(key, sites, jlora.LoRA(rank=8))
+        adapter = jax.jit(init, out_shardings=jlora.shardings(jax.eval_shape(init), params))()
     """
     leaves = {path: leaf for path, leaf in named_leaves(params) if is_array(leaf)}
     check_fits([adapter], leaves)
@@ -47,17 +47,17 @@ def _of_update(update: Update, weight: Sharding | None) -> Update:
     if not isinstance(weight, NamedSharding):
         return out
     spec = (*weight.spec, *[None] * (len(update.shape) - len(weight.spec)))
-    followed = {name: expand(declared, update.axes) for name, declared in update.declared.items()}
+    axes = {name: expand(declared, update.axes) for name, declared in update.declared.items()}
 
-    def place(arrays: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: along(followed[name]) if name in followed else replicated for name in arrays}
+    def of_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: along(axes[name]) if name in axes else replicated for name in arrays}
 
     def along(entries: tuple[int | str, ...]) -> NamedSharding:
         parts = PartitionSpec(*(spec[entry] if isinstance(entry, int) else None for entry in entries))
         return NamedSharding(weight.mesh, parts, memory_kind=weight.memory_kind)
 
     return dataclasses.replace(
-        out, factors=place(update.factors), frozen=place(update.frozen), initial=place(update.initial)
+        out, factors=of_arrays(update.factors), frozen=of_arrays(update.frozen), initial=of_arrays(update.initial)
     )
 
 

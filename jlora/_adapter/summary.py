@@ -20,14 +20,14 @@ class UpdateSummary:
     """One update of a `Summary`.
 
     Arguments:
-        path: the weight.
+        path: the path of the weight.
         method: the method with its hyper-parameters.
-        rank: its rank, or None if the method has none.
-        shape: of the weight.
+        rank: its rank; None if the method does not have a rank.
+        shape: the shape of the weight.
         numbers: how many numbers train.
-        bytes: of all arrays that the update holds, those that do not train included.
-        norm: the Frobenius norm of what the update adds, |W' - W|, in float32. None if it is not known: if the arrays
-            are abstract, or if the update depends on the weight and `summary` got no parameters.
+        bytes: the bytes of all arrays of the update, frozen ones included.
+        norm: the Frobenius norm of the change, |W' - W|, in float32. None if it cannot be computed: if the arrays are
+            abstract, or if the update depends on the weight and `summary` was called without parameters.
     """
 
     path: str
@@ -43,11 +43,11 @@ class UpdateSummary:
 class Summary(Tabular):
     """What an adapter holds. `print` and notebooks show a table.
 
-    Layers that differ in their number alone are one row, with the sums of their numbers and bytes and the range of
-    their norms.
+    Layers that differ only in their index share a row, with the sums of their numbers and bytes and the range of their
+    norms.
 
     Arguments:
-        updates: what the adapter holds for every weight.
+        updates: a summary of each update, in the adapter's order.
         base_numbers: how many numbers the base parameters hold; None if they were not given.
     """
 
@@ -66,8 +66,8 @@ class Summary(Tabular):
 
     def _table(self) -> Table:
         rows = []
-        alike = [(u.path, (u.method, u.rank, u.shape, u.numbers, u.bytes)) for u in self.updates]
-        for path, positions in fold_layers(alike):
+        keys = [(u.path, (u.method, u.rank, u.shape, u.numbers, u.bytes)) for u in self.updates]
+        for path, positions in fold_layers(keys):
             update, count = self.updates[positions[0]], len(positions)
             name, rank = type(update.method).__name__, "" if update.rank is None else str(update.rank)
             numbers, size = f"{count * update.numbers:,}", f"{count * update.bytes:,}"
@@ -81,12 +81,12 @@ class Summary(Tabular):
 
 
 def summary(adapter: Adapter, params: Any = None) -> Summary:
-    """Lists what an adapter holds for every weight: method, rank, numbers, bytes, and the norm of what it adds.
+    """Lists what an adapter holds for every weight: method, rank, numbers, bytes, and the norm of the change.
 
     Arguments:
         adapter: an adapter, which may be abstract (`jax.ShapeDtypeStruct`).
-        params: the base parameters, which may be abstract. With them, the table also has the share of the base, and the
-            norms of updates that depend on the weight.
+        params: the base parameters, which may be abstract. With them, the table also has the share of trained numbers,
+            and the norms of updates that depend on the weight.
 
     Returns:
         the summary. `print` shows it as a table:
@@ -118,7 +118,7 @@ def _summarize(path: str, update: Update, leaf: Any) -> UpdateSummary:
 
 
 def _norm(update: Update, leaf: Any) -> float | None:
-    """|W' - W|; without the weight, of those updates that are the same for any weight."""
+    """|W' - W|; without the weight, only if the change does not depend on it."""
     method = update.method
     if leaf is None and (method.depends_on_weight or method.is_multiplicative):
         return None

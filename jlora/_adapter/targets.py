@@ -16,16 +16,16 @@ def select_methods(sites: Sites, targets: Targets) -> dict[str, Method]:
     """The method of every path that the targets select.
 
     Raises:
-        TypeError: if the sites or the targets are something else.
+        TypeError: if `sites` is not from `jlora.trace`, or a target is not a method.
         ValueError: as `select_by_pattern`, and if a single method has nothing to adapt.
     """
     if not isinstance(sites, Sites):
-        raise TypeError(f"Sites come from jlora.trace; this is {type(sites).__name__}.")
+        raise TypeError(f"`sites` must come from jlora.trace, not {type(sites).__name__}.")
     for target in targets.values() if isinstance(targets, Mapping) else [targets]:
         if targets is None or not isinstance(target, Method | None):
-            what = f"the class {target.__name__}" if isinstance(target, type) else type(target).__name__
+            given = f"the class {target.__name__}" if isinstance(target, type) else type(target).__name__
             raise TypeError(
-                f"Targets are a method such as jlora.LoRA(rank=8), or a dict from patterns to methods, not {what}."
+                f"Targets are a method such as jlora.LoRA(rank=8), or a dict from patterns to methods, not {given}."
             )
     if isinstance(targets, Method):
         selected = {path: targets for path, site in sites.items() if site.is_product}
@@ -36,7 +36,7 @@ def select_methods(sites: Sites, targets: Targets) -> dict[str, Method]:
 
 
 def select_by_pattern(sites: Sites, targets: Mapping[str, _T | None]) -> dict[str, _T]:
-    """The value of the first pattern that matches, for every path; None excludes a path.
+    """For every path the value of the first pattern that matches it; None excludes the path.
 
     Raises:
         ValueError: if a pattern is not a regular expression, matches nothing, or is shadowed by earlier patterns.

@@ -1,9 +1,9 @@
-"""Any update of low rank as a plain LoRA: by its factors, or by a singular value decomposition."""
+"""Converts updates of low rank to plain LoRA: from their factors, or by a singular value decomposition."""
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,29 +22,34 @@ from jlora.methods._lowering import as_single, lower_updates
 from jlora.methods.lora import LoRA
 
 Pair = tuple[np.ndarray, np.ndarray]
+Terms = list[tuple[np.ndarray, str]]  # factors, each with the indices of its axes
 
 
 def to_lora(
     adapter: Adapter, params: Any = None, *, rank: int | None = None, tolerance: float = 1e-6
 ) -> tuple[Adapter, dict[str, float]]:
-    """Turns every update into a plain LoRA that adds the same to its weight.
+    """Converts every update to a plain LoRA that adds the same matrix to its weight.
 
-    By the update's own factors where those give a LoRA that is smaller than the weight: the ranks of its networks,
-    a subtracted start among them, add up. Else by the singular value decomposition of what it adds.
+    If the factors of the update give a LoRA that is smaller than the weight, they are reused: the ranks of its
+    networks, a subtracted start included, are summed. Otherwise the change of the weight is decomposed by an SVD.
 
         W + sum_k s_k A_k B_k  =  W + s [A_1 A_2 ...] [B_1; (s_2 / s) B_2; ...]
 
     Arguments:
-        adapter: the adapter. Updates of what is no matrix (biases under `Full`) stay as they are.
-        params: the base parameters, for methods that read them.
-        rank: of the decomposition; None takes the least that keeps the error within `tolerance`.
-        tolerance: of the decomposition, in the Frobenius norm, relative to the update's.
+        adapter: the adapter. Updates of weights that are not matrices (biases under `Full`) are not changed.
+        params: the base parameters, for methods that depend on their values.
+        rank: the rank of the decomposition; None takes the lowest one that keeps the error within `tolerance`.
+        tolerance: the largest error of the decomposition, in the Frobenius norm, relative to the norm of the change.
 
     Returns:
-        the new adapter, and for every path the relative error: 0 where its factors were taken.
+        the new adapter, and for every path the relative error: 0 if its factors were reused.
 
     Raises:
-        ValueError: where an update has no low rank, or needs `params`.
+        TypeError: if `adapter` is not an adapter.
+        ValueError: if an update is not of low rank, or needs `params` and its weight is missing or has another shape.
+
+    Example:
+        lora, errors = jlora.to_lora(adapter, params)
     """
     leaves = dict(named_leaves(params))
     out, errors = {}, {}
@@ -53,24 +58,31 @@ def to_lora(
             out[path], errors[path] = update, 0.0
             continue
         if update.method.depends_on_weight or update.method.is_multiplicative:
-            if path not in leaves:
-                name = type(update.method).__name__
-                raise ValueError(f"{path}: what {name} adds depends on the base. Pass params, the base parameters.")
-            if tuple(leaves[path].shape) != update.shape:
-                raise ValueError(f"{path} has shape {leaves[path].shape} in params, the adapter {update.shape}.")
+            _check_weight(path, update, leaves.get(path))
         leaf = as_array(leaves[path]) if path in leaves else np.broadcast_to(np.float32(0), update.shape)
-        f = lower_updates([{path: dataclasses.replace(update, key=None)}], leaf, path)
-        has_factors = not f.axis_scales and not any(map(f.is_full_rank_network, f.networks))
-        pairs = [_by_factors(f, network, update) for network in f.networks] if has_factors else []
-        width = sum(a.shape[-1] for a, _ in pairs)
-        if pairs and _is_thin(width, update):
-            a, b, scale = _side_by_side(pairs, [n.scale for n in f.networks])
+        w = lower_updates([{path: dataclasses.replace(update, key=None)}], leaf, path)
+        has_factors = not w.axis_scales and not any(map(w.is_full_rank_network, w.networks))
+        pairs = [_by_factors(w, network, update) for network in w.networks] if has_factors else []
+        total_rank = sum(a.shape[-1] for a, _ in pairs)
+        if pairs and _is_thin(total_rank, update):
+            a, b, scale = _concatenate_pairs(pairs, [network.scale for network in w.networks])
             errors[path] = 0.0
         else:
-            a, b, errors[path] = _by_svd(path, f, update, rank, tolerance)
+            a, b, errors[path] = _by_svd(path, w, update, rank, tolerance)
             scale = 1.0
         out[path] = _update(a, b, scale, update)
     return out, errors
+
+
+def _check_weight(path: str, update: Update, leaf: Any) -> None:
+    if leaf is None:
+        name = type(update.method).__name__
+        raise ValueError(f"{path}: the update of {name} depends on the base. Pass params, the base parameters.")
+    if tuple(leaf.shape) != update.shape:
+        raise ValueError(
+            f"{path} has shape {tuple(leaf.shape)} in params, but the adapter was initialised for {update.shape}. Pass "
+            "the base parameters of this adapter."
+        )
 
 
 def _is_plain(update: Update) -> bool:
@@ -83,94 +95,110 @@ def _sizes(update: Update, role: str) -> tuple[int, ...]:
 
 
 def _is_thin(rank: int, update: Update) -> bool:
+    """Whether a LoRA of this rank has fewer numbers than the weight."""
     n_in, n_out = math.prod(_sizes(update, "in")), math.prod(_sizes(update, "out"))
     return rank * (n_in + n_out) < n_in * n_out
 
 
-def _by_factors(f: AdaptedWeight, network: TensorNetwork, update: Update) -> Pair:
-    """A network as two matrices, `(*stack, in, rank)` and `(*stack, rank, out)`, of the least rank.
+def _by_factors(w: AdaptedWeight, network: TensorNetwork, update: Update) -> Pair:
+    """A network as two matrices, `(*stack, in, rank)` and `(*stack, rank, out)`, of the lowest rank.
 
-    A factor with letters of both sides goes to one of them, and its letters of the other become a rank.
+    Each factor becomes a part of A or of B. A factor with in and out indices can be on either side: all choices are
+    compared.
     """
-    labels = group_labels(f, update)
-    stack, inner, outer = (labels[group] for group in ("*stack", "*in", "*out"))
-    sizes = {x.name: x.size for x in f.indices}
-    mixed = [k for k, t in enumerate(network.terms) if set(t) & set(inner) and set(t) & set(outer)]
-    best: Pair | None = None
-    for sides in itertools.product("io", repeat=len(mixed)):
-        left, right = [], []
-        for k, (factor, term) in enumerate(zip(network.factors, network.terms, strict=True)):
-            is_out = bool(set(term) & set(outer))
-            goes_to = sides[mixed.index(k)] if k in mixed else "o" if is_out else "i"
-            (right if goes_to == "o" else left).append((np.asarray(factor, np.float32), term))
-        left, right = _linked(left, right, outer, f, network, sizes)
-        right, left = _linked(right, left, inner, f, network, sizes)
-        known = sizes | {c: n for a, t in (*left, *right) for c, n in zip(t, a.shape, strict=True)}
-        both = [c for c in known if c not in stack + inner + outer]
-        ranks = "".join(c for c in both if any(c in t for _, t in left) and any(c in t for _, t in right))
-        if best is None or math.prod(known[c] for c in ranks) < best[0].shape[-1]:
-            a = _contract(left, stack, inner + ranks, known)
-            b = _contract(right, stack, ranks + outer, known)
-            many = tuple(known[c] for c in stack)
-            width = math.prod(known[c] for c in ranks)
-            best = a.reshape(*many, -1, width), b.reshape(*many, width, -1)
-    assert best is not None
-    return best
+    labels = group_labels(w, update)
+    inner, outer = set(labels["*in"]), set(labels["*out"])
+    terms = [(np.asarray(a, np.float32), term) for a, term in zip(network.factors, network.terms, strict=True)]
+    mixed = [k for k, (_, term) in enumerate(terms) if inner & set(term) and outer & set(term)]
+    choices = (dict(zip(mixed, sides, strict=True)) for sides in itertools.product(("in", "out"), repeat=len(mixed)))
+    divisions = [_divide(w, terms, labels, choice) for choice in choices]
+    a_terms, b_terms = min(divisions, key=lambda division: _rank(division, labels))
+    return _as_pair(w, a_terms, b_terms, labels)
 
 
-def _linked(
-    one: list[tuple[np.ndarray, str]],
-    other: list[tuple[np.ndarray, str]],
-    foreign: str,
-    f: AdaptedWeight,
-    network: TensorNetwork,
-    sizes: dict[str, int],
-) -> tuple[list[tuple[np.ndarray, str]], list[tuple[np.ndarray, str]]]:
-    """Both sides, the letters in `one` that belong to the other replaced by ranks that an identity links to them."""
-    shared = "".join(c for c in foreign if any(c in t for _, t in one))
-    used = [f.used(), *network.terms, *(t for _, t in (*one, *other))]
-    table = dict(zip(shared, fresh_indices(used, len(shared)), strict=True))
-    renamed = [(a, t.translate(str.maketrans(table))) for a, t in one]
-    return renamed, [*other, *((np.eye(sizes[c], dtype=np.float32), table[c] + c) for c in shared)]
+def _divide(
+    w: AdaptedWeight, terms: Terms, labels: Mapping[str, str], side_of_mixed: Mapping[int, str]
+) -> tuple[Terms, Terms]:
+    """Divides factors into those of A and those of B; `side_of_mixed` has the side of each that could be on both."""
+    a_terms, b_terms = [], []
+    for k, (factor, term) in enumerate(terms):
+        side = side_of_mixed.get(k) or ("out" if set(labels["*out"]) & set(term) else "in")
+        (b_terms if side == "out" else a_terms).append((factor, term))
+    a_terms, b_terms = _replace_indices(w, a_terms, b_terms, labels["*out"])
+    b_terms, a_terms = _replace_indices(w, b_terms, a_terms, labels["*in"])
+    return a_terms, b_terms
 
 
-def _contract(terms: Sequence[tuple[np.ndarray, str]], stack: str, out: str, sizes: dict[str, int]) -> np.ndarray:
-    """The product of some factors over the letters that are wanted, those that none has included."""
-    ones = [(np.ones(sizes[c], np.float32), c) for c in stack + out if not any(c in t for _, t in terms)]
-    spelled = ",".join(t for _, t in (*terms, *ones))
-    return np.einsum(f"{spelled}->{stack + out}", *(a for a, _ in (*terms, *ones)), optimize=True)
+def _replace_indices(w: AdaptedWeight, terms: Terms, others: Terms, indices: str) -> tuple[Terms, Terms]:
+    """Replaces the indices of the other side by rank indices; an identity on the other side links the two."""
+    replaced = "".join(index for index in indices if any(index in term for _, term in terms))
+    used = [w.used(), *(term for _, term in (*terms, *others))]
+    ranks = dict(zip(replaced, fresh_indices(used, len(replaced)), strict=True))
+    identities = [(np.eye(w.size(index), dtype=np.float32), rank + index) for index, rank in ranks.items()]
+    return [(a, term.translate(str.maketrans(ranks))) for a, term in terms], [*others, *identities]
 
 
-def _side_by_side(pairs: Sequence[Pair], scales: Sequence[float]) -> tuple[np.ndarray, np.ndarray, float]:
+def _rank_indices(division: tuple[Terms, Terms], labels: Mapping[str, str]) -> dict[str, int]:
+    """The indices that A and B share, with their sizes; those of the weight are not among them."""
+    a_sizes, b_sizes = ({i: n for a, term in terms for i, n in zip(term, a.shape, strict=True)} for terms in division)
+    weight_indices = labels["*stack"] + labels["*in"] + labels["*out"]
+    return {index: n for index, n in a_sizes.items() if index in b_sizes and index not in weight_indices}
+
+
+def _rank(division: tuple[Terms, Terms], labels: Mapping[str, str]) -> int:
+    return math.prod(_rank_indices(division, labels).values())
+
+
+def _as_pair(w: AdaptedWeight, a_terms: Terms, b_terms: Terms, labels: Mapping[str, str]) -> Pair:
+    """The matrices A and B: the products of the factors of each side."""
+    stack, ranks = labels["*stack"], _rank_indices((a_terms, b_terms), labels)
+    sizes, names = w.sizes | ranks, "".join(ranks)
+    shape, rank = [sizes[index] for index in stack], math.prod(ranks.values())
+    a = _contract(a_terms, stack + labels["*in"] + names, sizes)
+    b = _contract(b_terms, stack + names + labels["*out"], sizes)
+    return a.reshape(*shape, -1, rank), b.reshape(*shape, rank, -1)
+
+
+def _contract(terms: Terms, out: str, sizes: Mapping[str, int]) -> np.ndarray:
+    """The product of factors, with the axes `out`; along an index that no factor has it is constant."""
+    missing = [index for index in out if not any(index in term for _, term in terms)]
+    operands = [*terms, *((np.ones(sizes[index], np.float32), index) for index in missing)]
+    equation = ",".join(term for _, term in operands) + "->" + out
+    return np.einsum(equation, *(a for a, _ in operands), optimize=True)
+
+
+def _concatenate_pairs(pairs: Sequence[Pair], scales: Sequence[float]) -> tuple[np.ndarray, np.ndarray, float]:
+    """One pair with all ranks, and its scale: that of the first pair; the other Bs are multiplied by their ratio."""
     unit = scales[0] or 1.0
     ups = [b if s == unit else b * np.float32(s / unit) for (_, b), s in zip(pairs, scales, strict=True)]
     return np.concatenate([a for a, _ in pairs], -1), np.concatenate(ups, -2), unit
 
 
 def _by_svd(
-    path: str, f: AdaptedWeight, update: Update, rank: int | None, tolerance: float
+    path: str, w: AdaptedWeight, update: Update, rank: int | None, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    dtype = accumulation_dtype(f.dtype)
-    base = materialize(f.base).astype(dtype)
-    added = delta(f, dtype)
-    for k in range(len(f.axis_scales)):
-        before = math.prod((broadcast_axis_scale(s, f, dtype) for s in f.axis_scales[:k]), start=base)
-        added = added + before * (broadcast_axis_scale(f.axis_scales[k], f, dtype) - 1)
-    whole = np.asarray(as_matrix(jnp.asarray(added), update.roles), np.float64)
-    u, s, vt = np.linalg.svd(whole, full_matrices=False)
+    """A, B and the relative error of the truncated singular value decomposition of the change, the worst of a stack."""
+    dtype = accumulation_dtype(w.dtype)
+    base = materialize(w.base).astype(dtype)
+    change = delta(w, dtype)
+    for k in range(len(w.axis_scales)):
+        before = math.prod((broadcast_axis_scale(s, w, dtype) for s in w.axis_scales[:k]), start=base)
+        change = change + before * (broadcast_axis_scale(w.axis_scales[k], w, dtype) - 1)
+    matrix = np.asarray(as_matrix(jnp.asarray(change), update.roles), np.float64)
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
     energy = np.square(s).sum(-1, keepdims=True)
-    left = np.sqrt(np.cumsum(np.square(s)[..., ::-1], -1)[..., ::-1] / np.where(energy == 0, 1, energy))
-    worst = np.append(left.reshape(-1, left.shape[-1]).max(0)[1:], 0.0)  # the error of every rank from 1 on
-    least = int(np.argmax(worst <= tolerance)) + 1
-    if rank is None and not _is_thin(least, update):
+    tails = np.sqrt(np.cumsum(np.square(s)[..., ::-1], -1)[..., ::-1] / np.where(energy == 0, 1, energy))
+    errors = np.append(tails.reshape(-1, tails.shape[-1]).max(0)[1:], 0.0)  # of the ranks 1, 2, ...
+    lowest = int(np.argmax(errors <= tolerance)) + 1
+    if rank is None and not _is_thin(lowest, update):
         raise ValueError(
-            f"{path}: what {type(update.method).__name__} adds has rank {least} of at most {len(worst)}, so no LoRA is "
-            "smaller than the weight. Merge it, or give a rank and accept the error."
+            f"{path}: the update of {type(update.method).__name__} has rank {lowest} of at most {len(errors)}, so no "
+            "LoRA is smaller than the weight. Merge it, or pass a rank and accept the error."
         )
-    keep = min(rank or least, len(worst))
-    root = np.sqrt(s[..., :keep])
-    a, b = u[..., :keep] * root[..., None, :], root[..., None] * vt[..., :keep, :]
-    return a.astype(np.float32), b.astype(np.float32), float(worst[keep - 1])
+    rank = min(rank or lowest, len(errors))
+    root = np.sqrt(s[..., :rank])
+    a, b = u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
+    return a.astype(np.float32), b.astype(np.float32), float(errors[rank - 1])
 
 
 def _update(a: np.ndarray, b: np.ndarray, scale: float, update: Update) -> Update:

@@ -115,7 +115,7 @@ def test_dropout_where_the_weight_is_formed_is_refused():
     f = lambda p, x: x @ jnp.tanh(p["w"]) + x @ p["w"]  # noqa: E731
     params, x = {"w": jnp.ones((4, 4))}, jnp.ones((2, 4))
     adapter = jlora.with_dropout(probe(f, params, x), jax.random.key(0))
-    with pytest.raises(ValueError, match=r"Dropout acts on a branch's input.*w: tanh"):
+    with pytest.raises(ValueError, match=r"Dropout acts on the input of the low-rank branch.*w: tanh"):
         jlora.adapt(f)(params, adapter, x)
 
 
