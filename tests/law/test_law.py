@@ -155,8 +155,7 @@ def law(program: Program, kind: Kind, method: str, base: Callable[[Tree], Tree])
     """
     rng = np.random.default_rng(zlib.crc32(f"{program.name} {kind.name}".encode()))
     fun = program.build(kind.use)
-    formed = program.formed or kind.formed
-    adapted = jlora.adapt(fun, on_dense="allow" if formed or method != "lora" else "error")
+    adapted = jlora.adapt(fun, on_dense="allow" if program.materialised or method != "lora" else "error")
 
     def merged(params: Tree, adapter: Tree, x: Tree) -> Tree:
         return fun(jlora.merge(params, adapter), x)
@@ -168,7 +167,7 @@ def law(program: Program, kind: Kind, method: str, base: Callable[[Tree], Tree])
         return _refused(program, kind, sides, fun, params, x)
 
     adapter = shapes_of_adapter(kind, fun, params, x, method)
-    assert method != "lora" or bool(jlora.explain(fun, params, adapter, x).dense) == formed
+    assert method != "lora" or bool(jlora.explain(fun, params, adapter, x).dense) == program.materialised
     adapter = jax.tree.map(lambda s: np.asarray(0.5 * rng.normal(size=s.shape), s.dtype), program.stacked(adapter))
     narrow, positive, near = jax.tree.map(np.abs, (_narrow(arrays), adapter, _narrow(x)))
     cases = {"float32": (params, adapter, x), "bfloat16": (base(narrow), positive, near)}
