@@ -14,7 +14,8 @@ from jlora._interpreter.context import Context
 from jlora._ir.weight import AdaptedWeight
 from jlora._trace.stage import stage
 from jlora._tree.leaves import is_quantized
-from jlora.methods._lowering import Adapters, as_adapters, check_fits, lower_updates
+from jlora._tree.paths import is_array, named_leaves
+from jlora.methods._lowering import as_adapters, check_fits, lower_updates
 
 
 class DenseWarning(UserWarning):
@@ -33,7 +34,7 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
     Several adapters, `[first, second]`, apply in order: their additive updates are summed, and a later one that
     rotates, scales or normalises (DoRA, IA3, OFT, ...) acts on the weight that the earlier ones result in.
 
-    Do not nest `adapt`: in `adapt(adapt(f))` the inner adapter receives no gradient. Pass a list.
+    Do not nest `adapt`: `adapt(adapt(f))` raises when it is called. Pass a list.
 
     The base parameters are constants for differentiation: gradients reach the adapter and the other arguments. To
     train other parameters too (a head, a norm), pass them as an argument, or give them the method `Full`.
@@ -53,7 +54,7 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
         an argument: if they are closed over, they become a constant, which XLA folds for minutes and stores twice.
 
     Raises:
-        TypeError: from `g`, if `adapter` is not an adapter or a list of adapters.
+        TypeError: from `g`, if `fun` is adapted already, or if `adapter` is not an adapter or a list of adapters.
         ValueError: if `on_dense` is not one of the three; from `g`, if the adapter does not fit the parameters, with
             every misfit.
         DenseError: from `g`, if a weight must be materialised and `on_dense` is "error".
@@ -67,12 +68,18 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
     if on_dense not in ("warn", "error", "allow"):
         raise ValueError(f"on_dense must be 'warn', 'error' or 'allow', not {on_dense!r}.")
 
-    def adapted(params: Any, adapter: Adapters, *args: Any, **kwargs: Any) -> Any:
+    def adapted(*args: Any, **kwargs: Any) -> Any:
+        if getattr(fun, "is_adapted_by_jlora", False):
+            raise TypeError(
+                "This function was adapted twice, and the adapter applied first would get a gradient of zero. Adapt "
+                "the base function once, and pass a list of adapters: adapt(f)(params, [first, second], ...)."
+            )
+        (params, adapter), args = _take_first(("params", "adapter"), args, kwargs)
         adapters = as_adapters(adapter)
+        check_fits(adapters, {path: leaf for path, leaf in named_leaves(params) if is_array(leaf)})
         params = jax.tree.map(lambda a: jax.lax.stop_gradient(a) if isinstance(a, jax.Array) else a, params)
         program = stage(fun, params, args, kwargs)
         leaves = dict(zip(program.paths, program.params, strict=True))
-        check_fits(adapters, leaves)
         dense_uses: dict[str, None] = {}
         ctx = Context(_interpret.run, functools.partial(_on_dense, dense_uses, on_dense))
         lowered = {path for each in adapters for path in each}
@@ -91,7 +98,18 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
 
     adapted = functools.wraps(fun)(adapted)
     adapted.__signature__ = _signature(fun)  # pyright: ignore[reportAttributeAccessIssue]
+    adapted.is_adapted_by_jlora = True  # pyright: ignore[reportAttributeAccessIssue]
     return adapted
+
+
+def _take_first(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], tuple[Any, ...]]:
+    """The first arguments, by position or, if there are fewer, by name; all others belong to the program."""
+    first = [*args[: len(names)], *(kwargs.pop(name) for name in names[len(args) :] if name in kwargs)]
+    if len(first) < len(names):
+        raise TypeError(f"An adapted function takes {' and '.join(names)} first, and got {len(first)} of them.")
+    return first, args[len(names) :]
 
 
 def _signature(fun: Callable[..., Any]) -> inspect.Signature:

@@ -41,13 +41,23 @@ def init(
     """
     leaves = dict(named_leaves(params))
     return {
-        path: _update(key, sites[path], method, dtype, leaves.get(path))
+        path: new_update(key, sites[path], method, dtype, leaves.get(path))
         for path, method in select_methods(sites, targets).items()
     }
 
 
-def _update(key: jax.Array, site: Site, method: Method, dtype: DTypeLike, weight: Any) -> Update:
-    _check(site, method, weight)
+def new_update(
+    key: jax.Array, site: Site, method: Method, dtype: DTypeLike, weight: Any, *, is_supported: bool = False
+) -> Update:
+    """A new update for a site, whose key is folded from its path.
+
+    Arguments:
+        key, dtype: as for `init`.
+        site, method: the weight and its method.
+        weight: the base parameter; None if it is not known.
+        is_supported: whether the method is known to fit the site, so that only the rest is checked.
+    """
+    _check(site, method, weight, is_supported)
     value = as_array(weight) if method.init_needs_weight else None
     arrays = new_arrays(method, jax.random.fold_in(key, path_number(site.path)), site, dtype, value)
     method = method.without_init_fields()
@@ -57,9 +67,9 @@ def _update(key: jax.Array, site: Site, method: Method, dtype: DTypeLike, weight
     return Update(factors, method, site.roles, site.shape, frozen, initial=initial)
 
 
-def _check(site: Site, method: Method, weight: Any) -> None:
+def _check(site: Site, method: Method, weight: Any, is_supported: bool) -> None:
     name = type(method).__name__
-    reason = method.unsupported_reason(site)
+    reason = "" if is_supported else method.unsupported_reason(site)
     if reason:
         other = " Or use jlora.Full(), which adapts any shape." if site.is_trainable else ""
         raise ValueError(

@@ -43,9 +43,7 @@ def merge(params: Any, adapter: Adapters, *, donate: bool = False, requantize: b
     merged = _fold(params, as_adapters(adapter), _merge_requantized if requantize else _merge, donate)
     if requantize:
         return merged
-    return jax.tree.map(
-        lambda w: _quantized.dequantize(w) if _quantized.is_quantized(w) else w, merged, is_leaf=_quantized.is_quantized
-    )
+    return _quantized.dequantize(merged)
 
 
 def unmerge(params: Any, adapter: Adapters) -> Any:

@@ -1,13 +1,14 @@
 """ReLoRA: merging an adapter and initialising the next one."""
 
-import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from jlora._adapter.init import init
+from jlora._adapter.init import new_update
 from jlora._adapter.merge import merge
 from jlora._trace.sites import Sites
+from jlora._tree.paths import named_leaves
 from jlora.methods._base import Adapter
 from jlora.methods._lowering import as_single
 
@@ -38,6 +39,11 @@ def restart(key: jax.Array, sites: Sites, params: Any, adapter: Adapter) -> tupl
 
     Lialin et al. 2023, ReLoRA: High-Rank Training Through Low-Rank Updates, arXiv:2307.05695.
     """
-    targets = {re.escape(path): update.method for path, update in as_single(adapter).items()}
     merged = merge(params, adapter, requantize=True)
-    return merged, init(key, sites, targets, params=merged)
+    leaves = dict(named_leaves(merged))
+    # The adapter fits these weights. A file may give a narrow layer a rank above its sides, which `init` refuses.
+    updates = {
+        path: new_update(key, sites[path], update.method, jnp.float32, leaves[path], is_supported=True)
+        for path, update in as_single(adapter).items()
+    }
+    return merged, updates

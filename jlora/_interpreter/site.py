@@ -1,6 +1,7 @@
 """One weight as a program uses it."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -47,6 +48,15 @@ class Site:
     def sizes(self, role: Role) -> tuple[int, ...]:
         """The sizes of the axes with a role. Axes of a window are contracted, so they count as "in" too."""
         return tuple(n for n, r in zip(self.shape, self.roles, strict=True) if role in (r, matrix_side(r)))
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank that an update of this weight can have; 0 if it has no matrix form."""
+        return min(math.prod(self.sizes("in")), math.prod(self.sizes("out"))) if self.roles else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and copy keep: all but the sharding, whose devices belong to this process."""
+        return {**self.__dict__, "sharding": None}
 
     @property
     def is_lookup(self) -> bool:

@@ -89,7 +89,7 @@ def materialize(array: Any) -> Any:
     if is_zero(array):
         return jnp.zeros(array.shape, array.dtype)
     if array.step is None:
-        return leaves.dequantize(array.operands[0])
+        return leaves.dequantize_leaf(array.operands[0])
     return _compat.bind(array.step.eqn, *map(materialize, array.operands))[array.number]
 
 

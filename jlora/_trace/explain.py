@@ -50,7 +50,7 @@ class Explanation(Tabular):
         return Table(head, rows, right=(1, 4, 5, 6), foot=foot)
 
 
-def explain(fun: Callable[..., Any], params: Any, adapter: Adapters, *args: Any, **kwargs: Any) -> Explanation:
+def explain(fun: Callable[..., Any], params: Any, adapter: Adapters, /, *args: Any, **kwargs: Any) -> Explanation:
     """Lists every use of an adapted weight: whether the weight stays factored there, and what that costs.
 
     Nothing is computed, so all arrays may be `jax.ShapeDtypeStruct`.

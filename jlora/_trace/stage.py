@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jlora import _compat
 from jlora._compat import Jaxpr
 from jlora._tree.leaves import is_quantized, sharding
-from jlora._tree.paths import flatten, is_array, named_leaves
+from jlora._tree.paths import check_state, flatten, is_array, named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ def stage(fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: d
     Arrays (and `jax.ShapeDtypeStruct`) become inputs of the program. The function sees everything else in the arguments
     as it is, Python numbers and booleans included. Outputs that are not arrays are returned as they are.
     """
+    check_state(params)
     weights, params_def = flatten(params)
     others, others_def = jax.tree.flatten((args, kwargs))
     leaves = [*weights, *others]

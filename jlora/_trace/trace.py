@@ -18,7 +18,7 @@ from jlora.methods._base import Adapter
 from jlora.methods._lowering import lower_updates
 
 
-def trace(fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
+def trace(fun: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> Sites:
     """Lists every parameter of a program: its shape, the roles of its axes, and the equations that consume it.
 
     Nothing is computed, so all arrays may be `jax.ShapeDtypeStruct`.

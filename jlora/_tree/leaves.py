@@ -42,14 +42,29 @@ def is_quantized(node: Any) -> bool:
     return isinstance(node, Quantized) or _qwix(node) is not None
 
 
-def dequantize(leaf: Any) -> jax.Array:
+def dequantize_leaf(leaf: Any) -> jax.Array:
     """The array that a quantised leaf stands for."""
     return leaf.dequantize() if isinstance(leaf, Quantized) else sys.modules["qwix"].dequantize(_qwix(leaf))
 
 
+def dequantize(tree: Any) -> Any:
+    """Replaces every quantised weight by the array that it stands for.
+
+    Arguments:
+        tree: a quantised weight, or a tree that contains some, such as parameters from `jlora.quantize`.
+
+    Returns:
+        the tree with plain arrays; other leaves are not changed.
+
+    Example:
+        params = jlora.dequantize(jlora.quantize(params, sites, {".*kernel": "nf4"}))
+    """
+    return jax.tree.map(lambda leaf: dequantize_leaf(leaf) if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized)
+
+
 def as_array(leaf: Any) -> jax.Array:
     """A parameter as an array, quantised or not."""
-    return dequantize(leaf) if is_quantized(leaf) else jnp.asarray(leaf)
+    return dequantize_leaf(leaf) if is_quantized(leaf) else jnp.asarray(leaf)
 
 
 def requantize(leaf: Any, weight: jax.Array) -> Any:

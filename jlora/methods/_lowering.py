@@ -70,6 +70,8 @@ def _at_least(update: Update, dtype: Any) -> Update:
 
 
 def _apply_update(update: Update, w: AdaptedWeight) -> AdaptedWeight:
+    if update.scale == 0:
+        return w
     out = update.method.lower(update, w)
     if not update.method.offset:
         return out

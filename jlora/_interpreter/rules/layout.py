@@ -16,9 +16,7 @@ from jlora._ir.partition import shardings_like
 from jlora._ir.weight import AdaptedWeight, Index, fresh_indices
 
 
-@register_rule(
-    "copy", "copy_p", "sharding_constraint", "layout_constraint", "name", "reduce_precision", "pvary", "pcast"
-)
+@register_rule("copy", "copy_p", "sharding_constraint", "layout_constraint", "name", "pvary", "pcast")
 def identity(ctx: Context, eqn: Eqn, f: AdaptedWeight) -> list[Value]:
     """Applies the equation to the base alone: it changes neither the shape nor the meaning of the weight."""
     return [dataclasses.replace(f, base=lazy.bind(eqn, f.base)[0])]
@@ -26,8 +24,20 @@ def identity(ctx: Context, eqn: Eqn, f: AdaptedWeight) -> list[Value]:
 
 @register_rule("convert_element_type")
 def convert_element_type(ctx: Context, eqn: Eqn, f: AdaptedWeight) -> list[Value] | None:
-    """Casts the base. Factors keep their dtype: they are cast to the activation's where they are used."""
-    return identity(ctx, eqn, f) if jnp.issubdtype(eqn.params["new_dtype"], jnp.floating) else None
+    """Casts the base. Factors keep their dtype: they are cast to the activation's where they are used.
+
+    A cast to fewer than 16 bits rounds so much that base and update have to be rounded together: it materialises.
+    """
+    dtype = eqn.params["new_dtype"]
+    is_fine = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
+    return identity(ctx, eqn, f) if is_fine else None
+
+
+@register_rule("reduce_precision")
+def reduce_precision(ctx: Context, eqn: Eqn, f: AdaptedWeight) -> list[Value] | None:
+    """Rounds the base, if the result is at least as precise as bfloat16; see `convert_element_type`."""
+    is_fine = eqn.params["exponent_bits"] >= 5 and eqn.params["mantissa_bits"] >= 7
+    return identity(ctx, eqn, f) if is_fine else None
 
 
 @register_rule("stop_gradient")

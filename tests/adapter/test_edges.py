@@ -1,0 +1,162 @@
+"""Faults that public reports and trials found at the edges of the library, each with the correct value."""
+
+import copy
+import pickle
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jlora
+from tests.support.agreement import close
+
+PARAMS = {"w": jax.random.normal(jax.random.key(0), (16, 12)), "v": jax.random.normal(jax.random.key(1), (12, 12))}
+X = jax.random.normal(jax.random.key(2), (4, 16))
+
+
+def model(params, x):
+    return jnp.tanh(x @ params["w"]) @ params["v"]
+
+
+def adapter_of(fun=model, params=PARAMS, method=None):
+    sites = jlora.trace(fun, params, X)
+    adapter = jlora.init(jax.random.key(3), sites, method or jlora.LoRA(rank=2))
+    return jax.tree.map(lambda a: a + 0.1, adapter)
+
+
+@pytest.mark.parametrize(
+    ("cast", "is_dense"),
+    [
+        (lambda w: w.astype(jnp.float8_e4m3fn).astype(w.dtype), True),
+        (lambda w: w.astype(jnp.float8_e5m2).astype(w.dtype), True),
+        (lambda w: jax.lax.reduce_precision(w, 4, 3), True),
+        (lambda w: jax.lax.reduce_precision(w, 8, 23), False),
+    ],
+    ids=["e4m3", "e5m2", "reduce_precision", "no_reduction"],
+)
+def test_base_and_update_are_rounded_together_to_few_bits(cast, is_dense):
+    def fun(params, x):
+        return x @ cast(params["w"])
+
+    adapter = adapter_of(lambda params, x: x @ params["w"])
+    adapter = {"w": adapter["w"]}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapted = jlora.adapt(fun)(PARAMS, adapter, X)
+    merged, base = fun(jlora.merge(PARAMS, adapter), X), fun(PARAMS, X)
+    error = float(jnp.abs(adapted - merged).max() / jnp.abs(merged - base).max())
+    assert error < 1e-5
+    assert any(issubclass(w.category, jlora.DenseWarning) for w in caught) == is_dense
+
+
+def test_a_function_that_was_adapted_twice_raises():
+    with pytest.raises(TypeError, match=r"adapted twice.*pass a list of adapters"):
+        jlora.adapt(jlora.adapt(model))(PARAMS, adapter_of(), adapter_of(), X)
+
+
+@pytest.mark.parametrize("name", ["params", "adapter", "fun"])
+def test_a_keyword_of_the_program_may_have_any_name(name):
+    def fun(weights, x, **options):
+        return (x @ weights["w"]) * options[name]
+
+    adapter = {"w": adapter_of()["w"]}
+    assert "w" in jlora.trace(fun, PARAMS, X, **{name: 2.0})
+    adapted = jlora.adapt(fun)(PARAMS, adapter, X, **{name: 2.0})
+    close(adapted, fun(jlora.merge(PARAMS, adapter), X, **{name: 2.0}), 1e-5)
+    assert len(jlora.explain(fun, PARAMS, adapter, X, **{name: 2.0}).uses) == 1
+
+
+def test_params_and_adapter_may_be_named():
+    adapter = adapter_of()
+    close(jlora.adapt(model)(params=PARAMS, adapter=adapter, x=X), jlora.adapt(model)(PARAMS, adapter, X), 1e-6)
+    with pytest.raises(TypeError, match="takes params and adapter first, and got 1 of them"):
+        jlora.adapt(model)(PARAMS)
+
+
+def test_a_misfit_is_told_before_the_program_runs():
+    def fun(params, x):
+        return x @ params["nested"]["w"]
+
+    adapter = adapter_of(fun, {"nested": {"w": PARAMS["w"]}})
+    with pytest.raises(ValueError, match="nested/w: no such parameter"):
+        jlora.adapt(fun)(PARAMS, adapter, X)
+
+
+@pytest.mark.parametrize("method", [jlora.LoRA(2), jlora.DoRA(2), jlora.IA3(), jlora.OFT(4)], ids=repr)
+def test_an_adapter_scaled_to_zero_costs_nothing_and_is_the_base(method):
+    off = jlora.scale(adapter_of(method=method), 0)
+
+    def compiled(adapter):
+        return jax.jit(lambda p, x: jlora.adapt(model)(p, adapter, x)).lower(PARAMS, X).compile()
+
+    def flops(adapter):
+        return (compiled(adapter).cost_analysis() or {})["flops"]
+
+    assert flops(off) == flops({})
+    np.testing.assert_array_equal(compiled(off)(PARAMS, X), compiled({})(PARAMS, X))
+    close(jlora.merge(PARAMS, off), PARAMS, 1e-7)
+
+
+def test_sites_are_pickled_and_copied():
+    sites = jlora.trace(model, PARAMS, X)
+    for again in (pickle.loads(pickle.dumps(sites)), copy.deepcopy(sites)):
+        assert str(again) == str(sites)
+        same = jlora.init(jax.random.key(0), again, jlora.LoRA(2)), jlora.init(jax.random.key(0), sites, jlora.LoRA(2))
+        close(*same, 0)
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(16, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.linear(x))
+
+
+def test_an_nnx_module_whose_state_would_be_lost_is_refused():
+    net = Net(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"nnx module has state .* norm/mean; .*nnx\.split"):
+        jlora.trace(lambda m, x: m(x), net, X)
+
+
+def test_the_state_of_an_nnx_module_is_returned_by_the_recipe():
+    net = Net(nnx.Rngs(0))
+    graphdef, params, state = nnx.split(net, nnx.Param, ...)
+
+    def fun(params, state, x):
+        model = nnx.merge(graphdef, params, state)
+        return model(x), nnx.state(model, nnx.Not(nnx.Param))
+
+    adapter = jlora.init(jax.random.key(0), jlora.trace(fun, params, state, X), {"linear/kernel": jlora.LoRA(2)})
+    adapter = jax.tree.map(lambda a: a + 0.1, adapter)
+    y, updated = jlora.adapt(fun)(params, adapter, state, X)
+    hidden = np.asarray(X @ jlora.merge(params, adapter)["linear"]["kernel"][...])
+    np.testing.assert_allclose(updated["norm"]["mean"][...], 0.01 * hidden.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(y, (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5), rtol=1e-3, atol=1e-4)
+
+
+def test_restart_takes_a_rank_above_the_sides_of_a_weight():
+    def fun(params, x):
+        return x @ params["head"]
+
+    params = {"head": jax.random.normal(jax.random.key(0), (16, 1))}
+    a, b = jnp.ones((16, 4)), jnp.ones((4, 1))
+    adapter = {"head": jlora.Update({"a": a, "b": b}, jlora.LoRA(4, 4.0), ("in", "out"), (16, 1))}
+    merged, new = jlora.restart(jax.random.key(1), jlora.trace(fun, params, X), params, adapter)
+    close(merged["head"], params["head"] + a @ b, 1e-5)
+    assert new["head"].factors["a"].shape == (16, 4)
+    assert not new["head"].factors["b"].any()
+
+
+def test_dequantize_takes_trees_and_leaves_plain_arrays_alone():
+    sites = jlora.trace(model, PARAMS, X)
+    quantized = jlora.quantize(PARAMS, sites, {"w": "nf4"})
+    plain = jlora.dequantize(quantized)
+    close(plain["w"], quantized["w"].dequantize(), 0)
+    assert plain["v"] is PARAMS["v"]
+    assert jlora.dequantize(PARAMS["w"]) is PARAMS["w"]
+    assert jlora.dequantize(None) is None
