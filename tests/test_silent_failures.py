@@ -1,4 +1,4 @@
-"""The quiet failures that other libraries have, one test each: every one fails when the property is broken."""
+"""Failures that raise no error in other libraries, one test each."""
 
 import functools
 
@@ -11,6 +11,7 @@ import jlora
 from tests.support import toy_model
 from tests.support.agreement import close
 
+pytestmark = pytest.mark.check_leaks
 METHODS = [jlora.LoRA(rank=2), jlora.LoRA(rank=2, alpha=5.0, rank_stabilized=True, dropout=0.5), jlora.Full()]
 
 

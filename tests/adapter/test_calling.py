@@ -120,7 +120,7 @@ def test_one_array_at_two_paths_is_not_donated():
 
 
 @dataclasses.dataclass(frozen=True)
-class Own(jlora.Method):
+class UsersMethod(jlora.extend.Method):
     """A method that jlora does not have."""
 
     factors = {"d": "*weight"}  # noqa: RUF012
@@ -128,8 +128,8 @@ class Own(jlora.Method):
     networks = ("d",)
 
 
-def test_a_method_of_ones_own_is_loaded_again(tmp_path):
+def test_a_users_method_is_loaded_again(tmp_path):
     params, _ = parts()
-    adapter = jlora.init(jax.random.key(0), jlora.trace(model, params, X), Own())
-    jlora.save(tmp_path / "own", adapter)
-    assert jlora.load(tmp_path / "own")["w"].method == Own()
+    adapter = jlora.init(jax.random.key(0), jlora.trace(model, params, X), UsersMethod())
+    jlora.save(tmp_path / "adapter", adapter)
+    assert jlora.load(tmp_path / "adapter")["w"].method == UsersMethod()
