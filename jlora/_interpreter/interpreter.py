@@ -7,6 +7,7 @@ from jlora import _compat
 from jlora._compat import Eqn, Jaxpr
 from jlora._interpreter.context import Context, Value
 from jlora._interpreter.rules import RULES
+from jlora._interpreter.rules.registry import Rule
 from jlora._ir.weight import AdaptedWeight
 
 
@@ -54,15 +55,24 @@ def _last_uses(jaxpr: Jaxpr) -> list[set[Any]]:
 def _apply(ctx: Context, eqn: Eqn, operands: list[Value]) -> list[Value]:
     """Applies the primitive's rule. If there is no rule, or it returns None, the weights are materialised."""
     rule = RULES.get(eqn.primitive.name)
-    out: Sequence[Value] | None = rule(ctx, eqn, *operands) if rule else None
-    if out is None:
-        out = _compat.bind(eqn, *(ctx.to_array(eqn, v) for v in operands))
-    for var, value in zip(eqn.outvars, out, strict=True):
-        expected = _compat.aval(var)
-        if value.shape != expected.shape or value.dtype != expected.dtype:
-            raise AssertionError(
-                f"jlora's rule for {eqn.primitive.name} at {_compat.source_line(eqn)} returned "
-                f"{value.dtype}{list(value.shape)}; the program has {expected.str_short()}. "
-                "This is a defect in jlora; please report it."
-            )
+    out = rule(ctx, eqn, *operands) if rule else None
+    if rule is None or out is None:
+        return list(_compat.bind(eqn, *(ctx.to_array(eqn, v) for v in operands)))
+    _check_outputs(rule, eqn, out)
     return list(out)
+
+
+def _check_outputs(rule: Rule, eqn: Eqn, out: Sequence[Value]) -> None:
+    """Raises unless a rule returned one value for each output of the equation, in its shape and dtype."""
+    expected = [_compat.aval(var) for var in eqn.outvars]
+    if [(v.shape, v.dtype) for v in out] == [(t.shape, t.dtype) for t in expected]:
+        return
+    is_extension = not rule.__module__.startswith("jlora.")
+    returned = ", ".join(f"{v.dtype}{list(v.shape)}" for v in out)
+    message = (
+        f"The rule for {eqn.primitive.name} in {rule.__module__} returned [{returned}] at {_compat.source_line(eqn)}; "
+        f"the program has [{', '.join(f'{t.dtype}{list(t.shape)}' for t in expected)}]. "
+    )
+    if is_extension:
+        raise ValueError(message + "Return one value for each output of the equation, in its shape and dtype.")
+    raise AssertionError(message + "This is a defect in jlora; please report it.")

@@ -42,6 +42,23 @@ def test_a_rule_keeps_the_weight_factored_inside_jit_and_scan():
     close(adapted(PARAMS, adapter, X), network(jlora.merge(PARAMS, adapter), X), 2e-5)
 
 
+@pytest.mark.parametrize("wrong", [lambda f: [f], lambda f: [], lambda f: [jnp.zeros((16, 8))]], ids=["f", "none", "x"])
+def test_a_rule_with_wrong_outputs_is_refused(wrong):
+    """The error blames the rule, with its module, and not jlora."""
+    half = Primitive(f"tests_half_{id(wrong)}")
+    half.def_impl(lambda a: a[: a.shape[0] // 2])
+    half.def_abstract_eval(lambda a: jax.typeof(jax.ShapeDtypeStruct((a.shape[0] // 2, a.shape[1]), a.dtype)))
+
+    @register_rule(half)
+    def rule(ctx, eqn, f):
+        return wrong(f)
+
+    with pytest.raises(
+        ValueError, match=rf"{half.name} in {__name__} returned .*; the program has \[float32\[8, 8\]\]"
+    ):
+        jlora.trace(lambda params, x: x @ half.bind(params["w"]), {"w": jnp.zeros((16, 8))}, jnp.zeros((4, 8)))
+
+
 def test_a_second_rule_for_a_primitive_is_refused():
     for primitive in ("tests_flip", flip, "dot_general"):
         with pytest.raises(ValueError, match="has a rule already"):
