@@ -36,11 +36,11 @@ def shard_map_of_cut_weights(use: Use) -> Use:
 
 @program(copies=2)
 def shard_map_of_gathered_weights(use: Use) -> Use:
-    """Each device keeps a piece, and gathers the whole weight before it is used."""
+    """Each device holds a part of each weight, and gathers all parts before the use."""
 
     def local(p: Tree, x: Tree) -> Tree:
-        whole = jax.tree.map(lambda a: lax.all_gather(a, "model", tiled=True), p)
-        return plus(use(layer(whole, 0), x), bend(use(layer(whole, 1), x)))
+        gathered = jax.tree.map(lambda a: lax.all_gather(a, "model", tiled=True), p)
+        return plus(use(layer(gathered, 0), x), bend(use(layer(gathered, 1), x)))
 
     specs = (PartitionSpec("model"), PartitionSpec())
     return _shard_map(local, specs, PartitionSpec(), check_vma=False)
