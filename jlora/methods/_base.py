@@ -1,4 +1,4 @@
-"""How a weight is updated: the method, and the update that an adapter holds for one path."""
+"""How a weight is updated: `Method`, and `Update`, what an adapter holds for one path."""
 
 import dataclasses
 import functools
@@ -34,12 +34,12 @@ class Update:
         method: the method with its hyper-parameters.
         roles: the role of every axis of the weight.
         shape: the shape of the weight.
-        frozen: arrays that belong to the update and are not trained. Their gradients are zero; `jlora.mask` keeps an
-            optimiser that changes arrays without gradients (weight decay) off them.
-        key: PRNG keys of the dropout, one for every layer of a stacked weight; None if nothing is dropped.
-        scale: a static multiplier of the whole update, 1 unless `jlora.scale` changed it.
-        initial: of a method with `offset=True` the factors as they were at initialisation; what they add is subtracted.
-        rank_mask: (rank,), zero for the ranks that this step leaves out (`jlora.with_rank`); None if it uses all.
+        frozen: arrays that belong to the update and are not trained. Their gradients are zero; use `jlora.mask` with an
+            optimiser that changes arrays without gradients (weight decay).
+        key: PRNG keys for dropout, one for every layer of a stacked weight; None without dropout.
+        scale: a static multiplier of what the update adds, 1 unless `jlora.scale` changed it.
+        initial: the factors at initialisation, of a method with `offset=True`; what they add is subtracted.
+        rank_mask: (rank,), zero for the ranks that this step does not use (`jlora.with_rank`); None if it uses all.
     """
 
     factors: dict[str, Any]
@@ -53,14 +53,14 @@ class Update:
     rank_mask: Any = None
 
     def __getitem__(self, name: str) -> Any:
-        """An array by its name; one that is not trained is a constant."""
+        """An array by its name; a frozen one is a constant for differentiation."""
         return self.factors[name] if name in self.factors else lax.stop_gradient(self.frozen[name])
 
     def __repr__(self) -> str:
         return short_arrays(self, first="method", spread="factors", hidden=("roles", "shape"))
 
     def joined(self, name: str) -> jax.Array:
-        """An array with one axis for each group of axes, the stack excepted: `(*stack, in, rank)`."""
+        """An array with each group of axes joined, except for the stack: `(*stack, in, rank)`."""
         return factor_axes.join_groups(self[name], self.declared[name], self.axes)
 
     @property
@@ -79,10 +79,12 @@ Adapter = dict[str, Update]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way to update a weight: hyper-parameters, the axes of its factors, and what they add.
+    """A way to update a weight: hyper-parameters, the axes of the factors, and what they add.
+
+        W * axis scales + scale * sum of networks
 
     A method is a frozen dataclass whose fields are numbers, strings, booleans, None or tuples of them, so that it can
-    be saved. In the common case it declares everything:
+    be saved. Most methods are declarations only:
 
         @dataclasses.dataclass(frozen=True)
         class GatedLoRA(jlora.extend.Method):
@@ -92,22 +94,22 @@ class Method:
             initializers = {"a": kaiming, "gate": ones, "b": zeros}
             networks = ("a gate b",)
 
-    Shapes, shardings, rank masks, files and the law's tests follow from that. A method that computes what it adds
-    overrides `lower`, one that starts from the weight overrides `init`.
+    Shapes, shardings, rank masks, checkpoints and the tests of the law follow from the declarations. A method that
+    computes what it adds overrides `lower`; a method that starts from the weight overrides `init`.
 
     Arguments:
-        offset: starts from the base whatever the factors are, W - delta(initial) + delta(factors): `jlora.init` keeps a
-            frozen copy of the factors.
+        offset: makes the program equal the base at the start for any initial factors, by the weight
+            W - delta(initial) + delta(factors): `jlora.init` stores a frozen copy of the factors.
 
     Attributes:
         factors: the axes of every array, `{"a": "*stack *in rank"}`. A token with a star is a group of the weight's
-            axes (`*stack`, `*in`, `*channels`, `*window`, `*out`, `*weight`), any other an axis of the method's own.
-        initializers: how each array starts, `initializer(key, shape, dtype)` with the shape of one layer of a stack and
-            one axis for each token.
-        networks: products of factors that are added to the weight, `"a b"`; what the weight lacks is summed over.
+            axes (`*stack`, `*in`, `*channels`, `*window`, `*out`, `*weight`), any other token an axis of the method.
+        initializers: the initialiser of each array, `initializer(key, shape, dtype)`; `shape` is that of one layer of a
+            stack, with one axis for each token.
+        networks: products of factors that are added to the weight, `"a b"`; axes that the weight lacks are summed.
         depends_on_weight: whether the update depends on the weight's value, so that merging cannot be undone.
-        is_multiplicative: whether the update multiplies the weight, and so starts from the base by itself.
-        dropout: the share of the input that the update's branch drops in training.
+        is_multiplicative: whether the update multiplies the weight, and so equals the base at the start without offset.
+        dropout: the share of the input of the low-rank branch that is dropped in training.
     """
 
     offset: bool = hyperparameters.switch(False)
@@ -122,7 +124,7 @@ class Method:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _registry.register(cls)
-        if "__repr__" not in vars(cls):  # else each dataclass would get a generated one, with all fields
+        if "__repr__" not in vars(cls):  # otherwise @dataclass generates one, with all fields
             cls.__repr__ = Method.__repr__
 
     def __repr__(self) -> str:
@@ -133,7 +135,7 @@ class Method:
 
     @property
     def scale(self) -> float:
-        """What every declared network is multiplied by: alpha / rank, for example."""
+        """The multiplier of every declared network, alpha / rank for example."""
         return 1.0
 
     @property
@@ -147,23 +149,23 @@ class Method:
         return False
 
     def unsupported_reason(self, site: Site) -> str:
-        """Why the method cannot adapt a site, with the remedy; empty if it can."""
+        """Why the method cannot adapt a site, and what to do; empty if it can."""
         return site.unsupported_reason
 
     def without_init_fields(self) -> "Method":
-        """The method without the fields that only `init` needs; this is what an update keeps."""
+        """The method without the fields that only `init` needs, as an update stores it."""
         return self
 
     def factors_for(self, axes: WeightAxes) -> Mapping[str, str]:
-        """The axes of every array that the method has for a weight: `factors`, unless they depend on the weight."""
+        """The axes of every array for a weight; override it if they depend on the weight."""
         return self.factors
 
     def initializers_for(self, site: Site) -> Mapping[str, Initializer]:
-        """How each array starts: `initializers`, unless they depend on hyper-parameters or on the site."""
+        """The initialiser of each array; override it if they depend on hyper-parameters or on the site."""
         return self.initializers
 
     def sizes(self, axes: WeightAxes) -> Mapping[str, int]:
-        """The sizes of the method's own axes; by default each is the field of its name."""
+        """The sizes of the method's axes that are not fields of the same name."""
         return {}
 
     def shapes(self, axes: WeightAxes) -> dict[str, tuple[int, ...]]:
@@ -172,16 +174,19 @@ class Method:
         return {name: factor_axes.shape(text, axes, self._all_sizes(axes)) for name, text in declared.items()}
 
     def init(self, key: jax.Array, site: Site, dtype: DTypeLike, base: jax.Array | None) -> dict[str, jax.Array]:
-        """New arrays for a site, those that are frozen included.
+        """Initialises all arrays for a site, frozen ones included.
 
         Arguments:
             key: a PRNG key.
             site: the weight.
-            dtype: of the arrays.
-            base: the weight's value; None unless `init_needs_weight`.
+            dtype: the dtype of the arrays.
+            base: the value of the weight; None unless `init_needs_weight`.
 
         Returns:
-            the arrays by name, in their declared shapes, or with each group of axes as one axis: `(*stack, in, rank)`.
+            the arrays by name, in their declared shapes, or with each group of axes joined: `(*stack, in, rank)`.
+
+        Raises:
+            TypeError: if a declared array has no initialiser.
         """
         axes, initializers = WeightAxes.of(site), self.initializers_for(site)
         declared, sizes, stack = self.factors_for(axes), self._all_sizes(axes), axes.sizes("*stack")
@@ -195,9 +200,19 @@ class Method:
         }
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        """The weight with what the update adds: by default the declared networks."""
+        """Applies an update to a weight: by default it adds the declared networks.
+
+        Arguments:
+            update: the update, with this method.
+            w: the weight, with the updates of earlier adapters.
+
+        Raises:
+            TypeError: if the method neither declares networks nor overrides `lower`.
+        """
         if not self.networks:
-            raise TypeError(f"{type(self).__name__} adds nothing: declare `networks`, or override `lower`.")
+            raise TypeError(
+                f"{type(self).__name__} does not change the weight: declare `networks`, or override `lower`."
+            )
         declared = self.factors_for(update.axes)
         for network in self.networks:
             terms = [(update[name], declared[name]) for name in network.split()]
@@ -209,7 +224,7 @@ class Method:
 
 
 class _Sizes(dict[str, int]):
-    """The sizes of a method's own axes; those that it does not compute are fields of the same name."""
+    """The sizes of the axes of a method; those that it does not compute are fields of the same name."""
 
     def __init__(self, method: Method, sizes: Mapping[str, int]) -> None:
         super().__init__(sizes)
@@ -219,7 +234,9 @@ class _Sizes(dict[str, int]):
         size = getattr(self._method, axis, None)
         if not isinstance(size, int):
             name = type(self._method).__name__
-            raise ValueError(f"{name} declares an axis {axis!r}: give it a field of that name, or a size in `sizes`.")
+            raise ValueError(
+                f"{name} declares the axis {axis!r} without a size: add a field of that name, or override `sizes`."
+            )
         return size
 
 
@@ -230,19 +247,19 @@ def _stack(declared: str, stack: tuple[int, ...]) -> tuple[int, ...]:
 def new_arrays(
     method: Method, key: jax.Array, site: Site, dtype: DTypeLike, base: jax.Array | None
 ) -> dict[str, jax.Array]:
-    """What `method.init` gives, in the declared shapes.
+    """The arrays of `method.init`, in the declared shapes.
 
     Raises:
-        ValueError: if a declared array is missing, one is not declared, or one has another number of entries.
+        ValueError: if a declared array is missing, an array is not declared, or it has another number of entries.
     """
     arrays, shapes = method.init(key, site, dtype, base), method.shapes(WeightAxes.of(site))
-    if not shapes:  # a method that declares nothing
+    if not shapes:  # a method without declarations
         return arrays
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if {name: array.size for name, array in arrays.items()} != sizes:
-        given = {name: tuple(array.shape) for name, array in arrays.items()}
+        returned = {name: tuple(array.shape) for name, array in arrays.items()}
         raise ValueError(
-            f"{type(method).__name__}.init gave arrays of the shapes {given} for {site.path} {site.shape}; it declares "
-            f"{shapes}."
+            f"{site.path} {site.shape}: {type(method).__name__}.init returned arrays of the shapes {returned}, but the "
+            f"method declares {shapes}. Change `init` or `factors`."
         )
     return {name: array.reshape(shapes[name]) for name, array in arrays.items()}

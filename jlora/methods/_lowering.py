@@ -1,4 +1,4 @@
-"""From adapters to factored weights, with the checks that they fit."""
+"""Lowers the updates of adapters to adapted weights, and checks that they fit the parameters."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from jlora._ir.algebra import concatenate_ranks
 from jlora._ir.explicit_mesh import explicit_axes, under_auto_axes
@@ -19,57 +20,66 @@ Adapters = Adapter | Sequence[Adapter]
 
 
 def as_adapters(adapters: Adapters) -> list[Adapter]:
-    """One adapter or several, in the order in which they apply."""
+    """One adapter or several as a list, in the order in which they apply.
+
+    Raises:
+        TypeError: if `adapters` is not an adapter or a list of adapters.
+    """
     listed = [adapters] if isinstance(adapters, Mapping) else adapters
     if not isinstance(listed, Sequence) or not all(isinstance(adapter, Mapping) for adapter in listed):
         raise TypeError(
-            "An adapter is what jlora.init gives, a dict of updates by path, or a list of such; it comes after the "
-            f"parameters. This is {type(adapters).__name__}."
+            "Expected an adapter as jlora.init returns it, a dict from paths to updates, or a list of adapters, found "
+            f"{type(adapters).__name__}. The adapter is the argument after the parameters."
         )
     for path, update in (item for adapter in listed for item in adapter.items()):
         if not isinstance(update, Update):
             raise TypeError(
-                f"An adapter maps paths to updates as jlora.init makes them; {path!r} holds {type(update).__name__}. "
-                "It comes after the parameters."
+                f"An adapter maps paths to the updates that jlora.init returns, but {path!r} maps to "
+                f"{type(update).__name__}. The adapter is the argument after the parameters."
             )
     return list(listed)
 
 
 def as_single(adapter: Adapter) -> Adapter:
-    """The adapter, where it is one."""
+    """The adapter itself, after a check of its type.
+
+    Raises:
+        TypeError: if `adapter` is a list of adapters, or not an adapter.
+    """
     if isinstance(adapter, (list, tuple)):
-        raise TypeError("This takes one adapter; call it for each one of the list.")
+        raise TypeError("Expected one adapter, found a list; call this function for each adapter of the list.")
     return as_adapters(adapter)[0]
 
 
 def lower_updates(adapters: Sequence[Adapter], leaf: Any, path: str) -> AdaptedWeight:
-    """A weight with all its updates, one after the other."""
+    """A parameter as an adapted weight, with the updates of all adapters applied in order."""
 
-    def fun(leaf: Any, updates: list[Update]) -> AdaptedWeight:
+    def lower(leaf: Any, updates: list[Update]) -> AdaptedWeight:
         w = as_adapted_weight(leaf, path)
         for update in updates:
-            w = concatenate_ranks(_apply_update(_at_least(update, w.dtype), w))
+            w = concatenate_ranks(_apply_update(_widened(update, w.dtype), w))
         return w
 
     updates = [adapter[path] for adapter in adapters if path in adapter]
     if not explicit_axes(leaf):
-        return fun(leaf, updates)
-    there = jax.typeof(leaf).sharding
-    shapes = jax.eval_shape(under_auto_axes(fun, leaf, NamedSharding(there.mesh, PartitionSpec())), leaf, updates)
-    return under_auto_axes(fun, leaf, shardings_like(shapes, there))(leaf, updates)
+        return lower(leaf, updates)
+    sharding = jax.typeof(leaf).sharding
+    shapes = jax.eval_shape(under_auto_axes(lower, leaf, NamedSharding(sharding.mesh, PartitionSpec())), leaf, updates)
+    return under_auto_axes(lower, leaf, shardings_like(shapes, sharding))(leaf, updates)
 
 
-def _at_least(update: Update, dtype: Any) -> Update:
-    """The update with no array narrower than the weight: scales and vectors are multiplied into them."""
+def _widened(update: Update, dtype: DTypeLike) -> Update:
+    """The update with every array at least as wide as the weight: scales and vectors are multiplied into the arrays."""
 
-    def wide(a: Any) -> Any:
-        narrow = jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < jnp.finfo(dtype).bits
-        return a.astype(dtype) if narrow else a
+    def widen(a: Any) -> Any:
+        is_narrow = jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < jnp.finfo(dtype).bits
+        return a.astype(dtype) if is_narrow else a
 
-    return jax.tree.map(wide, update)
+    return jax.tree.map(widen, update)
 
 
 def _apply_update(update: Update, w: AdaptedWeight) -> AdaptedWeight:
+    """The weight with what the update adds; with an offset, what its initial factors add is subtracted."""
     if update.scale == 0:
         return w
     out = update.method.lower(update, w)
@@ -82,7 +92,11 @@ def _apply_update(update: Update, w: AdaptedWeight) -> AdaptedWeight:
 
 
 def check_fits(adapters: Sequence[Adapter], leaves: Mapping[str, Any]) -> None:
-    """Raises, with every misfit, unless each update has its weight among `leaves`."""
+    """Checks that each update has its weight among `leaves`, by path.
+
+    Raises:
+        ValueError: if a path is missing, or a weight has another shape or is not floating-point; with every misfit.
+    """
     misfits = []
     for path, update in (item for adapter in adapters for item in adapter.items()):
         if path not in leaves:
@@ -93,12 +107,12 @@ def check_fits(adapters: Sequence[Adapter], leaves: Mapping[str, Any]) -> None:
         leaf = leaves[path]
         if tuple(leaf.shape) != update.shape:
             misfits.append(
-                f"{path}: the adapter was made for shape {update.shape}, the parameter has {tuple(leaf.shape)}"
+                f"{path}: the adapter was initialised for shape {update.shape}, the parameter has {tuple(leaf.shape)}"
             )
         elif not jnp.issubdtype(leaf.dtype, jnp.floating):
             misfits.append(f"{path}: the parameter's dtype {leaf.dtype} is not floating-point")
     if misfits:
         raise ValueError(
-            "The adapter does not fit these parameters. Pass the tree it was made for (jlora.trace, jlora.init):\n  "
+            "The adapter does not fit these parameters. Pass the parameters that were traced for jlora.init:\n  "
             + "\n  ".join(misfits)
         )

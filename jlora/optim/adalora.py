@@ -16,11 +16,11 @@ class BudgetState(NamedTuple):
     """The state of `rank_budget`.
 
     Arguments:
-        inner: of the optimiser inside.
-        step: how many there were.
+        inner: the state of the wrapped optimiser.
+        step: the number of steps so far, an int32 scalar.
         sensitivity: the running mean of |factor * gradient|, for every factor.
-        uncertainty: the running mean of how far that strays from its mean.
-        keep: for every update, which of its ranks are left.
+        uncertainty: the running mean of the absolute deviation of |factor * gradient| from `sensitivity`.
+        keep: which ranks are kept, a boolean array (*stack, rank) for every update.
     """
 
     inner: Any
@@ -41,52 +41,66 @@ def rank_budget(
     beta1: float = 0.85,
     beta2: float = 0.85,
 ) -> optax.GradientTransformation:
-    """Wraps an optimiser so that AdaLoRA updates end with a given rank on average, more of it where it matters.
+    """Wraps an optimiser: it prunes the ranks of AdaLoRA updates down to a given mean rank.
 
-        score of rank k = s(e_k) + mean_i s(P_ik) + mean_j s(Q_kj),    s = mean |w dw| * mean deviation of it
+        score of rank k = s(e_k) + mean_i s(P_ik) + mean_j s(Q_kj),    s = mean |w dw| * mean deviation of |w dw|
 
-    After `warmup` steps the number of ranks kept falls from all to the target along a cubic; every `interval` steps
-    those with the lowest scores have their e set to zero. For the last `final` steps the choice stands.
+    After `warmup` steps the number of kept ranks falls from all to the target along a cubic. Every `interval` steps
+    e is set to zero for the ranks with the lowest scores. In the last `final` steps the kept ranks do not change.
 
     Arguments:
         inner: the optimiser of all factors.
-        target_rank: the mean rank of the adapted matrices (a stacked weight has as many as layers) at the end.
-        total_steps: of the training.
-        warmup, final: how many steps pass before the first rank goes, and after the last.
-        interval: steps between choices.
-        beta1, beta2: decay of the two running means.
+        target_rank: the mean rank of the adapted matrices at the end; each layer of a stacked weight is one matrix.
+        total_steps: the number of training steps.
+        warmup, final: the number of steps before the first pruning, and after the last.
+        interval: the number of steps between two prunings.
+        beta1, beta2: the decay of the running means of the sensitivity and of its deviation.
+
+    Returns:
+        the transformation. Its parameters are an adapter, or any tree that contains adapters.
 
     Raises:
-        ValueError: where the schedule does not fit into `total_steps`, or there is no AdaLoRA among the parameters.
+        ValueError: if the schedule does not fit into `total_steps`; from `init`, if the parameters have no AdaLoRA
+            update; from `update`, if it is called without parameters.
+
+    Example:
+        tx = jlora.rank_budget(optax.adamw(1e-3), target_rank=4, total_steps=1000, warmup=100, final=200)
+        state = tx.init(adapter)
 
     Zhang et al. 2023, AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, arXiv:2303.10512.
     """
     if not 0 <= warmup + final < total_steps or interval < 1:
-        raise ValueError(f"warmup {warmup} and final {final} leave no step of {total_steps} for the budget to fall.")
+        raise ValueError(
+            f"warmup {warmup} and final {final} leave no step of {total_steps} for pruning, or interval {interval} is "
+            "not positive. Lower warmup or final, or raise total_steps or interval."
+        )
 
     def init(params: Any) -> BudgetState:
-        found = _updates(params)
-        if not found:
-            raise ValueError("rank_budget shares out the ranks of AdaLoRA updates, and there are none.")
-        zeros = [jax.tree.map(jnp.zeros_like, u.factors) for u in found]
-        keep = [jnp.ones(u.factors["e"].shape, bool) for u in found]
+        adalora_updates = _updates(params)
+        if not adalora_updates:
+            raise ValueError(
+                "rank_budget prunes the ranks of AdaLoRA updates, and the parameters have none. Initialise the adapter "
+                "with jlora.AdaLoRA."
+            )
+        zeros = [jax.tree.map(jnp.zeros_like, update.factors) for update in adalora_updates]
+        keep = [jnp.ones(update.factors["e"].shape, bool) for update in adalora_updates]
         return BudgetState(inner.init(params), jnp.zeros((), jnp.int32), zeros, zeros, keep)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
-            raise ValueError("rank_budget looks at the factors: call update(gradients, state, params).")
+            raise ValueError("rank_budget needs the factors: call update(gradients, state, params).")
         steps, inner_state = inner.update(updates, state.inner, params)
         sensitivity, uncertainty = _averages(updates, params, state, beta1, beta2)
         scores = [_scores(*pair) for pair in zip(sensitivity, uncertainty, strict=True)]
-        everything = sum(score.size for score in scores)
+        total_ranks = sum(score.size for score in scores)
         matrices = sum(score.size // score.shape[-1] for score in scores)
-        left = 1 - (state.step - warmup) / (total_steps - warmup - final)
-        goal = target_rank * matrices
-        budget = jnp.round(goal + (everything - goal) * jnp.clip(left, 0, 1) ** 3).astype(jnp.int32)
+        remaining = 1 - (state.step - warmup) / (total_steps - warmup - final)
+        target = target_rank * matrices
+        budget = jnp.round(target + (total_ranks - target) * jnp.clip(remaining, 0, 1) ** 3).astype(jnp.int32)
         ordered = jnp.sort(jnp.concatenate([score.reshape(-1) for score in scores]), descending=True)
-        least = ordered[jnp.clip(budget - 1, 0, everything - 1)]
-        choose = (state.step % interval == 0) & (state.step >= warmup) & (state.step <= total_steps - final)
-        keep = [jnp.where(choose, score >= least, old) for score, old in zip(scores, state.keep, strict=True)]
+        threshold = ordered[jnp.clip(budget - 1, 0, total_ranks - 1)]
+        prune = (state.step % interval == 0) & (state.step >= warmup) & (state.step <= total_steps - final)
+        keep = [jnp.where(prune, score >= threshold, old) for score, old in zip(scores, state.keep, strict=True)]
         masks = iter(keep)
         steps = jax.tree.map(
             lambda step, p: _masked(step, p, next(masks)) if _is_adalora(p) else step,
@@ -109,6 +123,7 @@ def _updates(tree: Any) -> list[Update]:
 
 
 def _averages(gradients: Any, params: Any, state: BudgetState, beta1: float, beta2: float) -> tuple[Any, Any]:
+    """The new running means: of the sensitivity |w dw|, and of its deviation from that mean."""
     now = [
         jax.tree.map(lambda w, g: jnp.abs(w * g), p.factors, g.factors)
         for p, g in zip(_updates(params), _updates(gradients), strict=True)
@@ -120,6 +135,7 @@ def _averages(gradients: Any, params: Any, state: BudgetState, beta1: float, bet
 
 
 def _scores(sensitivity: dict[str, jax.Array], uncertainty: dict[str, jax.Array]) -> jax.Array:
+    """The score of every rank of an update, (*stack, rank)."""
     s = {name: sensitivity[name] * uncertainty[name] for name in sensitivity}
     *stack, rank = s["e"].shape
     columns = s["p"].reshape(*stack, -1, rank).mean(-2)
@@ -127,13 +143,13 @@ def _scores(sensitivity: dict[str, jax.Array], uncertainty: dict[str, jax.Array]
 
 
 def _masked(step: Update, params: Update, keep: jax.Array) -> Update:
-    """The step that sets e to zero where a rank is not kept."""
+    """The step that sets e to zero for every rank that is not kept."""
     e = params.factors["e"]
     return dataclasses.replace(step, factors={**step.factors, "e": jnp.where(keep, step.factors["e"], -e)})
 
 
 def orthogonality(adapter: Any) -> jax.Array:
-    """How far the AdaLoRA updates of a tree are from singular vectors, a term to be added to the loss.
+    """How far P and Q of the AdaLoRA updates are from orthogonal matrices: a term for the loss.
 
         sum of |P^T P - I|^2 + |Q Q^T - I|^2,    Frobenius norms
 
@@ -141,7 +157,10 @@ def orthogonality(adapter: Any) -> jax.Array:
         adapter: an adapter, or any tree that contains adapters.
 
     Returns:
-        a scalar; its weight in the paper is 0.1 to 0.5.
+        a scalar, 0 without AdaLoRA updates. The paper multiplies it by 0.1 to 0.5.
+
+    Example:
+        loss = task_loss + 0.1 * jlora.orthogonality(adapter)
 
     Zhang et al. 2023, AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, arXiv:2303.10512.
     """

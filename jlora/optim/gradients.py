@@ -1,4 +1,4 @@
-"""Gradient transformations for optax that know which factor is which."""
+"""Gradient transformations for optax that treat A and B differently."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def _is_update(node: Any) -> bool:
 
 
 def _stateless(fn: Callable[[Update, Update], Update]) -> optax.GradientTransformation:
-    """Applies `fn(gradients, parameters)` to every update, wherever it is in the tree."""
+    """The transformation that applies `fn(gradients, parameters)` to every `Update` in the tree."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
@@ -32,12 +32,19 @@ def _stateless(fn: Callable[[Update, Update], Update]) -> optax.GradientTransfor
 
 
 def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
-    """Gives B a higher learning rate than A; it comes last in a chain.
+    """Gives B a higher learning rate than A (LoRA+); it comes last in a chain.
 
         B <- B + ratio dB,    A <- A + dA
 
     Arguments:
-        ratio: of the two learning rates. It applies to every factor that leads from a rank to the weight's out axes.
+        ratio: the learning rate of B divided by that of A. It applies to every factor with the weight's out axes, an
+            axis of its own such as the rank, and no in axes.
+
+    Returns:
+        the transformation, without state.
+
+    Raises:
+        ValueError: from `update`, if it is called without parameters.
 
     Example:
         tx = optax.chain(optax.adamw(1e-4), jlora.lora_plus(16))
@@ -53,7 +60,7 @@ def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
 
 
 def _output_factors(update: Update) -> set[str]:
-    """The factors that lead from a rank to the weight's out axes, as B does."""
+    """The names of the factors with out axes, axes of their own, and no in axes, like B."""
     if _is_lora(update):
         return {"b"}
     declared = {name: set(text.split()) for name, text in update.declared.items()}
@@ -66,11 +73,17 @@ def riemannian(damping: float = 1e-6) -> optax.GradientTransformation:
 
         dA <- dA (B B^T + damping I)^-1,    dB <- (A^T A + damping I)^-1 dB
 
-    A step then changes A B by the same amount whatever the sizes of A and B. The gradients of other methods are not
-    changed.
+    The change of A B by a step then does not depend on how A and B are scaled against each other. The gradients of
+    other methods are not changed.
 
     Arguments:
         damping: keeps the inverse finite, above all at initialisation, when one factor is zero.
+
+    Returns:
+        the transformation, without state.
+
+    Raises:
+        ValueError: from `update`, if it is called without parameters.
 
     Example:
         tx = optax.chain(jlora.riemannian(), optax.sgd(1e-2))
@@ -92,14 +105,23 @@ def riemannian(damping: float = 1e-6) -> optax.GradientTransformation:
 
 
 def lora_fa_gradient(damping: float = 1e-8) -> optax.GradientTransformation:
-    """Makes the step of B the one that moves the weight nearest to the full gradient, if A is frozen (LoRA-FA).
+    """Corrects the gradient of B so that the step of the weight is closest to full training, for a frozen A (LoRA-FA).
 
         dB <- (A^T A + damping I)^-1 dB / s^2
 
-    The gradients of updates whose A is trained, and of other methods, are not changed.
+    The gradients of updates whose A is trained, and of other methods, are not changed. It comes first in a chain.
 
     Arguments:
         damping: keeps the inverse finite.
+
+    Returns:
+        the transformation, without state.
+
+    Raises:
+        ValueError: from `update`, if it is called without parameters.
+
+    Example:
+        tx = optax.chain(jlora.lora_fa_gradient(), optax.adamw(1e-4))
 
     Zhang et al. 2023, LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning,
     arXiv:2308.03303.
@@ -126,15 +148,15 @@ def _as_pair(update: Update, arrays: dict[str, jax.Array]) -> tuple[jax.Array, j
 
 
 def _as_factor(update: Update, matrix: jax.Array, name: str) -> jax.Array:
-    """A matrix of `_as_pair` in the shape of the factor."""
+    """A matrix as in `_as_pair`, in the shape of the factor."""
     pair = (update.declared["a"], update.declared["b"])
     return from_pair(matrix, update[name], pair, update.axes, "ab".index(name))
 
 
 def _solve(factor: jax.Array, right: jax.Array, damping: float) -> jax.Array:
     """(F^T F + damping I)^-1 right, with F: (*stack, n, rank) and right: (*stack, rank, k)."""
-    wide = factor.astype(accumulation_dtype(factor.dtype))
+    factor = factor.astype(accumulation_dtype(factor.dtype))
     with jax.default_matmul_precision("highest"):
-        gram = wide.mT @ wide
+        gram = factor.mT @ factor
         solved = inverse(gram + damping * identity_like(gram)) @ right.astype(gram.dtype)
     return solved.astype(right.dtype)

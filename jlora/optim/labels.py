@@ -1,4 +1,4 @@
-"""Which leaves train: labels and masks for optax."""
+"""Labels and masks of trainable leaves, for optax."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,11 @@ def labels(tree: Any) -> Any:
         tree: an adapter, or any tree that holds adapters (and base parameters) anywhere.
 
     Returns:
-        a tree of the same structure: the factor's name (`"a"`, `"b"`, ...) where it trains, `"frozen"` elsewhere.
+        a tree of the same structure: for a trainable factor its name (`"a"`, `"b"`, ...), for other leaves `"frozen"`.
+
+    Example:
+        transforms = {"a": optax.adam(1e-4), "b": optax.adam(1e-3), "frozen": optax.set_to_zero()}
+        tx = optax.multi_transform(transforms, jlora.labels)
     """
     return jax.tree.map(_label, tree, is_leaf=lambda node: isinstance(node, Update))
 
@@ -27,7 +31,10 @@ def mask(tree: Any) -> Any:
         tree: an adapter, or any tree that holds adapters (and base parameters) anywhere.
 
     Returns:
-        a tree of the same structure: True on trainable factors, False elsewhere.
+        a tree of the same structure: True for trainable factors, False for other leaves.
+
+    Example:
+        tx = optax.masked(optax.adamw(1e-4, weight_decay=0.01), jlora.mask)
     """
     return jax.tree.map(lambda label: label != "frozen", labels(tree))
 

@@ -183,7 +183,7 @@ def test_an_adapter_that_does_not_fit_names_every_misfit(call):
     with pytest.raises(ValueError, match="does not fit") as caught:
         calls[call]()
     text = str(caught.value)
-    assert "mix/kernel: the adapter was made for shape (8, 8), the parameter has (8, 9)" in text
+    assert "mix/kernel: the adapter was initialised for shape (8, 8), the parameter has (8, 9)" in text
     assert "layers/up: no such parameter" in text
     assert "embed: the parameter's dtype int32" in text
 
@@ -195,7 +195,7 @@ def test_something_that_is_no_adapter():
 
 @pytest.mark.parametrize("given", [None, "adapter", {"w": 1.0}, [{"w": 1.0}], 3], ids=str)
 def test_something_else_in_the_place_of_the_adapter(given):
-    with pytest.raises(TypeError, match="comes after the parameters"):
+    with pytest.raises(TypeError, match="is the argument after the parameters"):
         jlora.adapt(toy_model.model)(toy_model.params(), given, toy_model.tokens())
 
 
@@ -212,7 +212,7 @@ def test_something_else_in_the_place_of_the_adapter(given):
     ],
 )
 def test_a_list_where_one_adapter_is_meant(call, tmp_path):
-    with pytest.raises(TypeError, match="takes one adapter; call it for each"):
+    with pytest.raises(TypeError, match="Expected one adapter, found a list"):
         call([toy_model.adapter(), toy_model.adapter()], tmp_path)
 
 

@@ -77,7 +77,7 @@ def test_a_missing_folder(tmp_path):
 
 
 def test_a_folder_of_something_else(tmp_path):
-    with pytest.raises(jlora.CheckpointError, match="no saved adapter"):
+    with pytest.raises(jlora.CheckpointError, match="not a saved adapter"):
         jlora.load(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What the JSON beside the arrays says: methods, roles, shapes, versions, the base; and older formats made new."""
+"""The JSON description beside the arrays: methods, roles, shapes, versions, the base. Older formats are converted."""
 
 import dataclasses
 import functools
@@ -38,7 +38,11 @@ def _grouped(update: Update) -> dict[str, dict[str, Any]]:
 
 
 def describe(adapter: Adapter, rest: Mapping[str, Any]) -> Meta:
-    """The description of an adapter, with all that `rest` adds and the sum over it."""
+    """The description of an adapter, with the entries of `rest` and a SHA-256 checksum.
+
+    Raises:
+        ValueError: if a value cannot be stored as JSON.
+    """
     methods: list[dict[str, Any]] = []
     updates = {}
     for path, update in adapter.items():
@@ -62,7 +66,7 @@ def describe(adapter: Adapter, rest: Mapping[str, Any]) -> Meta:
         meta = json.loads(json.dumps(meta, default=_number))
     except TypeError as error:
         raise ValueError(
-            f"Only numbers, strings, booleans, None and tuples of them can be saved beside arrays: {error}."
+            f"Only numbers, strings, booleans, None and tuples of them can be saved beside arrays, but {error}."
         ) from error
     return meta | {"sha256": _digest(meta)}
 
@@ -73,10 +77,10 @@ def _versions() -> dict[str, str]:
 
 
 def read(folder: Path) -> Meta:
-    """The description in a folder, in the newest format.
+    """The description in a folder, converted to the newest format.
 
     Raises:
-        CheckpointError: where there is none, or it was altered, or has a later format.
+        CheckpointError: if it is missing, cannot be read, was altered, or has a later format.
     """
     file = folder / FILE
     try:
@@ -85,7 +89,7 @@ def read(folder: Path) -> Meta:
         intact = isinstance(version, int) and meta.pop("sha256") == _digest(meta)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
-            f"{folder.parent} is no saved adapter, or an incomplete one: {folder.name}/{FILE} is missing."
+            f"{folder.parent} is not a saved adapter, or an incomplete one: {folder.name}/{FILE} is missing."
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged and cannot be read: {error!r}") from error
@@ -104,21 +108,21 @@ def rebuild(meta: Meta, arrays: Mapping[str, Any]) -> Adapter:
     """The adapter of a description, with `arrays` by name.
 
     Raises:
-        CheckpointError: where this release lacks a method or one of its hyper-parameters.
+        CheckpointError: if a method is not registered, or does not accept the saved hyper-parameters.
     """
-    methods = [_method(said) for said in meta["methods"]]
+    methods = [_method(entry) for entry in meta["methods"]]
     return {
         path: Update(
-            factors={name: arrays[key] for name, key in said["factors"].items()},
-            frozen={name: arrays[key] for name, key in said["frozen"].items()},
-            initial={name: arrays[key] for name, key in said["initial"].items()},
-            rank_mask=next((arrays[key] for key in said["rank_mask"].values()), None),
-            method=methods[said["method"]],
-            roles=tuple(said["roles"]),
-            shape=tuple(said["shape"]),
-            scale=said["scale"],
+            factors={name: arrays[key] for name, key in entry["factors"].items()},
+            frozen={name: arrays[key] for name, key in entry["frozen"].items()},
+            initial={name: arrays[key] for name, key in entry["initial"].items()},
+            rank_mask=next((arrays[key] for key in entry["rank_mask"].values()), None),
+            method=methods[entry["method"]],
+            roles=tuple(entry["roles"]),
+            shape=tuple(entry["shape"]),
+            scale=entry["scale"],
         )
-        for path, said in meta["updates"].items()
+        for path, entry in meta["updates"].items()
     }
 
 
@@ -139,18 +143,18 @@ def _method(entry: Mapping[str, Any]) -> Method:
 def _from_1(meta: Meta) -> Meta:
     """Format 1 repeated the method with every update, and had one SHA-256 sum for every array."""
     methods, updates = [], {}
-    for path, said in meta["updates"].items():
-        method = {"name": said.pop("method"), "hyperparameters": said.pop("hyperparameters")}
+    for path, entry in meta["updates"].items():
+        method = {"name": entry.pop("method"), "hyperparameters": entry.pop("hyperparameters")}
         if method not in methods:
             methods.append(method)
-        owned = [key.rsplit(":", 2) for key in meta["arrays"]]
+        keys = [key.rsplit(":", 2) for key in meta["arrays"]]
         groups = {
-            g: {n: f"{p}:{g}:{n}" for p, group, n in owned if (p, group) == (path, g)} for g in ("factors", "frozen")
+            g: {n: f"{p}:{g}:{n}" for p, group, n in keys if (p, group) == (path, g)} for g in ("factors", "frozen")
         }
-        updates[path] = said | {"method": methods.index(method)} | groups
+        updates[path] = entry | {"method": methods.index(method)} | groups
     arrays = {
-        key: said | {"shard": said["shape"], "piece": said["shape"], "sums": [said["sha256"]]}
-        for key, said in meta["arrays"].items()
+        key: entry | {"shard": entry["shape"], "piece": entry["shape"], "sums": [entry["sha256"]]}
+        for key, entry in meta["arrays"].items()
     }
     return meta | {"format": 2, "methods": methods, "updates": updates, "arrays": arrays, "base": None, "state": None}
 
@@ -174,15 +178,15 @@ def _without_groups(entry: Mapping[str, Any]) -> dict[str, Any]:
     if values["groups"] > 1:
         values.pop("start", None)
         return {"name": "GroupedLoRA", "hyperparameters": values}
-    kept = {name: value for name, value in values.items() if name not in ("groups", "enable", "group_axis")}
-    return {"name": "LoRA", "hyperparameters": kept}
+    values = {name: value for name, value in values.items() if name not in ("groups", "enable", "group_axis")}
+    return {"name": "LoRA", "hyperparameters": values}
 
 
 _MIGRATIONS: dict[int, Callable[[Meta], Meta]] = {1: _from_1, 2: _from_2}
 
 
 def _name(path: str, group: str, name: str) -> str:
-    """A name that no store takes for a folder, whatever the path has in it."""
+    """The name of an array. It is quoted, so that a store does not take a "/" in it for a folder."""
     return f"{quote(path, safe='')}:{group}:{quote(name, safe='')}"
 
 
@@ -190,7 +194,7 @@ def _number(value: Any) -> Any:
     """A number of NumPy or JAX as a Python number."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return value.item()
-    raise TypeError(f"{value!r} is none of these")
+    raise TypeError(f"{value!r} is not one of these")
 
 
 def _digest(meta: Meta) -> str:

@@ -1,1 +1,1 @@
-"""What several methods share."""
+"""Functions that several methods share."""

@@ -1,6 +1,6 @@
 """The declared axes of factors: a string such as "*stack *in rank" for every factor of a method.
 
-A token with a star stands for a group of the weight's own axes, all others for axes of the method:
+A token with a star is a group of axes of the weight, any other token an axis of the method:
 
     *stack      layers of a scan, experts, batch axes
     *in         all contracted axes; of a convolution its channels and its window
@@ -23,7 +23,7 @@ GROUPS = ("*stack", "*in", "*channels", "*window", "*out", "*weight")
 
 
 class HasAxes(Protocol):
-    """A site, or an update: what knows the shape of a weight and the roles of its axes."""
+    """A site or an update: an object with the shape of a weight and the roles of its axes."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -67,7 +67,7 @@ class WeightAxes:
 
 
 def expand(declared: str, axes: WeightAxes) -> tuple[int | str, ...]:
-    """One entry for every axis of a factor: the number of the weight's axis that it follows, or its own name.
+    """One entry for every axis of a factor: the number of the same axis of the weight, or the name of a method's axis.
 
     Raises:
         ValueError: if a token with a star is not a group.
@@ -81,7 +81,7 @@ def expand(declared: str, axes: WeightAxes) -> tuple[int | str, ...]:
 
 
 def shape(declared: str, axes: WeightAxes, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of a factor; `sizes` has those of the method's own axes."""
+    """The shape of a factor; `sizes` has the sizes of the method's axes."""
     return tuple(axes.shape[entry] if isinstance(entry, int) else sizes[entry] for entry in expand(declared, axes))
 
 
@@ -92,7 +92,7 @@ def layer_shape(declared: str, axes: WeightAxes, sizes: Mapping[str, int]) -> tu
 
 
 def join_groups(array: jax.Array, declared: str, axes: WeightAxes) -> jax.Array:
-    """A factor with one axis for each token, the stack excepted: `(*stack, in, rank)`."""
+    """A factor with each group of axes joined, except for the stack: `(*stack, in, rank)`."""
     dims, position = [], 0
     for token in declared.split():
         width = len(axes.axes(token)) if token in GROUPS else 1

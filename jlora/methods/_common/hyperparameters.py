@@ -1,9 +1,9 @@
-"""Hyper-parameters: a field of a method declares what its value has to be.
+"""Hyper-parameters: a field of a method declares which values it accepts.
 
     rank: int = positive_integer(8)
     alpha: float | None = nonzero(None)
 
-The values are checked when the method is made, whatever the names and the annotations of its fields are.
+The values are checked when the method is constructed. The check does not depend on the field's name or annotation.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What the value of a field has to be.
+    """Which values a field accepts.
 
     Arguments:
-        text: the same in words, for errors: "rank is `text`".
-        type: the Python type that NumPy's and JAX's numbers are turned into; None leaves the value as it is.
-        accepts: whether a value is one of these.
+        text: the accepted values in words, for errors: "rank must be `text`".
+        type: the Python type that NumPy's and JAX's numbers are converted to; None does not convert.
+        accepts: whether a value is accepted.
         optional: whether None is accepted too.
     """
 
@@ -51,7 +51,7 @@ _NUMBER = Check("a finite number", float, _is_finite)
 _FRACTION = Check("a fraction in [0, 1)", float, lambda value: _is_finite(value) and 0 <= value < 1)
 _SWITCH = Check("True or False", bool, _is_switch)
 
-# Fields of these names that declare nothing are checked all the same, if their annotations are numbers.
+# Fields with these names and without a declaration are checked too, if they are annotated as numbers.
 _DEFAULTS = {"rank": _POSITIVE_INTEGER, "alpha": _NONZERO, "dropout": _FRACTION}
 
 
@@ -140,10 +140,10 @@ def _field(check: Check, default: Any) -> Any:
 
 
 def check_fields(method: Any) -> None:
-    """Checks the fields of a dataclass; numbers of NumPy become numbers of Python.
+    """Checks the fields of a dataclass, and converts NumPy's and JAX's numbers to Python's.
 
     Raises:
-        ValueError: with the field, what its value has to be, and what it is.
+        ValueError: if a value is not accepted; with the field, the accepted values, and the value.
     """
     for field in dataclasses.fields(method):
         check = field.metadata.get("check") or _default_check(field)
@@ -157,7 +157,7 @@ def check_fields(method: Any) -> None:
 
 
 def _default_check(field: "dataclasses.Field[Any]") -> Check | None:
-    """The check of a field that declares none, by its name and its annotation, which may be a string."""
+    """The check of a field without a declaration, by its name and its annotation, which may be a string."""
     check = _DEFAULTS.get(field.name)
     annotation = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
     words = annotation.replace("|", " ").split()

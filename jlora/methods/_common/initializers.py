@@ -1,4 +1,4 @@
-"""Initial values of factors: random numbers, or the two matrices of a low-rank update from the weight itself."""
+"""Initial values of factors: random numbers, or two matrices that are computed from the weight."""
 
 import math
 import re
@@ -28,7 +28,7 @@ _qr = jnp.vectorize(one_by_one(lambda w: tuple(jnp.linalg.qr(w))), signature="(m
 def stacked(
     initializer: Initializer, key: jax.Array, stack: tuple[int, ...], shape: tuple[int, ...], dtype: DTypeLike
 ) -> jax.Array:
-    """An array `(*stack, *shape)`; the initialiser is called for each layer of the stack with a key of its own."""
+    """An array `(*stack, *shape)`; the initialiser is called for each layer of the stack with its own key."""
     if not stack:
         return initializer(key, shape, dtype)
     keys = jax.random.split(key, math.prod(stack))
@@ -40,7 +40,7 @@ def named_start(
 ) -> tuple[jax.Array, jax.Array]:
     """A `(*stack, in, rank)` and B `(*stack, rank, out)` for a named start; weight and `shape` are `(*stack, in, out)`.
 
-    gaussian: A ~ N(0, 1/rank^2), B zero. orthogonal: A B = 0 with neither zero. pissa: the leading singular vectors
+    gaussian: A ~ N(0, 1/rank^2), B zero. orthogonal: A B = 0, A and B non-zero. pissa: the leading singular vectors
     (Meng et al. 2024, arXiv:2404.02948), `pissa_niter_k` by k subspace iterations (Halko et al. 2011,
     arXiv:0909.4061). milora: the last ones (Wang et al. 2024, arXiv:2406.09044). olora: the first columns of the
     transposed weight's QR factors (Buyukakyuz 2024, arXiv:2406.01775).

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 def inverse(matrix: jax.Array) -> jax.Array:
     """The inverse of each matrix of a stack, by Gauss-Jordan elimination.
 
-    No pivots are sought: the symmetric part has to be positive definite, then all pivots are positive. LAPACK has the
-    same in one call, but on CPUs of few cores two such calls at a time wait for each other for ever in jaxlib 0.10.
+    It does not pivot. The symmetric part must be positive definite: then all pivots are positive. LAPACK has this as
+    one call, but on CPUs with few cores two such calls at a time can deadlock in jaxlib 0.10.
 
     Arguments:
         matrix: (*stack, n, n).
+
+    Returns:
+        the inverses, (*stack, n, n).
     """
     rows, columns = (jax.lax.broadcasted_iota(jnp.int32, matrix.shape, matrix.ndim - 2 + axis) for axis in (0, 1))
 
@@ -30,11 +33,11 @@ def inverse(matrix: jax.Array) -> jax.Array:
 
 @inverse.defjvp
 def _inverse_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[jax.Array, jax.Array]:
-    found = inverse(primals[0])
+    inverted = inverse(primals[0])
     with jax.default_matmul_precision("highest"):
-        return found, -(found @ tangents[0] @ found)
+        return inverted, -(inverted @ tangents[0] @ inverted)
 
 
 def identity_like(like: jax.Array) -> jax.Array:
-    """The identity in place of each matrix of a stack."""
+    """The identity matrix for each matrix of a stack, in the shape and dtype of `like`."""
     return jnp.broadcast_to(jnp.eye(like.shape[-1], dtype=like.dtype), like.shape)

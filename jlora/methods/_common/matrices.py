@@ -1,4 +1,4 @@
-"""A weight as a matrix `(*stack, in, out)`, and limits that follow from its size."""
+"""A weight as a matrix `(*stack, in, out)`, and checks of hyper-parameters against its size."""
 
 import math
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def as_matrix(array: jax.Array, roles: Sequence[Role]) -> jax.Array:
 
 
 def dense_matrix(w: AdaptedWeight, roles: Sequence[Role]) -> jax.Array:
-    """The materialised weight, in the form of `as_matrix`.
+    """The materialised weight as a matrix, `(*stack, in, out)`.
 
     Arguments:
         w: the weight, with the updates that it has so far.
@@ -37,7 +37,7 @@ def dense_matrix(w: AdaptedWeight, roles: Sequence[Role]) -> jax.Array:
 
 
 def in_out(site: Site) -> tuple[int, int]:
-    """The joint sizes of a site's in and out axes."""
+    """The product of the sizes of a site's in axes, and that of its out axes."""
     return math.prod(site.sizes("in")), math.prod(site.sizes("out"))
 
 

@@ -16,12 +16,14 @@ Term = tuple[jax.Array, str]  # a factor and its declared axes
 
 
 class HasDropout(Protocol):
+    """A method with a dropout rate, which may be 0."""
+
     @property
     def dropout(self) -> float: ...
 
 
 class UpdateLike(Protocol):
-    """What the builders need to know about an update."""
+    """The attributes of an update that the builders use."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -36,7 +38,7 @@ class UpdateLike(Protocol):
 
 
 def weight_name(w: AdaptedWeight) -> str:
-    """The path of a weight for an error; a merge does not know it."""
+    """The path of a weight for an error message; inside a merge the path is empty."""
     return ", ".join(path for path in w.paths if path) or "the weight"
 
 
@@ -67,10 +69,10 @@ def add_network(
         w: the weight.
         update: the update, with its dropout key and rank mask.
         terms: factors, each with its declared axes, `(a, "*stack *in rank")`. A factor has one array axis for each axis
-            of the weight, or one for each group (`*stack` excepted).
+            of the weight, or one for each group (except for `*stack`).
         scale: a static multiplier.
-        labels: the indices of every group, from `group_labels`, with entries added for parts of the weight's axes that
-            the declarations name. By default those of `group_labels`.
+        labels: the indices of every group, from `group_labels`, with more entries for parts of the weight's axes that
+            the declarations name. By default `group_labels(w, update)`.
 
     Raises:
         ValueError: if the shape of a factor does not match its declared axes.
@@ -80,7 +82,7 @@ def add_network(
     names = dict.fromkeys(token for _, declared in terms for token in declared.split() if token not in labels)
     labels |= zip(names, fresh_indices([w.used(), *labels.values()], len(names)), strict=True)
     axes = WeightAxes.of(update)
-    factors = tuple(_one_axis_an_index(w, axes, array, declared, labels, names) for array, declared in terms)
+    factors = tuple(_reshape_to_indices(w, axes, array, declared, labels, names) for array, declared in terms)
     indices = tuple("".join(labels[token] for token in declared.split()) for _, declared in terms)
     dropout: dict[str, Any] = {}
     if update.key is not None:
@@ -89,7 +91,7 @@ def add_network(
 
 
 def add_matrix(w: AdaptedWeight, update: UpdateLike, matrix: jax.Array, scale: float) -> AdaptedWeight:
-    """Adds a difference of the weight's own size: a dense update.
+    """Adds `scale * matrix` to a weight, with a matrix as large as the weight: a dense update.
 
     Arguments:
         w, update: as for `add_network`.
@@ -109,17 +111,17 @@ def scale_axes(w: AdaptedWeight, update: UpdateLike, vector: jax.Array, declared
     """
     labels = group_labels(w, update)
     term = "".join(labels[token] for token in declared.split())
-    vector = _one_axis_an_index(w, WeightAxes.of(update), vector, declared, labels, ())
+    vector = _reshape_to_indices(w, WeightAxes.of(update), vector, declared, labels, ())
     networks = tuple(dataclasses.replace(n, factors=(*n.factors, vector), terms=(*n.terms, term)) for n in w.networks)
     scales = (*w.axis_scales, AxisScale(vector, term))
     return dataclasses.replace(w, networks=networks, axis_scales=scales)
 
 
 def split_group(w: AdaptedWeight, indices: str, minor: int) -> tuple[AdaptedWeight, str, str]:
-    """Splits the joint axis of some indices into a major and a minor part, `(n / minor, minor)`.
+    """Splits the joint axis of several indices into a major and a minor part, `(n / minor, minor)`.
 
     Returns:
-        the weight, with an index split if the border runs through it, and the indices of both parts.
+        the weight, with an index split if it belongs to both parts, and the indices of both parts.
     """
     part, reach = "", 1
     while reach < minor:
@@ -136,7 +138,7 @@ def split_group(w: AdaptedWeight, indices: str, minor: int) -> tuple[AdaptedWeig
 
 
 def splits_evenly(sizes: Sequence[int], minor: int) -> bool:
-    """Whether `split_group` can split the joint axis of some sizes into blocks of `minor`."""
+    """Whether `split_group` can split the joint axis of indices of these sizes into blocks of `minor`."""
     reach = 1
     for size in reversed(sizes):
         if reach == minor:
@@ -153,7 +155,7 @@ def _masked_rank(update: UpdateLike, terms: Sequence[Term]) -> list[Term]:
     return [(update.rank_mask, "rank")] if update.rank_mask is not None and has_rank else []
 
 
-def _one_axis_an_index(
+def _reshape_to_indices(
     w: AdaptedWeight,
     axes: WeightAxes,
     array: jax.Array,
@@ -167,18 +169,18 @@ def _one_axis_an_index(
     joint = {token: widths[token] if token == "*stack" else 1 for token in tokens}
     if array.ndim != sum(widths.values()):
         widths = joint
-    wanted, position = [], 0
+    new_shape, position = [], 0
     fits = array.ndim == sum(widths.values())
     for token in tokens if fits else ():
         dims = array.shape[position : position + widths[token]]
         position += widths[token]
         sizes = dims if token in names else tuple(w.size(index) for index in labels[token])
         fits = fits and math.prod(dims) == math.prod(sizes)
-        wanted += sizes
+        new_shape += sizes
     if not fits:
         raise ValueError(
             f"A factor of {weight_name(w)} has shape {tuple(array.shape)}, which does not match its axes {declared!r} "
-            f"for a weight of shape {axes.shape}. An adapter with an axis in front of every factor is used under "
-            "jax.vmap."
+            f"for a weight of shape {axes.shape}. If every factor has one more leading axis (a stack of adapters), "
+            "use jax.vmap."
         )
-    return array.reshape(wanted)
+    return array.reshape(new_shape)

@@ -1,7 +1,6 @@
 """Norms of a weight's columns or rows, without materialising the weight."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +14,17 @@ from jlora.methods._common.networks import UpdateLike, group_labels
 
 
 def norm(w: AdaptedWeight, update: UpdateLike, along: str) -> jax.Array:
-    """The norm of a weight over all of its axes but some; never zero.
+    """The Frobenius norm of a weight over all axes except those of `along`; never zero.
 
         |W + s A B|^2 = |W|^2 + 2 <W, s A B> + |s A B|^2
 
     Arguments:
         w: the weight.
-        update: what knows its axes.
-        along: the groups of axes that stay, "*stack *out".
+        update: the update, with the shape and roles of the weight.
+        along: the groups of axes that the result keeps, "*stack *out".
 
     Returns:
-        an array with one axis for each of these axes.
+        an array with one axis for each of these axes, in float32 or wider.
     """
     labels, axes = group_labels(w, update), WeightAxes.of(update)
     indices = "".join(labels[group] for group in along.split())
@@ -36,30 +35,31 @@ def norm(w: AdaptedWeight, update: UpdateLike, along: str) -> jax.Array:
     return value.reshape([size for group in along.split() for size in axes.sizes(group)])
 
 
-def _norm(f: AdaptedWeight, along: str) -> jax.Array:
-    dtype = accumulation_dtype(f.dtype)
-    base = materialize(f.base).reshape([f.size(c) for axis in f.axes for c in axis]).astype(dtype)
-    letters = "".join(f.axes)
-    for scale in f.axis_scales:
-        base = base * align_axes(scale.vector.astype(dtype), scale.indices, letters)
-    total = jnp.square(base).sum([k for k, c in enumerate(letters) if c not in along])
-    order = "".join(c for c in letters if c in along)
-    whole = TensorNetwork((base,), (letters,))
-    for k, one in enumerate(f.networks):
-        total = total + 2 * _inner(f, one, whole, order, dtype)
-        for j, other in enumerate(f.networks[: k + 1]):
-            total = total + (1 if j == k else 2) * _inner(f, one, other, order, dtype)
-    return jnp.sqrt(jnp.maximum(total, jnp.finfo(dtype).tiny)).transpose([order.index(c) for c in along])
+def _norm(w: AdaptedWeight, along: str) -> jax.Array:
+    """The norm for every value of the indices `along`, with one axis for each."""
+    dtype = accumulation_dtype(w.dtype)
+    base = materialize(w.base).reshape([w.size(index) for index in w.labels]).astype(dtype)
+    for scale in w.axis_scales:
+        base = base * align_axes(scale.vector.astype(dtype), scale.indices, w.labels)
+    total = jnp.square(base).sum([axis for axis, index in enumerate(w.labels) if index not in along])
+    order = "".join(index for index in w.labels if index in along)
+    base_network = TensorNetwork((base,), (w.labels,))
+    for k, network in enumerate(w.networks):
+        total = total + 2 * _inner(w, network, base_network, order, dtype)
+        for j, other in enumerate(w.networks[: k + 1]):
+            total = total + (1 if j == k else 2) * _inner(w, network, other, order, dtype)
+    return jnp.sqrt(jnp.maximum(total, jnp.finfo(dtype).tiny)).transpose([order.index(index) for index in along])
 
 
-def _inner(f: AdaptedWeight, one: TensorNetwork, other: TensorNetwork, along: str, dtype: Any) -> jax.Array:
-    """The inner product of two networks over all letters of the weight but some."""
-    own = [c for c in dict.fromkeys("".join(other.terms)) if c not in "".join(f.axes)]
-    table = str.maketrans(dict(zip(own, fresh_indices([f.used(), *one.terms, *other.terms], len(own)), strict=True)))
-    terms = [*one.terms, *(t.translate(table) for t in other.terms)]
-    factors = [*one.factors, *other.factors]
-    missing = "".join(c for axis in f.axes for c in axis if not any(c in t for t in terms))
-    if missing:  # a letter that neither has is a broadcast
+def _inner(w: AdaptedWeight, first: TensorNetwork, second: TensorNetwork, along: str, dtype: jnp.dtype) -> jax.Array:
+    """The inner product of two networks over all indices of the weight except `along`."""
+    summed = [index for index in dict.fromkeys("".join(second.terms)) if index not in w.labels]
+    fresh = fresh_indices([w.used(), *first.terms, *second.terms], len(summed))
+    table = str.maketrans(dict(zip(summed, fresh, strict=True)))
+    terms = [*first.terms, *(term.translate(table) for term in second.terms)]
+    factors = [*first.factors, *second.factors]
+    missing = "".join(index for index in w.labels if not any(index in term for term in terms))
+    if missing:  # both networks are constant along these indices
         terms.append(missing)
-        factors.append(jnp.ones([f.size(c) for c in missing], dtype))
-    return one.scale * other.scale * einsum(terms, factors, along, dtype)
+        factors.append(jnp.ones([w.size(index) for index in missing], dtype))
+    return first.scale * second.scale * einsum(terms, factors, along, dtype)

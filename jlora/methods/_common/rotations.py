@@ -1,4 +1,4 @@
-"""Rotations of a matrix's rows, a block of them at a time."""
+"""Rotations of the rows of a matrix, in blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +7,14 @@ from jlora.methods._common.linalg import identity_like, inverse
 
 
 def unsupported_reason(n_in: int, block: int, levels: int = 1) -> str:
-    """Why blocks do not divide an in space, with sizes that do; empty if they divide it."""
+    """Why blocks do not divide the in size, with block sizes that do; empty if they divide it."""
     if n_in % (block * 2 ** (levels - 1)) == 0:
         return ""
     step = 1 if levels == 1 else 2
     sizes = [b for b in range(2, n_in + 1, step) if n_in % (b * 2 ** (levels - 1)) == 0]
-    would = ", ".join(map(str, sorted(sorted(sizes, key=lambda b: abs(b - block))[:4]))) or "none"
+    nearest = ", ".join(map(str, sorted(sorted(sizes, key=lambda b: abs(b - block))[:4]))) or "none"
     product = f"{block} * {2 ** (levels - 1)}" if levels > 1 else str(block)
-    return f"{product} does not divide its in size {n_in}; blocks that do: {would}"
+    return f"{product} does not divide its in size {n_in}; blocks that do: {nearest}"
 
 
 def angles(block: int) -> int:
