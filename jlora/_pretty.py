@@ -112,8 +112,8 @@ def _fold_at(groups: dict[tuple[Any, ...], list[int]], place: int) -> dict[tuple
 
 
 def _braced(names: tuple[str, ...], numbers: tuple[frozenset[int], ...]) -> str:
-    spelled = [str(min(n)) if len(n) == 1 else f"{{{_ranges(sorted(n))}}}" for n in numbers]
-    return "".join(part for pair in zip(names, [*spelled, ""], strict=True) for part in pair)
+    ranges = [str(min(n)) if len(n) == 1 else f"{{{_ranges(sorted(n))}}}" for n in numbers]
+    return "".join(part for pair in zip(names, [*ranges, ""], strict=True) for part in pair)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -38,9 +38,9 @@ def _ragged_dot_general(eqn: Eqn) -> float:
 
 
 def _product(eqn: Eqn, dimension_numbers: Any) -> float:
-    out, left = _compat.aval(eqn.outvars[0]), _compat.aval(eqn.invars[0])
+    out, lhs = _compat.aval(eqn.outvars[0]), _compat.aval(eqn.invars[0])
     (contracted, _), _ = dimension_numbers
-    return 2 * out.size * math.prod(left.shape[k] for k in contracted)
+    return 2 * out.size * math.prod(lhs.shape[k] for k in contracted)
 
 
 def _conv_general_dilated(eqn: Eqn) -> float:

@@ -21,7 +21,7 @@ def run(ctx: Context, jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Valu
         values: the values of its inputs, arrays or `AdaptedWeight`.
 
     Returns:
-        the values of its outputs: `AdaptedWeight` where the program returns a weight.
+        the values of its outputs: `AdaptedWeight` if the program returns a weight.
     """
     env: dict[Any, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
 

@@ -78,7 +78,7 @@ def zeros(shape: Sequence[int], dtype: Any) -> LazyArray:
 
 
 def is_zero(array: Any) -> bool:
-    """Whether the value is an array made by `zeros`."""
+    """Whether the value is an array from `zeros`."""
     return isinstance(array, LazyArray) and array.step is None and not array.operands
 
 

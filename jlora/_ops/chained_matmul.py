@@ -96,8 +96,8 @@ def _transpose(g: Any, h: Any, c: Any, b: Any, *linear: Any, terms: Terms, dtype
     dc, both_labels = _pair(beside, shared + _JOINT, gk, shared + outer, dtype=c.dtype, **params)
     dc = lax.slice_in_dim(dc, 0, a, axis=both_labels.index(_JOINT))
     cotangents = gh, _arranged(dc, both_labels.replace(_JOINT, inner), cs), _arranged(*db, bs)
-    made = zip(linear, cotangents, strict=True)
-    return [None, None, None, *(value if ad.is_undefined_primal(operand) else None for operand, value in made)]
+    results = zip(linear, cotangents, strict=True)
+    return [None, None, None, *(value if ad.is_undefined_primal(operand) else None for operand, value in results)]
 
 
 def _tangent_jvp(primals: Any, tangents: Any, **params: Any) -> tuple[jax.Array, jax.Array]:
@@ -109,8 +109,8 @@ def _batched(operands: Any, axes: Any, **params: Any) -> tuple[jax.Array, int]:
 
 
 def _abstract(h: Any, c: Any, b: Any, *_: Any, terms: Terms, dtype: Any, **params: Any) -> Any:
-    known = zip(terms, (h, c, b), strict=False)
-    sizes = {name: n for term, a in known for name, n in zip(term, a.shape, strict=True)}
+    operands = zip(terms, (h, c, b), strict=False)
+    sizes = {name: n for term, a in operands for name, n in zip(term, a.shape, strict=True)}
     return jax.typeof(jax.ShapeDtypeStruct([sizes[name] for name in terms[3]], dtype))
 
 

@@ -1,4 +1,4 @@
-"""Quantised leaves of a parameter tree, which are dequantised where a program needs the array."""
+"""Quantised leaves of a parameter tree, which are dequantised when a program needs the array."""
 
 import abc
 import dataclasses

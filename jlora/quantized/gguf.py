@@ -30,7 +30,7 @@ class GGUF(Quantized):
         dtype: of the weight.
 
     Raises:
-        ValueError: if `kind` is not one of those three, or a row is not a whole number of blocks.
+        ValueError: if `kind` is not one of those three, or the row length is not a multiple of the block size.
 
     Example:
         data = jnp.asarray(tensor.data)  # `tensor` from gguf.GGUFReader("model.gguf").tensors

@@ -1,6 +1,6 @@
 """Rules of programs inside programs without a loop: `jit`, calls, `checkpoint`, branches.
 
-Each is rebuilt with the public function that made it, around an interpreted body.
+Each is rebuilt with the public function that created it, around an interpreted body.
 """
 
 import dataclasses

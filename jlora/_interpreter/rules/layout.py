@@ -24,7 +24,7 @@ def identity(ctx: Context, eqn: Eqn, f: AdaptedWeight) -> list[Value]:
 
 @register_rule("convert_element_type")
 def convert_element_type(ctx: Context, eqn: Eqn, f: AdaptedWeight) -> list[Value] | None:
-    """Casts the base. Factors keep their dtype: they are cast to the activation's where they are used.
+    """Casts the base. Factors keep their dtype: they are cast to the activation's when they are used.
 
     A cast to fewer than 16 bits rounds so much that base and update have to be rounded together: it materialises.
     """

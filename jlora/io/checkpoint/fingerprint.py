@@ -1,4 +1,4 @@
-"""Which base an adapter was made for, and how another base differs from it."""
+"""Which base an adapter was trained on, and how another base differs from it."""
 
 import hashlib
 from collections.abc import Mapping

@@ -139,5 +139,5 @@ def _most_common(values: Iterable[Any]) -> Any:
 
 
 def _as_int(value: float) -> int | float:
-    """A whole number as an int, all others as a float."""
+    """An integral number as an int, any other as a float."""
     return int(value) if float(value).is_integer() else float(value)

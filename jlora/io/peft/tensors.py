@@ -58,8 +58,8 @@ def sizes_of(owners: list[ModuleOwner]) -> Sizes:
 
 def _joint_size(sizes: list[int | None]) -> int | None:
     """The product of some sizes; None if one is not known."""
-    known = [size for size in sizes if size is not None]
-    return math.prod(known) if len(known) == len(sizes) else None
+    factors = [size for size in sizes if size is not None]
+    return math.prod(factors) if len(factors) == len(sizes) else None
 
 
 def file_shape(axes: str, sizes: Sizes) -> list[int | None]:

@@ -93,7 +93,7 @@ def _as_one_method(adapter: Adapter, params: Any, target: str | None) -> tuple[A
 
 
 def _saved_class(update: Update) -> type[Method] | None:
-    """The method as which PEFT has an update as it is; None if it has none."""
+    """The method that PEFT can store this update as without a conversion; None if PEFT does not have it."""
     if update.method.offset:
         return None
     if isinstance(update.method, GroupedLoRA):  # a LoRA for each module
@@ -102,7 +102,7 @@ def _saved_class(update: Update) -> type[Method] | None:
 
 
 def _for_target(adapted: Entries, trained: Entries, target: str | None, notes: list[str]) -> Entries:
-    """The adapted modules with one rank and scale where the reader needs them; each change is added to the notes."""
+    """The adapted modules with one rank and scale if the reader needs them; each change is added to the notes."""
     if target == "vllm":
         check_vllm(adapted, trained)
         adapted = with_uniform_rank(adapted, "vLLM reads one rank and one scale", notes)

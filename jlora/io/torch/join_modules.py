@@ -193,7 +193,7 @@ def _is_product(factors: ModuleFactors) -> bool:
 
 
 def _stack(name: str, by_index: Mapping[Index, ModuleFactors], location: WeightLocation) -> np.ndarray:
-    """A factor at all indices of the stack; zeros where a module has none."""
+    """A factor at all indices of the stack; zeros for a module without this factor."""
     zeros = np.zeros_like(next(iter(by_index.values())).arrays[name])
     layers = [by_index[index].arrays[name] if index in by_index else zeros for index in location.modules]
     stacked = np.stack(layers)

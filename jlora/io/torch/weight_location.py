@@ -27,7 +27,7 @@ class WeightLocation:
     Arguments:
         path: of the weight.
         weight: its shape and roles.
-        module: its entry in the map, with indices filled in where the path gives them; of several modules the first.
+        module: its entry in the map, with the indices that the path specifies filled in; of several modules the first.
         loop_axes: the number of stack axes that the modules' names enumerate.
         modules: for every index of those axes, the names of the modules that are concatenated in the weight.
     """

@@ -62,7 +62,7 @@ def positive_integer(default: int | None) -> Any:
         default: the value that the field has if none is given.
 
     Raises:
-        ValueError: when the method is made, if the value is another.
+        ValueError: when the method is constructed, if the value is not accepted.
     """
     return _field(_POSITIVE_INTEGER, default)
 
