@@ -84,7 +84,7 @@ def test_a_new_adapter_leaves_the_base_program_unchanged_and_gets_a_gradient(nam
 
 @pytest.mark.parametrize("name", sorted(MULTIPLICATIVE))
 def test_a_multiplicative_method_refuses_an_offset(name):
-    with pytest.raises(ValueError, match="remove offset"):
+    with pytest.raises(ValueError, match="Set offset=False"):
         adapter_of(name, offset=True)
 
 
