@@ -76,7 +76,7 @@ def test_a_truncation_keeps_the_leading_ranks_at_the_same_scale():
     assert jlora.truncate(adapter, 9)["mix/kernel"].factors["a"].shape == (8, 4)
     with pytest.raises(ValueError, match="rank must be a positive integer, not 0"):
         jlora.truncate(adapter, 0)
-    with pytest.raises(ValueError, match="holds Full"):
+    with pytest.raises(ValueError, match="this adapter has Full"):
         jlora.truncate(toy_model.adapter(jlora.Full()), 1)
 
 
