@@ -8,6 +8,7 @@ from jlora.methods.delora import DeLoRA
 from jlora.methods.dora import DoRA
 from jlora.methods.fourierft import FourierFT
 from jlora.methods.full import Full
+from jlora.methods.gralora import GraLoRA
 from jlora.methods.grouped_lora import GroupedLoRA
 from jlora.methods.hadamard import Hadamard
 from jlora.methods.hira import HiRA
@@ -36,6 +37,7 @@ __all__ = [
     "DoRA",
     "FourierFT",
     "Full",
+    "GraLoRA",
     "GroupedLoRA",
     "Hadamard",
     "HiRA",

@@ -40,6 +40,7 @@ METHODS: dict[str, list[jlora.Method]] = {
     "dora": [jlora.DoRA(2, ALPHA)],
     "fourierft": [jlora.FourierFT(5)],
     "full": [jlora.Full()],
+    "gralora": [jlora.GraLoRA(2, 2, ALPHA), jlora.GraLoRA(3, 3, ALPHA), jlora.LoRA(1, ALPHA)],
     "hadamard": [jlora.Hadamard(2, 2, alpha=ALPHA)],
     "hadamard_additive": [jlora.Hadamard(4, 2, "additive", ALPHA), jlora.Hadamard(2, 2, "additive", ALPHA)],
     "hadamard_tanh": [jlora.Hadamard(4, 2, "tanh", ALPHA)],
