@@ -1,4 +1,4 @@
-"""A method of one's own: LoRA with a trained gate for each rank.
+"""A method outside of jlora: LoRA with a trained gate for each rank.
 
 W + s A diag(g) B,    A: (*stack, *in, rank),    g: (*stack, rank),    B: (*stack, rank, *out)
 """

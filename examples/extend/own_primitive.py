@@ -1,4 +1,4 @@
-"""A rule for a primitive of one's own, so that a weight which goes through it stays factored.
+"""A rule for your own primitive, so that a weight which goes through it stays factored.
 
 The primitive reverses the axes of an array. Without the rule jlora would materialise the weight, and warn.
 """

@@ -1,4 +1,4 @@
-"""A quantised format of one's own: weights in 3 bits, with a scale for every output.
+"""A quantised format outside of jlora: weights in 3 bits, with a scale for every output.
 
 W = (code - 3.5) / 3.5 * scale,    code in 0 ... 7,    eight codes in three bytes
 """

@@ -57,10 +57,10 @@ def step(fun: Callable[..., jax.Array]) -> Callable[..., Any]:
     return jax.value_and_grad(lambda adapter, params, x: jnp.square(fun(params, adapter, x)).mean(), (0, 2))
 
 
-def close(found: Tree, expected: Tree) -> None:
+def close(actual: Tree, expected: Tree) -> None:
     largest = max(float(np.abs(a).max()) for a in jax.tree.leaves(expected[1]))
-    assert np.allclose(found[0], expected[0], rtol=TOLERANCE)
-    for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
+    assert np.allclose(actual[0], expected[0], rtol=TOLERANCE)
+    for a, b in zip(jax.tree.leaves(actual[1]), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=TOLERANCE * largest)
 
 
@@ -80,12 +80,12 @@ Sent = collections.Counter[tuple[str, tuple[int, ...]]]
 
 def sent(compiled: Any) -> Sent:
     """Every collective of a compiled program, with the shape of what it sends, piece by piece."""
-    found: Sent = collections.Counter()
+    counts: Sent = collections.Counter()
     for line in report.text(compiled).splitlines():
         for result, name in re.findall(rf" = (.*?) ({SENDS})(?:-start)?\(", line):
             for dims in re.findall(r"\w+\[([\d,]*)\]", result):
-                found[name, tuple(int(n) for n in dims.split(",") if n)] += 1
-    return found
+                counts[name, tuple(int(n) for n in dims.split(",") if n)] += 1
+    return counts
 
 
 @functools.cache
@@ -110,8 +110,8 @@ def hold(layout: Layout, kind: AxisType, method: jlora.Method) -> Sent:
         adapter = jax.device_put(adapter, jlora.shardings(adapter, params))
         traced = jlora.trace(layout.fun, params, x)
         compiled = jax.jit(step(jlora.adapt(layout.fun, on_dense="error"))).lower(adapter, params, x).compile()
-        found = compiled(adapter, params, x)
-    close(found, expected)
+        actual = compiled(adapter, params, x)
+    close(actual, expected)
     assert {path: site.roles for path, site in traced.items()} == {path: u.roles for path, u in adapter.items()}
     return sent(compiled)
 
@@ -138,8 +138,8 @@ def nothing_large(layout: Layout, base: Sent, adapted: Sent, adapter: Tree) -> N
     others = {dims for name, dims in adapted - base if name != "all-reduce" or tuple(sorted(dims)) not in factors}
     assert max(map(math.prod, others), default=0) <= max(math.prod(dims) for _, dims in base)
     whole = {piece for shape in layout.sizes.values() for piece in pieces(shape) if math.prod(piece) > BATCH * WIDTH}
-    gathered, known = ({tuple(sorted(dims)) for name, dims in s if name == "all-gather"} for s in (adapted, base))
-    assert gathered & whole <= known
+    gathered, by_base = ({tuple(sorted(dims)) for name, dims in s if name == "all-gather"} for s in (adapted, base))
+    assert gathered & whole <= by_base
 
 
 def pieces(shape: tuple[int, ...]) -> set[tuple[int, ...]]:

@@ -60,8 +60,8 @@ def adapter(method=None):
 
 def test_factors_follow_their_weight():
     on = on_mesh(params(), "4x2")
-    found = jlora.shardings(adapter(), on)
-    spec = {path: {name: s.spec for name, s in update.factors.items()} for path, update in found.items()}
+    placed = jlora.shardings(adapter(), on)
+    spec = {path: {name: s.spec for name, s in update.factors.items()} for path, update in placed.items()}
     assert spec["layers/up"]["a"] == PartitionSpec(None, "x", None)
     assert spec["layers/up"]["b"] == PartitionSpec(None, None, "y")
     assert spec["layers/up"]["m"] == PartitionSpec(None, "y")
@@ -70,7 +70,7 @@ def test_factors_follow_their_weight():
     assert spec["mix/kernel"]["a"] == PartitionSpec(("x", "y"), None)
     assert spec["mix/kernel"]["b"] == PartitionSpec(None, None)
     assert spec["embed"]["a"] == PartitionSpec("y", None)  # the head contracts the embedding's width
-    assert jax.tree.structure(found) == jax.tree.structure(adapter())
+    assert jax.tree.structure(placed) == jax.tree.structure(adapter())
 
 
 def test_factors_of_a_weight_on_one_device_are_placed_on_it():
@@ -129,8 +129,8 @@ def test_an_adapted_program_on_a_mesh_computes_what_it_computes_on_one_device():
     apply = jax.jit(jlora.adapt(model))
     expected = apply(params(), made, jnp.ones((3, 16)))
     on = on_mesh(params(), "4x2")
-    found = apply(on, jax.device_put(made, jlora.shardings(made, on)), jnp.ones((3, 16)))
-    assert np.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected).max()))
+    actual = apply(on, jax.device_put(made, jlora.shardings(made, on)), jnp.ones((3, 16)))
+    assert np.allclose(actual, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected).max()))
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +147,9 @@ def test_from_one_mesh_to_another(saved, name):
     on = on_mesh(params(), name)
     loaded = jlora.load(saved, params=on)
     same(jax.device_get(loaded), jax.device_get(adapter()))
-    for found, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(jlora.shardings(loaded, on)), strict=True):
-        assert found.sharding.is_equivalent_to(expected, found.ndim)
-        assert found.committed
+    for array, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(jlora.shardings(loaded, on)), strict=True):
+        assert array.sharding.is_equivalent_to(expected, array.ndim)
+        assert array.committed
 
 
 def test_from_a_mesh_to_one_device(saved):

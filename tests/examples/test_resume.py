@@ -158,7 +158,7 @@ def test_a_state_that_was_never_saved(tmp_path):
         jlora.checkpoint_args(toy_model.adapter(), {"step": b"3"})
 
 
-def test_items_of_ones_own_beside(tmp_path):
+def test_other_items_in_the_same_checkpoint(tmp_path):
     adapter = toy_model.adapter()
     with ocp.CheckpointManager(tmp_path) as manager:
         items = jlora.checkpoint_args(adapter, params=toy_model.params())

@@ -84,9 +84,9 @@ def test_warm_samples_follow_the_distribution() -> None:
     forward, params, tokens = small()
     prompts = jnp.repeat(tokens[:1], 4000, axis=0)
     drawn = smollm.generate(forward, params, prompts, SMALL, 1, temperature=2.0, key=jax.random.key(0))
-    found = np.bincount(np.asarray(drawn)[:, 0], minlength=SMALL.vocabulary) / len(drawn)
+    frequencies = np.bincount(np.asarray(drawn)[:, 0], minlength=SMALL.vocabulary) / len(drawn)
     expected = jax.nn.softmax(forward(params, tokens[:1])[0][0, -1] / 2.0)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=0.03)
+    np.testing.assert_allclose(frequencies, expected, rtol=0, atol=0.03)
 
 
 def test_generation_with_an_adapter_is_generation_with_merged_weights() -> None:

@@ -1,4 +1,4 @@
-"""Rules for primitives of one's own."""
+"""Rules for primitives of a user."""
 
 import jax
 import jax.numpy as jnp

@@ -66,8 +66,8 @@ def test_a_policy_keeps_what_lies_between_factors_and_nothing_else(fun: Any, cap
     saved = {}
     for policy in (ONLY_OURS, NOTHING):
         print_saved_residuals(run(policy), adapter, x)
-        found = re.findall(r"f32\[([\d,]*)\] (named 'jlora')?", capsys.readouterr().out)
-        saved[policy] = collections.Counter((tuple(map(int, dims.split(","))), bool(name)) for dims, name in found)
+        lines = re.findall(r"f32\[([\d,]*)\] (named 'jlora')?", capsys.readouterr().out)
+        saved[policy] = collections.Counter((tuple(map(int, dims.split(","))), bool(name)) for dims, name in lines)
     assert saved[ONLY_OURS] - saved[NOTHING] == {((BATCH, TIME, RANK), True): 1 if fun is conv else 2}
     assert not saved[NOTHING] - saved[ONLY_OURS]
 

@@ -67,8 +67,8 @@ def made_of(fun: Callable[..., Any], arg: Tree, *others: Tree) -> set[Dims]:
     jaxpr, _ = open_jaxpr(jax.make_jaxpr(fun)(arg, *others))
     count = len(jax.tree.leaves(arg))
     first = [k < count for k in range(len(jaxpr.invars))]
-    found, _ = depending(jaxpr, first)
-    return {dims(var.aval) for var in found - depending(jaxpr, [not mark for mark in first])[0]}
+    dependent, _ = depending(jaxpr, first)
+    return {dims(var.aval) for var in dependent - depending(jaxpr, [not mark for mark in first])[0]}
 
 
 def dims(a: Any) -> Dims:
@@ -77,9 +77,9 @@ def dims(a: Any) -> Dims:
 
 def depending(jaxpr: Any, inputs: Sequence[bool]) -> tuple[set[Any], list[bool]]:
     """Every variable of a jaxpr, and of those inside it, that depends on marked inputs, and marks for its outputs."""
-    known = {var for var, marked in zip(jaxpr.invars, inputs, strict=True) if marked}
+    dependent = {var for var, marked in zip(jaxpr.invars, inputs, strict=True) if marked}
     for eqn in jaxpr.eqns:
-        marks = [marked(atom, known) for atom in eqn.invars]
+        marks = [marked(atom, dependent) for atom in eqn.invars]
         if any(marks):
             inside = [depending(body, inputs) for body, inputs in bodies(eqn, marks)]
             outputs = [any(outs) for outs in zip(*(outs for _, outs in inside), strict=True)]
@@ -87,13 +87,13 @@ def depending(jaxpr: Any, inputs: Sequence[bool]) -> tuple[set[Any], list[bool]]
                 outputs = marks
             if len(outputs) != len(eqn.outvars):
                 outputs = [True] * len(eqn.outvars)
-            known |= {var for var, mark in zip(eqn.outvars, outputs, strict=True) if mark}
-            known = known.union(*(found for found, _ in inside))
-    return known, [marked(atom, known) for atom in jaxpr.outvars]
+            dependent |= {var for var, mark in zip(eqn.outvars, outputs, strict=True) if mark}
+            dependent = dependent.union(*(inner for inner, _ in inside))
+    return dependent, [marked(atom, dependent) for atom in jaxpr.outvars]
 
 
-def marked(atom: Any, known: set[Any]) -> bool:
-    return not is_literal(atom) and atom in known
+def marked(atom: Any, dependent: set[Any]) -> bool:
+    return not is_literal(atom) and atom in dependent
 
 
 def bodies(eqn: Any, marks: list[bool]) -> Iterator[tuple[Any, list[bool]]]:

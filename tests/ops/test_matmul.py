@@ -83,7 +83,7 @@ def test_a_program_for_one_cpu_joins_and_others_are_untouched():
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_a_primitive_of_ones_own_is_bound_for_the_cpu_alone(platform, monkeypatch):
+def test_the_custom_primitive_is_bound_for_the_cpu_alone(platform, monkeypatch):
     """So jaxpr tools, `jax.export` and `jet` meet documented primitives alone on GPU and TPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     grad, args = step()

@@ -113,14 +113,14 @@ def test_orthogonality_is_zero_for_singular_vectors():
 
 def test_biases_beside_the_adapted_weights():
     sites, kernels = toy_model.sites(), {"mix/kernel": jlora.LoRA(2)}
-    found = {which: jlora.with_biases(sites, kernels, which) for which in ("none", "lora_only", "all")}
-    methods = {which: {path: type(m) for path, m in jlora.init(KEY, sites, t).items()} for which, t in found.items()}
+    targets = {which: jlora.with_biases(sites, kernels, which) for which in ("none", "lora_only", "all")}
+    methods = {which: {path: type(m) for path, m in jlora.init(KEY, sites, t).items()} for which, t in targets.items()}
     assert {which: set(adapter) for which, adapter in methods.items()} == {
         "none": {"mix/kernel"},
         "lora_only": {"mix/kernel", "mix/bias"},
         "all": {"mix/kernel", "mix/bias", "layers/bias"},
     }
-    update = jlora.init(KEY, sites, found["all"])["mix/bias"]
+    update = jlora.init(KEY, sites, targets["all"])["mix/bias"]
     assert isinstance(update.method, jlora.Full)
     with pytest.raises(ValueError, match="'lora_only', not 'some'"):
         jlora.with_biases(sites, kernels, "some")  # pyright: ignore[reportArgumentType]
