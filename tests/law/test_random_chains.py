@@ -14,8 +14,6 @@ import jlora
 from tests.support.random_chains import Chain, any_chains, apply, factored_chains
 from tests.support.random_law import CHAINS, FRESH, law, tolerance
 
-pytestmark = pytest.mark.check_leaks
-
 
 def chain_law(case: Chain, *, factored: bool) -> None:
     """If the chain may be dense, a product with the unchanged weight comes first, and defines the roles of its axes."""

@@ -19,8 +19,6 @@ from tests.support.agreement import adapter_for, random
 from tests.support.random_chains import seeds
 from tests.support.random_law import DTYPES, FIXED, FRESH, law, tolerance
 
-pytestmark = pytest.mark.check_leaks
-
 
 @dataclasses.dataclass(frozen=True)
 class Gather:

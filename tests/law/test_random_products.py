@@ -16,8 +16,6 @@ import jlora
 from tests.support.random_chains import seeds
 from tests.support.random_law import DTYPES, FIXED, FRESH, law, tolerance
 
-pytestmark = pytest.mark.check_leaks
-
 
 @dataclasses.dataclass(frozen=True)
 class Dot:

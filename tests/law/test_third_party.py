@@ -14,7 +14,6 @@ import jlora
 from tests.support.agreement import adapter_for, check_law, sides
 from tests.support.third_party import CASES, STATEFUL, Case
 
-pytestmark = pytest.mark.check_leaks
 SIZE = 0.4  # of the factors: large ones make deep blocks without a norm so steep that float32 itself is too coarse
 
 
