@@ -175,7 +175,7 @@ def fix_randlora(layer: nn.Module) -> None:
 
 
 def fix_vera(layer: nn.Module) -> None:
-    a, b = vera.shared(SEED, N_IN, N_OUT, layer.r["default"])
+    a, b = vera.shared_matrices(SEED, N_IN, N_OUT, layer.r["default"])
     layer.vera_A["default"], layer.vera_B["default"] = tensor(a).T, tensor(b).T
 
 
