@@ -142,5 +142,5 @@ def test_adalora_ends_with_the_target_rank_where_it_matters():
 def test_a_budget_that_cannot_be():
     with pytest.raises(ValueError, match="leave no step of 10"):
         jlora.rank_budget(optax.sgd(1.0), target_rank=2, total_steps=10, warmup=6, final=4)
-    with pytest.raises(ValueError, match="there are none"):
+    with pytest.raises(ValueError, match="the parameters have none"):
         jlora.rank_budget(optax.sgd(1.0), target_rank=2, total_steps=10).init(toy_model.adapter())
