@@ -3,10 +3,12 @@
 import abc
 import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Quantized(abc.ABC):
@@ -93,6 +95,26 @@ def with_leading_axis(leaf: Any, length: int) -> Any:
         return None
     leaf = jax.tree.map(broadcast, leaf)
     return leaf if all(part.shape[:1] == (length,) for part in jax.tree.leaves(leaf)) else None
+
+
+def layer_of(leaf: Any, index: Mapping[int, int]) -> np.ndarray:
+    """The entries of a parameter at a position along some axes, as a NumPy array.
+
+    Of a quantised stack only that layer is dequantised, if its format can be sliced along the first axis.
+
+    Arguments:
+        leaf: the parameter: an array, a quantised weight, or an object that is indexed as an array is and reads a file.
+        index: the position along each axis that the result lacks.
+    """
+    if is_quantized(leaf):
+        rows = with_leading_axis(leaf, leaf.shape[0]) if 0 in index else None
+        if rows is not None:
+            leaf = jax.tree.map(lambda part: part[index[0]], rows)
+            index = {axis - 1: position for axis, position in index.items() if axis}
+        leaf = dequantize_leaf(leaf)
+    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+        leaf = np.asarray(leaf)
+    return np.asarray(leaf[tuple(index.get(axis, slice(None)) for axis in range(len(leaf.shape)))])
 
 
 def sharding(leaf: Any) -> Any:
