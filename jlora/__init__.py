@@ -52,6 +52,8 @@ if typing.TYPE_CHECKING:
     from jlora import extend as extend
     from jlora import io as io
     from jlora import quantized as quantized
+    from jlora.bank.combine import combine as combine
+    from jlora.bank.extract import extract as extract
     from jlora.io import loralib as loralib
     from jlora.io import peft as peft
     from jlora.io.checkpoint.orbax import checkpoint_args as checkpoint_args
@@ -68,7 +70,7 @@ __version__ = "0.1.0"
 __docformat__ = "google"
 
 # Orbax, TensorStore, optax and safetensors take as long to import as JAX itself. The modules that import them are
-# imported when one of these names is first used.
+# imported when one of these names is first used, and so is all of `jlora.bank`.
 _LAZY_MODULES = {
     "extend": "jlora.extend",
     "io": "jlora.io",
@@ -77,6 +79,8 @@ _LAZY_MODULES = {
     "quantized": "jlora.quantized",
 }
 _LAZY = {
+    "combine": "jlora.bank.combine",
+    "extract": "jlora.bank.extract",
     "checkpoint_args": "jlora.io.checkpoint.orbax",
     "load": "jlora.io.checkpoint.orbax",
     "load_state": "jlora.io.checkpoint.orbax",

@@ -33,6 +33,7 @@ PACKAGES = [
     "_adapter",
     "quantized",
     "io",
+    "bank",
     "",
 ]
 ONLY = {"_plan": {"_compat", "_pretty", "_tree"}}

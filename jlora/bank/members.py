@@ -1,0 +1,86 @@
+"""The adapters that are combined: with names, weights, and a check that they fit one base."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jlora._tree.paths import path_number
+from jlora.methods._base import Adapter, Update
+from jlora.methods._lowering import as_single
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """An adapter that is combined with others.
+
+    Arguments:
+        name: its name, or its number in a list.
+        number: an integer that no other member has, to be folded into PRNG keys.
+        weight: by which its change is multiplied.
+        adapter: the adapter.
+    """
+
+    name: str
+    number: int
+    weight: float
+    adapter: Adapter
+
+
+def weighted_members(adapters: Any, weights: Any) -> list[Member]:
+    """The adapters with their names and weights.
+
+    Arguments:
+        adapters: a list of adapters, or a dict by name.
+        weights: a list of numbers, or a dict by the same names; None for 1 each.
+
+    Raises:
+        TypeError: if `adapters` is neither, or holds something else than adapters.
+        ValueError: if there are no adapters, or not one finite weight for each.
+    """
+    is_named = isinstance(adapters, Mapping)
+    if is_named and any(isinstance(value, Update) for value in adapters.values()):
+        raise TypeError("Expected a list of adapters or a dict of adapters by name, found one adapter: pass [adapter].")
+    if not is_named and (isinstance(adapters, str) or not isinstance(adapters, Sequence)):
+        raise TypeError(f"Expected a list of adapters or a dict of adapters by name, found {type(adapters).__name__}.")
+    if not adapters:
+        raise ValueError("There are no adapters to combine.")
+    listed = list(adapters.values()) if is_named else list(adapters)
+    names = [str(name) for name in adapters] if is_named else [str(number) for number in range(len(listed))]
+    numbers = [path_number(name) for name in names] if is_named else range(len(listed))
+    each = zip(names, numbers, _weights(names, weights), listed, strict=True)
+    return [Member(name, number, weight, as_single(adapter)) for name, number, weight, adapter in each]
+
+
+def _weights(names: Sequence[str], weights: Any) -> list[float]:
+    if weights is None:
+        return [1.0] * len(names)
+    if isinstance(weights, Mapping):
+        if set(weights) != set(names):
+            raise ValueError(f"The weights are for {sorted(weights)}, the adapters are {sorted(names)}: name the same.")
+        weights = [weights[name] for name in names]
+    numbers = [float(weight) for weight in weights]
+    if len(numbers) != len(names):
+        raise ValueError(f"There are {len(numbers)} weights for {len(names)} adapters: pass one for each.")
+    for name, weight in zip(names, numbers, strict=True):
+        if not math.isfinite(weight):
+            raise ValueError(f"The weight of adapter {name} is {weight}: pass a finite number.")
+    return numbers
+
+
+def check_same_weight(path: str, members: Sequence[Member]) -> None:
+    """Checks that all members update a weight of one shape, with the same roles of its axes.
+
+    Raises:
+        ValueError: with the path, the adapters, and what each has.
+    """
+    first, *others = members
+    for field in ("shape", "roles"):
+        expected = getattr(first.adapter[path], field)
+        for other in others:
+            value = getattr(other.adapter[path], field)
+            if value != expected:
+                raise ValueError(
+                    f"{path} has the {field} {expected} in adapter {first.name} and {value} in adapter {other.name}. "
+                    "Only adapters of one base and one program can be combined."
+                )

@@ -1,0 +1,415 @@
+"""`jlora.combine` against formulas in NumPy, on plain, stacked, non-square, convolution and embedding weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tracemalloc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from tests.support import methods, toy_model
+from tests.support.agreement import adapter_for, close
+from tests.support.weight_uses import KINDS
+
+KEY = jax.random.key(5)
+PARAMS = toy_model.params()
+WEIGHTS = [0.7, -0.4, 1.5]
+
+
+def change(adapter: dict, params: Any = None) -> dict[str, np.ndarray]:
+    """What an adapter adds to each weight that it updates, in float64."""
+    params = PARAMS if params is None else params
+    merged, base = (leaves(tree) for tree in (jlora.merge(params, adapter), params))
+    return {path: merged[path] - base[path] for path in adapter}
+
+
+def leaves(tree: Any) -> dict[str, np.ndarray]:
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(k, simple=True, separator="/"): np.asarray(a, np.float64) for k, a in named}
+
+
+@functools.cache
+def members() -> dict[str, dict[str, jlora.Update]]:
+    """Three adapters: of other ranks and scales, a start that is subtracted, fewer targets, and a bias."""
+    stabilised = toy_model.adapter(jlora.LoRA(3, 4.0, rank_stabilized=True), seed=1)
+    methods_of_offset = {"mix/kernel": jlora.LoRA(2, start="pissa"), "layers/up": jlora.LoRA(1, 2.0)}
+    offset = drawn(methods_of_offset, 2)
+    biased = drawn({".*/(kernel|up)": jlora.LoRA(2, 3.0), ".*bias": jlora.Full()}, 3)
+    return {"stabilised": jlora.scale(stabilised, 0.5), "offset": offset, "biased": biased}
+
+
+def drawn(targets: Any, seed: int) -> dict[str, jlora.Update]:
+    shapes = jax.eval_shape(lambda: jlora.init(KEY, toy_model.sites(), targets, params=PARAMS))
+    return toy_model.nonzero(shapes, seed)
+
+
+def matrices(path: str, value: np.ndarray) -> np.ndarray:
+    """The layers of a weight of the toy model; a bias is one layer."""
+    return value if path in ("layers/up", "layers/down") else value[None]
+
+
+def summed(changes: list[dict[str, np.ndarray]], weights: list[float]) -> dict[str, np.ndarray]:
+    paths = {path for each in changes for path in each}
+    terms = list(zip(weights, changes, strict=True))
+    return {path: np.sum([w * each[path] for w, each in terms if path in each], axis=0) for path in paths}
+
+
+def off(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    assert got.keys() == expected.keys()
+    return max(float(np.abs(got[path] - expected[path]).max() / np.abs(expected[path]).max()) for path in expected)
+
+
+def test_concat_is_the_exact_sum_and_joins_ranks():
+    adapters = members()
+    combined, errors = jlora.combine(adapters, dict(zip(adapters, WEIGHTS, strict=True)))
+    expected = summed([change(a) for a in adapters.values()], WEIGHTS)
+    assert off(change(combined), expected) < 2e-6
+    assert set(errors.values()) == {0.0}
+    ranks = {path: vars(update.method).get("rank") for path, update in combined.items()}
+    assert ranks == {
+        "embed": 3,
+        "layers/down": 3,
+        "layers/up": 3 + 1 + 2,
+        "mix/kernel": 3 + 4 + 2,  # that of a subtracted start counts twice
+        "layers/bias": None,
+        "mix/bias": None,
+    }
+
+
+def test_weights_are_one_by_default_and_zero_leaves_an_adapter_out():
+    adapters = list(members().values())
+    expected = summed([change(a) for a in adapters], [1, 1, 1])
+    assert off(change(jlora.combine(adapters)[0]), expected) < 2e-6
+    dora = toy_model.adapter(jlora.DoRA(2))  # needs no params, since it adds nothing
+    combined, _ = jlora.combine([dora, adapters[0]], [0, 1])
+    assert vars(combined["embed"].method)["rank"] == 3
+    close(change(combined), change(adapters[0]))
+    nothing, errors = jlora.combine([adapters[0]], [0])
+    assert not any(np.abs(value).max() for value in change(nothing).values())
+    assert set(errors.values()) == {0.0}
+    assert not any(np.abs(v).max() for v in change(jlora.combine([adapters[0]], [0], how="svd", rank=2)[0]).values())
+
+
+def test_negation_undoes_an_adapter():
+    adapter = toy_model.adapter()
+    negated, _ = jlora.combine([adapter], [-1])
+    close(jlora.merge(jlora.merge(PARAMS, adapter), negated), PARAMS)
+    assert off(change(negated), {path: -value for path, value in change(adapter).items()}) < 2e-6
+
+
+def truncated(value: np.ndarray, rank: int) -> np.ndarray:
+    u, s, vt = np.linalg.svd(value, full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :]
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_svd_of_a_rank(rank):
+    adapters = list(members().values())
+    combined, errors = jlora.combine(adapters, WEIGHTS, how="svd", rank=rank)
+    for path, value in summed([change(a) for a in adapters], WEIGHTS).items():
+        if value.ndim == 1 or path == "layers/bias":
+            close(change(combined)[path], value, 1e-5)
+            continue
+        layers = matrices(path, value)
+        expected = truncated(layers, rank)
+        close(matrices(path, change(combined)[path]), expected, 1e-5)
+        error = np.linalg.norm(layers - expected, axis=(1, 2)) / np.linalg.norm(layers, axis=(1, 2))
+        assert errors[path] == pytest.approx(error.max(), rel=1e-4, abs=1e-6)
+        assert vars(combined[path].method)["rank"] == rank
+
+
+def test_svd_of_an_energy_keeps_it_in_every_layer():
+    adapters = list(members().values())
+    combined, errors = jlora.combine(adapters, WEIGHTS, how="svd", energy=0.8)
+    for path in ("embed", "layers/up", "layers/down", "mix/kernel"):
+        value = matrices(path, summed([change(a) for a in adapters], WEIGHTS)[path])
+        squares = np.square(np.linalg.svd(value, compute_uv=False))
+        rank = int(np.argmax((np.cumsum(squares, -1) / squares.sum(-1, keepdims=True)).min(0) >= 0.8)) + 1
+        assert vars(combined[path].method)["rank"] == rank
+        close(matrices(path, change(combined)[path]), truncated(value, rank), 1e-5)
+        assert errors[path] <= 0.2**0.5
+    capped, _ = jlora.combine(adapters, WEIGHTS, how="svd", energy=0.8, rank=1)
+    assert {vars(u.method)["rank"] for u in capped.values() if isinstance(u.method, jlora.LoRA)} == {1}
+
+
+def test_svd_without_a_rank_finds_that_of_the_sum():
+    adapter = drawn({"layers/up": jlora.LoRA(2, 3.0)}, 4)
+    twice, errors = jlora.combine([adapter, adapter], how="svd")
+    assert vars(twice["layers/up"].method)["rank"] == 2
+    assert errors["layers/up"] < 1e-6
+    close(change(twice)["layers/up"], 2 * change(adapter)["layers/up"], 1e-5)
+
+
+def kept(value: np.ndarray, density: float) -> np.ndarray:
+    """The largest entries in magnitude."""
+    threshold = np.sort(np.abs(value), axis=None)[value.size - int(density * value.size)]
+    return np.where(np.abs(value) >= threshold, value, 0)
+
+
+def elected(values: np.ndarray) -> np.ndarray:
+    """The mean over adapters of the entries with the sign of the sum."""
+    agrees = np.sign(values) == np.sign(values.sum(0))
+    agrees &= values != 0
+    return np.where(agrees, values, 0).sum(0) / np.maximum(agrees.sum(0), 1)
+
+
+DENSITY, ALL_RANKS = 0.4, 99
+
+
+@pytest.mark.parametrize("how", ["ties", "magnitude"])
+def test_pruning_by_magnitude(how):
+    """Each layer of a stack is pruned by itself; biases follow the same rule."""
+    adapters = list(members().values())
+    changes = [change(a) for a in adapters]
+    combined, errors = jlora.combine(adapters, WEIGHTS, how=how, density=DENSITY, rank=ALL_RANKS, params=PARAMS)
+    for path, value in summed(changes, WEIGHTS).items():
+        terms = [w * matrices(path, c.get(path, np.zeros_like(value))) for w, c in zip(WEIGHTS, changes, strict=True)]
+        pruned = [np.stack([kept(layer, DENSITY) if layer.any() else layer for layer in term]) for term in terms]
+        expected = elected(np.stack(pruned)) if how == "ties" else sum(pruned)
+        close(matrices(path, change(combined)[path]), expected, 1e-5)
+        assert errors[path] < 1e-6
+    truncated_, errors = jlora.combine(adapters, WEIGHTS, how=how, density=DENSITY, rank=2)
+    assert 0 < max(errors.values()) < 1
+    assert vars(truncated_["embed"].method)["rank"] == 2
+
+
+def test_ties_takes_the_side_with_the_larger_sum():
+    """Two small positive entries against one large negative one; two that cancel; one alone."""
+    first = np.array([[1.0, 5.0, 0.0], [2.0, 1.0, 3.0]])
+    second = np.array([[1.0, -5.0, 0.0], [4.0, 1.0, 0.0]])
+    third = np.array([[-7.0, 0.0, 2.0], [0.0, 1.0, 0.0]])
+    expected = [[-7.0, 0.0, 2.0], [3.0, 1.0, 3.0]]
+    combined, _ = jlora.combine([exact(v) for v in (first, second, third)], how="ties", density=1, rank=2)
+    close(change(combined, {"w": jnp.zeros((2, 3))})["w"], np.array(expected))
+
+
+def exact(value: np.ndarray) -> dict[str, jlora.Update]:
+    """A LoRA that adds a matrix: itself times the identity."""
+    factors = {"a": jnp.asarray(value, jnp.float32), "b": jnp.eye(value.shape[1])}
+    return {"w": jlora.Update(factors, jlora.LoRA(value.shape[1]), ("in", "out"), value.shape)}
+
+
+@pytest.mark.parametrize("how", ["dare", "dare_ties"])
+def test_dropping_at_random(how):
+    """What is dropped is what is dropped from ones, by the same key."""
+    rng = np.random.default_rng(1)
+    values, ones = rng.normal(size=(3, 20, 30)), np.ones((20, 30))
+    names = ["x", "y", "z"]
+
+    def run(matrices_: list[np.ndarray], key: jax.Array = KEY) -> np.ndarray:
+        adapters = dict(zip(names, map(exact, matrices_), strict=True))
+        combined, _ = jlora.combine(adapters, how=how, density=0.3, key=key, rank=ALL_RANKS)
+        return change(combined, {"w": jnp.zeros((20, 30))})["w"]
+
+    nothing = np.zeros_like(ones)
+    masks = [run([ones if k == member else nothing for k in range(3)]) for member in range(3)]
+    for mask in masks:
+        assert np.all(np.isclose(mask, 0, atol=1e-4) | np.isclose(mask, 1 / 0.3, atol=1e-4))
+        assert abs(np.mean(mask > 1) - 0.3) < 0.06  # more than three standard deviations
+    assert all(np.abs(masks[k] - masks[k - 1]).max() > 1 for k in range(3))
+    dropped = np.stack([value * np.round(mask * 0.3) / 0.3 for value, mask in zip(values, masks, strict=True)])
+    close(run(list(values)), elected(dropped) if how == "dare_ties" else dropped.sum(0), 1e-5)
+    assert np.abs(run(list(values)) - run(list(values), jax.random.key(6))).max() > 0.1
+
+
+def test_random_numbers_do_not_depend_on_other_adapters_or_targets():
+    adapters = members()
+    options: dict[str, Any] = {"how": "dare", "density": 0.5, "key": KEY, "rank": ALL_RANKS}
+    alone = change(jlora.combine({"stabilised": adapters["stabilised"]}, **options)[0])
+    weights = {"offset": 0, "stabilised": 1}
+    beside = change(jlora.combine({name: adapters[name] for name in weights}, weights, **options)[0])
+    close(beside, alone, 1e-5)
+    less = {"layers/up": adapters["stabilised"]["layers/up"]}
+    close(change(jlora.combine({"stabilised": less}, **options)[0])["layers/up"], alone["layers/up"], 1e-5)
+    first, second = alone["layers/up"][0], alone["layers/up"][1]
+    assert ((np.abs(first) < 1e-6) != (np.abs(second) < 1e-6)).any()
+
+
+def test_a_method_that_depends_on_the_base():
+    """The change by DoRA is that of the whole formula, times its weight."""
+    dora, lora = toy_model.adapter(jlora.DoRA(2, 3.0), seed=1), toy_model.adapter(seed=2)
+    with pytest.raises(ValueError, match=r"DoRA depends on the base\. Pass params"):
+        jlora.combine([dora, lora], how="svd", rank=8)
+    with pytest.raises(ValueError, match=r"(?s)embed: the update of DoRA in adapter 0 has rank 8 .*how='svd'"):
+        jlora.combine([dora, lora], params=PARAMS)
+    combined, errors = jlora.combine([dora, lora], [0.5, 2], how="svd", rank=8, params=PARAMS)
+    assert off(change(combined), summed([change(dora), change(lora)], [0.5, 2])) < 1e-5
+    assert max(errors.values()) < 1e-6
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_a_quantised_base(form):
+    sites = toy_model.sites()
+    base = jlora.quantize(PARAMS, sites, {"layers/up": form})
+    dora = {"layers/up": toy_model.adapter(jlora.DoRA(2), seed=1)["layers/up"]}
+    combined, _ = jlora.combine([dora], [0.5], how="svd", rank=8, params=base)
+    plain = jax.jit(jlora.dequantize)(base)
+    assert off(change(combined, plain), summed([change(dora, plain)], [0.5])) < 1e-5
+
+
+DENSE = {
+    *("dora", "hadamard_sigmoid", "hadamard_tanh", "hira", "ia3", "ia3_in", "oft", "boft", "randlora", "shira"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(methods.METHODS))
+def test_every_method(name):
+    """With the exact rule if it has an exactly equal LoRA, else with a decomposition of all ranks."""
+    params = {"layers": jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 30)), jnp.float32)}
+
+    def program(p: dict, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda y, w: (y, x @ w), x, p["layers"])[1]
+
+    sites = jlora.trace(program, params, jnp.ones((3, 24)))
+    method = methods.fitting(name, sites["layers"])
+    shapes = jax.eval_shape(lambda: jlora.init(KEY, sites, {"layers": method}, params=params))
+    adapters = [
+        toy_model.nonzero(shapes, 1),
+        adapter_for(sites, {"layers": jlora.LoRA(2, 3.0)}, np.random.default_rng(2)),
+    ]
+    expected = summed([change(a, params) for a in adapters], [0.5, 2])
+    options: dict[str, Any] = {}
+    if name in DENSE:
+        refusal = f"layers: the update of {type(method).__name__} in adapter 0 has rank .* Combine with how='svd'"
+        with pytest.raises(ValueError, match=refusal):
+            jlora.combine(adapters, [0.5, 2], params=params)
+        options = {"how": "svd", "rank": 24}
+    combined, _ = jlora.combine(adapters, [0.5, 2], params=params, **options)
+    assert off(change(combined, params), expected) < 2e-5
+
+
+EIGHT = {
+    *("dense_general_in_axes", "experts", "scan_stacked", "tied_embedding", "conv_grouped"),
+    *("mlp", "kernel_out_in", "conv_2d"),
+}
+
+
+def kind_cases() -> list[Any]:
+    return [pytest.param(k, id=k.name, marks=[] if k.name in EIGHT else [pytest.mark.nightly]) for k in KINDS]
+
+
+@pytest.mark.parametrize("kind", kind_cases())
+def test_kinds_of_weight(kind):
+    """Exactly, by an SVD of the factors, and by one of the weight's change."""
+    params, inputs = jax.tree.map(jnp.asarray, kind.values(np.random.default_rng(0)))
+    sites = jlora.trace(kind.use, params, inputs)
+    rng = np.random.default_rng(1)
+    adapters = [adapter_for(sites, dict.fromkeys(kind.weights, jlora.LoRA(1, alpha)), rng) for alpha in (2.0, 3.0)]
+    expected = summed([change(a, params) for a in adapters], [0.5, -2])
+    for options in ({}, {"how": "svd", "rank": ALL_RANKS}, {"how": "magnitude", "density": 1.0, "rank": ALL_RANKS}):
+        combined, errors = jlora.combine(adapters, [0.5, -2], **options)
+        assert off(change(combined, params), expected) < 1e-5
+        assert max(errors.values()) < 1e-6
+
+
+def test_the_result_is_saved_loaded_and_exported(tmp_path):
+    adapters = list(members().values())
+    for how, options in {"concat": {}, "ties": {"density": 0.5, "rank": 3}}.items():
+        combined, _ = jlora.combine(adapters, WEIGHTS, how=how, **options)
+        jlora.save(tmp_path / how, combined)
+        again = jlora.load(tmp_path / how)
+        assert jax.tree.structure(again) == jax.tree.structure(combined)
+        close(change(again), change(combined), 1e-7)
+        torch = {path: update for path, update in combined.items() if path.startswith("layers/")}
+        bias = jlora.peft.Module("down.{i}.bias", "parameter")
+        names = {"layers/up": "up.{i}", "layers/down": "down.{i}", "layers/bias": bias}
+        jlora.peft.save(tmp_path / "peft" / how, torch, names, params=PARAMS)
+        loaded = jlora.peft.load(tmp_path / "peft" / how, toy_model.sites(), names, params=PARAMS)
+        close(change(loaded), {path: change(combined)[path] for path in loaded}, 1e-6)
+
+
+@pytest.mark.parametrize("how", ["svd", "ties", "dare", "magnitude"])
+def test_one_layer_at_a_time(how):
+    """Whatever the depth of a stack, less than a fourth of one change is in memory."""
+    layers, width, rng = 96, 96, np.random.default_rng(0)
+
+    def stacked_lora() -> dict[str, jlora.Update]:
+        shapes = {"a": (layers, width, 1), "b": (layers, 1, width)}
+        factors = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+        return {"w": jlora.Update(factors, jlora.LoRA(1), ("stack", "in", "out"), (layers, width, width))}
+
+    options: dict[str, Any] = {"how": how, "rank": 1}
+    options |= {"density": 0.5} if how != "svd" else {}
+    options |= {"key": KEY} if how == "dare" else {}
+    adapters = [stacked_lora() for _ in range(4)]
+    jlora.combine(adapters, **options)  # compiles
+    tracemalloc.start()
+    jlora.combine(adapters, **options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * layers * width**2 / 4
+
+
+def test_dropout_is_kept_if_all_agree():
+    rates = [0.1, 0.1, 0.2]
+    adapters = [drawn({"mix/kernel": jlora.LoRA(2, dropout=rate)}, 1) for rate in rates]
+    assert jlora.combine(adapters[:2])[0]["mix/kernel"].method.dropout == 0.1
+    assert jlora.combine(adapters)[0]["mix/kernel"].method.dropout == 0
+
+
+def test_full_updates_of_matrices():
+    """Exact with "concat"; decomposed by the other rules."""
+    full, lora = drawn({"mix/kernel": jlora.Full()}, 1), drawn({"mix/kernel": jlora.LoRA(2)}, 2)
+    expected = summed([change(full), change(lora)], WEIGHTS[:2])
+    combined, errors = jlora.combine([full, lora], WEIGHTS[:2])
+    assert isinstance(combined["mix/kernel"].method, jlora.Full)
+    assert errors == {"mix/kernel": 0}
+    assert off(change(combined), expected) < 2e-6
+    combined, errors = jlora.combine([full, lora], WEIGHTS[:2], how="svd", rank=2)
+    close(change(combined)["mix/kernel"], truncated(expected["mix/kernel"], 2), 1e-5)
+    with pytest.raises(ValueError, match=r"mix/kernel: the combination by 'svd' has rank 8 of at most 8"):
+        jlora.combine([full, lora], how="svd")
+
+
+def any_combine(*args: Any, **options: Any) -> Any:
+    """`jlora.combine` for arguments of the wrong type."""
+    return jlora.combine(*args, **options)
+
+
+def other_roles() -> dict[str, jlora.Update]:
+    update = toy_model.adapter()["mix/kernel"]
+    return {"mix/kernel": dataclasses.replace(update, roles=("out", "in"))}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda a: any_combine(a), TypeError, "found one adapter"),
+        (lambda a: any_combine(iter([a])), TypeError, "found list_iterator"),
+        (lambda a: any_combine([[a]]), TypeError, "Expected one adapter, found a list"),
+        (lambda a: any_combine([]), ValueError, "no adapters"),
+        (lambda a: any_combine([a, a], [1]), ValueError, "1 weights for 2 adapters"),
+        (lambda a: any_combine([a], [np.nan]), ValueError, "weight of adapter 0 is nan"),
+        (lambda a: any_combine({"x": a}, {"y": 1}), ValueError, "name the same"),
+        (lambda a: any_combine([a], how="slerp"), ValueError, "'concat', 'svd', 'ties'"),
+        (lambda a: any_combine([a], rank=3), ValueError, "'concat' is exact"),
+        (lambda a: any_combine([a], how="ties", density=0.5), ValueError, "pass a rank or an energy"),
+        (lambda a: any_combine([a], how="ties", rank=2), ValueError, "needs `density`"),
+        (lambda a: any_combine([a], how="svd", density=0.5), ValueError, "no use for `density`"),
+        (lambda a: any_combine([a], how="ties", rank=2, density=0.5, key=KEY), ValueError, "no use for `key`"),
+        (lambda a: any_combine([a], how="dare", rank=2, density=0.5), ValueError, "needs `key`"),
+        (lambda a: any_combine([a], how="ties", rank=2, density=0.0), ValueError, r"in \(0, 1\]"),
+        (lambda a: any_combine([a], how="svd", rank=0), ValueError, "positive integer"),
+        (lambda a: any_combine([a], how="svd", energy=1.5), ValueError, r"in \(0, 1\], not 1.5"),
+        (lambda a: any_combine({"x": a, "y": other_roles()}), ValueError, "mix/kernel has the roles .* in adapter y"),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call(toy_model.adapter())
+
+
+def test_a_factor_that_is_not_finite():
+    adapter = toy_model.adapter()
+    update = adapter["embed"]
+    bad = dataclasses.replace(update, factors=update.factors | {"a": update["a"].at[0, 0].set(jnp.nan)})
+    with pytest.raises(
+        ValueError, match="embed: the combination by 'svd' cannot be decomposed, because it has entries"
+    ):
+        jlora.combine([adapter | {"embed": bad}], how="svd", rank=1)
