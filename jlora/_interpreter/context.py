@@ -63,8 +63,8 @@ class Context:
     Arguments:
         run: evaluates a jaxpr: `run(ctx, jaxpr, consts, values) -> values`.
         on_dense: called with a weight and the equation that materialises it, or None for an output of the program.
-        uses: every use, by the position of its equation and its path, so that a body which is traced twice counts
-            once.
+        uses: every use, by the position of its equation, its path, and whether the weight stays factored, so that a
+            body which is traced twice counts once.
         stack: the position of the current equation: its number in the program, preceded by the numbers of the
             equations around it, each with the number of its branch.
         trip_count: how often the current equation runs, as far as the lengths of loops are known.
@@ -119,7 +119,7 @@ class Context:
             axes = _axis_roles(f, path, roles)
             if primitive:
                 axes |= {axis: "in" for origin, axis in f.gathered_axes if origin == path}
-            self.uses[*self.stack, path] = Use(
+            self.uses[*self.stack, path, factored] = Use(
                 path=path,
                 primitive=primitive or (eqn.primitive.name if eqn else "output"),
                 where=_compat.source_line(eqn) if eqn else "",
@@ -129,6 +129,17 @@ class Context:
                 added=added * self.trip_count,
                 bytes=0 if factored else f.base.size * f.dtype.itemsize,
             )
+
+    def forget_inner_uses(self) -> None:
+        """Drops the uses inside the current equation, whose body will be traced again with other values.
+
+        `trace` keeps them: they specify roles.
+        """
+        if self.trace_only:
+            return
+        depth = len(self.stack)
+        for key in [key for key in self.uses if key[:depth] == self.stack and isinstance(key[depth], int)]:
+            del self.uses[key]
 
     def materialize(self, eqn: Eqn | None, f: AdaptedWeight) -> jax.Array:
         """The dense weight, for an equation that has no rule for it; `eqn` is None for an output of the program.

@@ -97,3 +97,19 @@ def test_arguments_that_are_no_arrays_pass_through():
     out = jlora.adapt(f)(params, adapter, jnp.ones((2, 4)), 2, train=True, name="left", options=("a", 1))
     assert (out["name"], out["options"], out["n"]) == ("left", ("a", 1), 2)
     assert jlora.adapt(f).__name__ == "f"
+
+
+def test_uses_in_a_loop_that_is_traced_again_are_those_of_the_last_trace():
+    """The loop squares the weight that it carries: what each step consumes is an array, not the factored weight."""
+    params, x = {"w": jnp.ones((4, 4))}, jnp.ones((2, 4))
+
+    def f(p, x):
+        def body(carry, _):
+            w, y = carry
+            return (w * w, y @ w), None
+
+        return x @ p["w"], jax.lax.scan(body, (p["w"], x), length=2)[0][1]
+
+    adapter = jlora.init(jax.random.key(0), jlora.trace(f, params, x), {"w": jlora.LoRA(2)})
+    uses = jlora.explain(f, params, adapter, x).uses
+    assert [(use.primitive, use.factored) for use in uses] == [("dot_general", True), ("scan", False)]

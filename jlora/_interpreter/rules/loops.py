@@ -106,6 +106,7 @@ def carry_fixed_point(
         changed = [isinstance(a, AdaptedWeight) and _form(a) != _form(b) for a, b in zip(carry, out, strict=True)]
         if not any(changed):
             break
+        ctx.forget_inner_uses()
         carry = [_materialize_carry(ctx, eqn, v) if c else v for v, c in zip(carry, changed, strict=True)]
     return carry
 
