@@ -78,8 +78,12 @@ def while_(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     condition_consts, body_consts = values[: p.num_condition_consts], values[p.num_condition_consts : num_consts]
     inner, outer = ctx.child(), ctx.child(branch=1)
 
+    def goes_on(carry: Sequence[Value]) -> jax.Array:
+        return ctx.run(outer, *p.condition, [*condition_consts, *carry])[0]
+
     def body(carry: list[Value], number: Any = None) -> list[Value]:
-        return ctx.run(inner, *p.body, [*_with_step_keys(body_consts, number), *carry])
+        new = ctx.run(inner, *p.body, [*_with_step_keys(body_consts, number), *carry])
+        return _select_rows(goes_on(carry), new, carry, inner, eqn)
 
     def step(state: tuple[Any, list[Value]]) -> tuple[Any, list[Value]]:
         number, carry = state
@@ -87,10 +91,27 @@ def while_(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
         return None if number is None else number + 1, new
 
     def condition(state: tuple[Any, list[Value]]) -> jax.Array:
-        return ctx.run(outer, *p.condition, [*condition_consts, *state[1]])[0]
+        return jnp.any(goes_on(state[1]))  # in a batch, of each row
 
     number = jnp.int32(0) if _has_dropout(values) else None
     return lax.while_loop(condition, step, (number, carry_fixed_point(ctx, eqn, values[num_consts:], body)))[1]
+
+
+def _select_rows(goes_on: jax.Array, new: Sequence[Value], old: Sequence[Value], ctx: Context, eqn: Eqn) -> list[Value]:
+    """The new carry. Rows of a batch that are finished keep their old values; a weight that changes is materialised.
+
+    If the length of a loop differs from row to row, `jax.vmap` gives its condition and all carries leading axes.
+    """
+    if not goes_on.ndim:
+        return list(new)
+
+    def select(value: Value, before: Value) -> Value:
+        if value is before:
+            return before
+        value, before = ctx.to_array(eqn, value), ctx.to_array(eqn, before)
+        return lax.select(lax.broadcast_in_dim(goes_on, value.shape, range(goes_on.ndim)), value, before)
+
+    return [select(value, before) for value, before in zip(new, old, strict=True)]
 
 
 def carry_fixed_point(
