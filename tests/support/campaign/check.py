@@ -1,0 +1,282 @@
+"""Judges a random program: the law, the report of dense weights, and errors of jlora's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import traceback
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jlora
+from tests.support.agreement import F32, OPTIONS
+from tests.support.campaign.draw import Built, build
+from tests.support.campaign.numbers import adapters, noisy, values
+from tests.support.campaign.plan import Plan
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What came of a plan.
+
+    Arguments:
+        outcome: "agrees"; "coarse" if the two sides agree within roundings that are as large as what the adapter
+            changes; "nothing" if no weight can be adapted; "refused" if JAX refuses the base program too;
+            "miscompiled" if XLA gives the merged program other values on eight devices than on one; "fault".
+        text: of a fault.
+        kinds: the names of all that the program consists of.
+    """
+
+    outcome: str
+    text: str = ""
+    kinds: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Values and derivatives of a program: adapted, merged, and merged with noise; and the base's values.
+
+    Arguments:
+        eps: the coarsest rounding of an activation.
+        storage: the coarsest rounding of a parameter.
+        adapted, merged: of the two sides of the law.
+        base: the values of the base program.
+        near: as `merged`, of parameters, adapters and inputs that are off by a rounding.
+    """
+
+    eps: float
+    storage: float
+    adapted: Tree
+    merged: Tree
+    base: Tree
+    near: list[Tree]
+
+
+class Refused(Exception):  # noqa: N818, it is no error of jlora's
+    """JAX refuses the base program."""
+
+
+def judge(plan: Plan) -> Verdict:
+    """Runs a plan. Whatever jlora raises on a program that JAX runs is a fault."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("always", category=jlora.DenseWarning)
+        try:
+            built = build(plan)
+        except Exception:
+            return Verdict("fault", f"the campaign cannot build this\n{traceback.format_exc()}")
+        try:
+            plan = _placeable(plan, built)
+            outcome, text = _judge(plan, built)
+            if outcome == "fault" and plan.placement is not None and _is_miscompiled(plan, built):
+                outcome = "miscompiled"
+        except Refused:
+            outcome, text = "refused", ""
+        except Exception:
+            outcome, text = "fault", traceback.format_exc(limit=-12)
+    return Verdict(outcome, text, (*built.kinds, *(draw.name for draw in plan.methods)))
+
+
+def _placeable(plan: Plan, built: Built) -> Plan:
+    """The plan, on one device if it looks up rows: XLA's partitioner crashes on some of their derivatives."""
+    if plan.placement is None:
+        return plan
+    params, x = values(dataclasses.replace(plan, placement=None), built)
+    try:
+        text = str(jax.make_jaxpr(built.fun)(jlora.dequantize(params), x))
+    except Exception as error:
+        raise Refused from error
+    return dataclasses.replace(plan, placement=None) if re.search(r"\b(gather|dynamic_slice)\[", text) else plan
+
+
+def _judge(plan: Plan, built: Built) -> tuple[str, str]:
+    params, x = values(plan, built)
+    lead = tuple(program.adapters for program in reversed(built.wrappers) if program.adapters)
+    plain = jlora.dequantize(params)
+    _check_base(built, jax.tree.map(lambda a: jax.ShapeDtypeStruct((*lead, *a.shape), a.dtype), plain), x)
+    sites = jlora.trace(built.fun, params, x)
+    str(sites)
+    adapter = adapters(plan, sites, params, lead)
+    if not adapter:
+        return "nothing", ""
+    one = jax.tree.map(lambda a: a[(0,) * len(lead)], adapter) if lead else adapter
+    jlora.merge(params, one)
+    caught, results = _run(built, params, adapter, x)
+    reported = _check_report(plan, built, params, one, x, warned=bool(caught))
+    return ("fault", reported) if reported else _compare(results)
+
+
+def _is_miscompiled(plan: Plan, built: Built) -> bool:
+    """Whether the merged program gives other values on eight devices than on one: then XLA is at fault."""
+    results = []
+    for placed in (plan, dataclasses.replace(plan, placement=None)):
+        params, x = values(placed, built)
+        adapter = adapters(plan, jlora.trace(built.fun, params, x), params, ())
+        results.append(_run(built, params, adapter, x)[1])
+    return _compare(dataclasses.replace(results[1], adapted=results[0].merged))[0] == "fault"
+
+
+def _check_base(built: Built, params: Tree, x: Tree) -> None:
+    """Raises `Refused` if JAX refuses the base program, or its derivatives."""
+    try:
+        side = built.around(lambda _, params, x: built.fun(params, x))
+        jax.eval_shape(_derivatives(built, side), params, params, x)
+    except Exception as error:
+        raise Refused from error
+
+
+def _run(built: Built, params: Tree, adapter: Tree, x: Tree) -> tuple[list[Any], Results]:
+    """DenseWarnings, and the results."""
+    adapted = built.around(jlora.adapt(built.fun))
+    merged = built.around(lambda params, adapter, x: built.fun(jlora.merge(params, adapter), x))
+    base = built.around(lambda params, adapter, x: built.fun(jlora.dequantize(params), x))
+
+    def both(params: Tree, adapter: Tree, x: Tree) -> Tree:
+        return _derivatives(built, adapted)(params, adapter, x), *reference(params, adapter, x)
+
+    def reference(params: Tree, adapter: Tree, x: Tree) -> Tree:
+        return _derivatives(built, merged)(params, adapter, x), base(params, adapter, x)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("error")
+        warnings.filterwarnings("always", category=jlora.DenseWarning)
+        try:
+            lowered, run = _compile(both, params, adapter, x)
+        except Exception:
+            try:
+                _compile(reference, params, adapter, x)
+            except Exception as error:
+                raise Refused from error
+            raise
+    eps = _coarsest(str(lowered.as_text()))
+    got, want, unadapted = run(params, adapter, x)
+    others = [run(*(noisy(tree, seed, eps) for tree in (params, adapter, x)))[1] for seed in (1, 2)]
+    narrow = [a.dtype for a in jax.tree.leaves(params) if jnp.issubdtype(a.dtype, jnp.floating)]
+    storage = max(float(jnp.finfo(dtype).eps) for dtype in narrow)
+    return caught, Results(eps, storage, got, want, unadapted, others)
+
+
+def _compile(fun: Any, *args: Tree) -> tuple[Any, Any]:
+    lowered = jax.jit(fun).lower(*args)
+    return lowered, lowered.compile(compiler_options=OPTIONS)
+
+
+def _coarsest(text: str) -> float:
+    """The coarsest rounding of an activation: of float32, float16 or bfloat16, whichever the program has."""
+    mantissas = {int(m) for m in re.findall(r"reduce_precision.*?e\d+m(\d+)", text)}
+    narrow = [7] * ("xbf16>" in text) + [10] * ("xf16>" in text) + [m for m in mantissas if m >= 7]
+    return 2.0 ** -min([22, *narrow])
+
+
+def _derivatives(built: Built, side: Any) -> Any:
+    """Values, and derivatives by the adapter and the inputs, in one direction."""
+
+    def run(params: Tree, adapter: Tree, x: Tree) -> Tree:
+        leaves, treedef = jax.tree.flatten((adapter, x))
+        chosen = [k for k, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+        def f(some: list[Any]) -> Tree:
+            filled = dict(enumerate(leaves)) | dict(zip(chosen, some, strict=True))
+            return side(params, *jax.tree.unflatten(treedef, [filled[k] for k in range(len(leaves))]))
+
+        some = [leaves[k] for k in chosen]
+        if built.forward:
+            value, tangent = jax.jvp(f, (some,), (_direction(some),))
+            return {"value": value, "derivative": tangent}
+        value, pull = jax.vjp(f, some)
+        return {"value": value, "derivative": pull(_direction(value))[0]}
+
+    return run
+
+
+def _direction(tree: Tree) -> Tree:
+    rng = np.random.default_rng(7)
+    return jax.tree.map(lambda a: jnp.asarray(rng.uniform(0.5, 1.5, a.shape), a.dtype), tree)
+
+
+def _check_report(plan: Plan, built: Built, params: Tree, adapter: Tree, x: Tree, *, warned: bool) -> str:
+    """`explain` must list what `adapt` warns of, and nothing else if all updates have low rank."""
+    explained = jlora.explain(built.fun, params, adapter, x)
+    str(explained)
+    if warned and not explained.dense:
+        return "adapt warned of dense weights, and explain lists none"
+    thin = all(isinstance(update.method, jlora.LoRA) for each in adapter for update in each.values())
+    large = all(
+        min(sites_rank(update)) > 2 * update.method.rank for each in adapter for update in each.values() if thin
+    )
+    if thin and large and explained.dense and not warned and not plan.quantized:
+        return f"explain lists dense weights, and adapt did not warn:\n{explained}"
+    return ""
+
+
+def sites_rank(update: jlora.Update) -> list[int]:
+    """The sizes of the two sides of an update as a matrix."""
+    sides = [1, 1]
+    for n, role in zip(update.shape, update.roles, strict=True):
+        if role != "stack":
+            sides[role == "out"] *= n
+    return sides
+
+
+def _compare(results: Results) -> tuple[str, str]:
+    """Every leaf of values and derivatives, in units of its largest entry and of what noise changes."""
+    want = results.merged
+    top = max((_largest(a) for a in jax.tree.leaves(want)), default=0.0)
+    coarse, narrow = False, max(results.eps, results.storage) > 2**-12
+    effect = max(_gap(a, b) for a, b in _pairs(want["value"], results.base))
+    noise = 0.0
+    pairs = zip(*(_named(tree) for tree in (results.adapted, want, *results.near)), strict=True)
+    for (name, a), (_, b), *near in pairs:
+        if not jnp.issubdtype(b.dtype, jnp.floating):
+            continue
+        near = [leaf for _, leaf in near]
+        if any((np.isfinite(_double(b)) != np.isfinite(_double(c))).any() for c in near):
+            return "coarse", ""  # an overflow
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            return "fault", f"{name}: {a.dtype}{a.shape} adapted, {b.dtype}{b.shape} merged"
+        if (np.isfinite(_double(a)) != np.isfinite(_double(b))).any():
+            return ("coarse", "") if narrow and _overflows(want) else ("fault", f"{name}: not finite in other places")
+        moved = max(_gap(b, c) for c in near)
+        # A merged weight of 8 bits has cotangents of 8 bits, which are summed as such.
+        loose = 4 if results.storage > 2**-5 and "value" not in name else 1
+        bound = loose * (max(F32, 8 * results.eps, 2 * results.storage) * _largest(b) + 4 * moved + 1e-7 * top)
+        if not _gap(a, b) <= bound:
+            return "fault", f"{name}: differs by {_gap(a, b):.3g}, largest entry {_largest(b):.3g}, bound {bound:.3g}"
+        if "value" in name:
+            noise = max(noise, bound)
+        coarse = coarse or bound > 0.5 * _largest(b) > 0
+    return ("coarse" if coarse or noise > 0.5 * effect else "agrees"), ""
+
+
+def _overflows(tree: Tree) -> bool:
+    """Whether some number is close to the largest of a narrow dtype, as cotangents of 8 bits soon are."""
+    return any(_largest(a) > 200 for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating))
+
+
+def _named(tree: Tree) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _pairs(left: Tree, right: Tree) -> list[tuple[Any, Any]]:
+    both = list(zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=False))
+    return [(a, b) for a, b in both if a.shape == b.shape] or [(np.zeros(1), np.zeros(1))]
+
+
+def _double(a: Any) -> np.ndarray:
+    return np.asarray(a).astype(np.float64)
+
+
+def _gap(a: Any, b: Any) -> float:
+    a, b = _double(a), _double(b)
+    both = np.isfinite(a) & np.isfinite(b)
+    return float(np.abs(np.where(both, a, 0) - np.where(both, b, 0)).max(initial=0))
+
+
+def _largest(a: Any) -> float:
+    return _gap(a, np.zeros(()))
