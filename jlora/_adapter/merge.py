@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from jlora import _compat
 from jlora._ir.materialize import accumulation_dtype, broadcast_axis_scale, delta, dense
 from jlora._tree import leaves as _quantized
 from jlora._tree.paths import flatten, is_array, named_leaves
@@ -119,23 +121,29 @@ def _unmerge(w: jax.Array, adapters: list[Adapter]) -> jax.Array:
     return value.astype(w.dtype)
 
 
-def scale(adapter: Adapter, factor: float) -> Adapter:
+def scale(adapter: Adapter, factor: float | jax.Array) -> Adapter:
     """Multiplies every update by a number: 0 gives the base, 1 the adapter as it is.
 
     Arguments:
         adapter: the adapter.
-        factor: a Python number. It is static: another factor compiles again.
+        factor: a number, which is static: another one compiles again, and 0 leaves the adapter out of the program. Or a
+            scalar that is traced (an argument of a function under `jax.jit`), which costs one product with a factor.
 
     Returns:
-        the adapter with the same arrays.
+        the adapter with the same arrays. After a traced factor each update has its scale as one more array.
 
     Raises:
-        TypeError: if `adapter` is not an adapter.
+        TypeError: if `adapter` is not an adapter, or `factor` is not a scalar.
 
     Example:
         half = jlora.merge(params, jlora.scale(adapter, 0.5))
+        blend = jax.jit(lambda strength: jlora.adapt(f)(params, jlora.scale(adapter, strength), x))
     """
-    factor = float(factor)
+    if _compat.is_tracer(factor):
+        if jnp.shape(factor):
+            raise TypeError(f"scale expects a scalar, not an array of shape {jnp.shape(factor)}: use jax.vmap.")
+    else:
+        factor = float(factor)
     return {
         path: dataclasses.replace(update, scale=update.scale * factor) for path, update in as_single(adapter).items()
     }

@@ -135,7 +135,8 @@ def _absorb_vectors(network: TensorNetwork) -> list[Factor]:
             absorbed.append((factor, term))
         else:
             other, other_term = absorbed[at]
-            absorbed[at] = (other * align_axes(factor, term, other_term), other_term)
+            wider = max(other.dtype, factor.dtype, key=lambda dtype: dtype.itemsize)
+            absorbed[at] = (other.astype(wider) * align_axes(factor.astype(wider), term, other_term), other_term)
     return absorbed
 
 

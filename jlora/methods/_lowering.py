@@ -69,18 +69,25 @@ def lower_updates(adapters: Sequence[Adapter], leaf: Any, path: str) -> AdaptedW
 
 
 def _widened(update: Update, dtype: DTypeLike) -> Update:
-    """The update with every array at least as wide as the weight: scales and vectors are multiplied into the arrays."""
+    """The update with every array at least as wide as the weight: scales and vectors are multiplied into the arrays.
+
+    A traced scale gets the dtype of the factors.
+    """
 
     def widen(a: Any) -> Any:
         is_narrow = jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < jnp.finfo(dtype).bits
         return a.astype(dtype) if is_narrow else a
 
-    return jax.tree.map(widen, update)
+    widened = jax.tree.map(widen, update)
+    if isinstance(update.scale, float):
+        return widened
+    dtype = next(a.dtype for a in jax.tree.leaves(widened.factors) if jnp.issubdtype(a.dtype, jnp.floating))
+    return dataclasses.replace(widened, scale=widened.scale.astype(dtype))
 
 
 def _apply_update(update: Update, w: AdaptedWeight) -> AdaptedWeight:
     """The weight with what the update adds; with an offset, what its initial factors add is subtracted."""
-    if update.scale == 0:
+    if isinstance(update.scale, float) and update.scale == 0:
         return w
     out = update.method.lower(update, w)
     if not update.method.offset:

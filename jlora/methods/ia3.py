@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import final
 
+import jax
+
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common.factor_axes import WeightAxes
@@ -39,6 +41,6 @@ class IA3(Method):
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         vector = update["l"]
-        if update.scale != 1:
+        if isinstance(update.scale, jax.Array) or update.scale != 1:
             vector = 1 + update.scale * (vector - 1)
         return scale_axes(w, update, vector, update.declared["l"])

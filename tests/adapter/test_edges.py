@@ -12,6 +12,7 @@ from flax import nnx
 
 import jlora
 from tests.support.agreement import close
+from tests.support.methods import METHODS, fitting
 
 PARAMS = {"w": jax.random.normal(jax.random.key(0), (16, 12)), "v": jax.random.normal(jax.random.key(1), (12, 12))}
 X = jax.random.normal(jax.random.key(2), (4, 16))
@@ -160,3 +161,43 @@ def test_dequantize_takes_trees_and_leaves_plain_arrays_alone():
     assert plain["v"] is PARAMS["v"]
     assert jlora.dequantize(PARAMS["w"]) is PARAMS["w"]
     assert jlora.dequantize(None) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lora", "dora", "ia3", *(pytest.param(name, marks=pytest.mark.nightly) for name in METHODS)],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_traced_scale_is_the_number(name, dtype):
+    params, x = jax.tree.map(lambda a: a.astype(dtype), (PARAMS, X))
+    sites = jlora.trace(model, params, x)
+    adapter = jlora.init(jax.random.key(3), sites, {"w": fitting(name, sites["w"])}, dtype=dtype)
+    adapter = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype), adapter)
+    adapted = jlora.adapt(model, on_dense="allow")
+
+    def output(scale, adapter):
+        return adapted(params, jlora.scale(jlora.scale(adapter, scale), 2), x)
+
+    bound = 1e-5 if dtype == jnp.float32 else 0.04
+    got, gradient = jax.jit(jax.value_and_grad(lambda s: output(s, adapter).astype(jnp.float32).sum()))(0.25)
+    close(got, output(0.25, adapter).astype(jnp.float32).sum(), bound)
+    step = 1 / 64
+    slope = (output(0.25 + step, adapter) - output(0.25 - step, adapter)).astype(jnp.float32).sum() / (2 * step)
+    if dtype == jnp.float32:
+        close(gradient, slope, 0.1)
+    merged = jax.jit(lambda s: jlora.merge(params, jlora.scale(adapter, s)))(0.5)
+    close(merged, jlora.merge(params, jlora.scale(adapter, 0.5)), bound)
+
+
+def test_one_program_for_many_scales(tmp_path):
+    adapter = adapter_of()
+    scales = jnp.array([0.0, 0.5, 1.0])
+    many = jax.vmap(lambda s: jlora.adapt(model)(PARAMS, jlora.scale(adapter, s), X))(scales)
+    close(many, jnp.stack([jlora.adapt(model)(PARAMS, jlora.scale(adapter, float(s)), X) for s in scales]), 1e-5)
+    scaled = jax.jit(jlora.scale)(adapter, 0.5)
+    jlora.save(tmp_path / "a", scaled)
+    loaded = jlora.load(tmp_path / "a")
+    assert [update.scale for update in loaded.values()] == [0.5, 0.5]
+    close(jlora.adapt(model)(PARAMS, loaded, X), jlora.adapt(model)(PARAMS, jlora.scale(adapter, 0.5), X), 1e-6)
+    with pytest.raises(TypeError, match="expects a scalar, not an array of shape"):
+        jax.jit(jlora.scale)(adapter, scales)

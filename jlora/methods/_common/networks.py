@@ -60,7 +60,7 @@ def add_network(
     w: AdaptedWeight,
     update: UpdateLike,
     terms: Sequence[Term],
-    scale: float,
+    scale: float | jax.Array,
     labels: Mapping[str, str] | None = None,
 ) -> AdaptedWeight:
     """Adds `scale * product of factors` to a weight; axes that the weight lacks are summed over.
@@ -70,7 +70,7 @@ def add_network(
         update: the update, with its dropout key and rank mask.
         terms: factors, each with its declared axes, `(a, "*stack *in rank")`. A factor has one array axis for each axis
             of the weight, or one for each group (except for `*stack`).
-        scale: a static multiplier.
+        scale: a multiplier; if it is an array, it multiplies the first factor.
         labels: the indices of every group, from `group_labels`, with more entries for parts of the weight's axes that
             the declarations name. By default `group_labels(w, update)`.
 
@@ -78,6 +78,9 @@ def add_network(
         ValueError: if the shape of a factor does not match its declared axes.
     """
     labels = dict(group_labels(w, update) if labels is None else labels)
+    if isinstance(scale, jax.Array):
+        (first, declared), *rest = terms
+        terms, scale = [(first * scale.astype(first.dtype), declared), *rest], 1.0
     terms = [*terms, *_masked_rank(update, terms)]
     names = dict.fromkeys(token for _, declared in terms for token in declared.split() if token not in labels)
     labels |= zip(names, fresh_indices([w.used(), *labels.values()], len(names)), strict=True)
@@ -90,13 +93,13 @@ def add_network(
     return dataclasses.replace(w, networks=(*w.networks, TensorNetwork(factors, indices, scale, **dropout)))
 
 
-def add_matrix(w: AdaptedWeight, update: UpdateLike, matrix: jax.Array, scale: float) -> AdaptedWeight:
+def add_matrix(w: AdaptedWeight, update: UpdateLike, matrix: jax.Array, scale: float | jax.Array) -> AdaptedWeight:
     """Adds `scale * matrix` to a weight, with a matrix as large as the weight: a dense update.
 
     Arguments:
         w, update: as for `add_network`.
         matrix: the difference, `(*stack, in, out)`.
-        scale: a static multiplier.
+        scale: as for `add_network`.
     """
     return add_network(w, update, [(matrix, "*stack *in *out")], scale)
 
