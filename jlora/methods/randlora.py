@@ -67,7 +67,7 @@ class RandLoRA(Method):
         a_key, b_key = random_matrices.keys(self.seed, 2)
         a = random_matrices.rows(a_key, larger, count * self.rank)
         b = random_matrices.rows(b_key, count * self.rank, smaller).reshape(count, self.rank, smaller)
-        d, columns = update["d"][..., None], update["b"][..., None, :]
+        d, columns = update["d"][..., None].astype(b.dtype), update["b"][..., None, :].astype(b.dtype)
         scaled = d * columns * jnp.expand_dims(b, list(range(d.ndim - b.ndim)))
         delta = jnp.matmul(a, scaled.reshape(*scaled.shape[:-3], -1, smaller), precision=jax.lax.Precision.HIGHEST)
         return add_matrix(w, update, delta if n_in >= n_out else delta.mT, self.scale * update.scale)

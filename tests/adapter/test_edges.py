@@ -171,7 +171,7 @@ def test_dequantize_takes_trees_and_leaves_plain_arrays_alone():
 def test_a_traced_scale_is_the_number(name, dtype):
     params, x = jax.tree.map(lambda a: a.astype(dtype), (PARAMS, X))
     sites = jlora.trace(model, params, x)
-    adapter = jlora.init(jax.random.key(3), sites, {"w": fitting(name, sites["w"])}, dtype=dtype)
+    adapter = jlora.init(jax.random.key(3), sites, {"w": fitting(name, sites["w"])}, params=params, dtype=dtype)
     adapter = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype), adapter)
     adapted = jlora.adapt(model, on_dense="allow")
 
