@@ -13,9 +13,9 @@ from jlora._interpreter import interpreter as _interpret
 from jlora._interpreter.context import Context
 from jlora._ir.weight import AdaptedWeight
 from jlora._trace.stage import stage
-from jlora._tree.leaves import is_quantized
+from jlora._trace.trace import lower_parameters
 from jlora._tree.paths import is_array, named_leaves
-from jlora.methods._lowering import as_adapters, check_fits, lower_updates
+from jlora.methods._lowering import as_adapters, check_fits
 
 
 class DenseWarning(UserWarning):
@@ -79,12 +79,9 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
         check_fits(adapters, {path: leaf for path, leaf in named_leaves(params) if is_array(leaf)})
         params = jax.tree.map(lambda a: jax.lax.stop_gradient(a) if isinstance(a, jax.Array) else a, params)
         program = stage(fun, params, args, kwargs)
-        leaves = dict(zip(program.paths, program.params, strict=True))
         dense_uses: dict[str, None] = {}
         ctx = Context(_interpret.run, functools.partial(_on_dense, dense_uses, on_dense))
-        lowered = {path for each in adapters for path in each}
-        lowered |= {path for path, leaf in leaves.items() if is_quantized(leaf)}
-        weights = [lower_updates(adapters, leaf, path) if path in lowered else leaf for path, leaf in leaves.items()]
+        weights = lower_parameters(program, program.params, adapters)
         out = _interpret.run(ctx, program.jaxpr, program.consts, [*weights, *program.args])
         out = [ctx.materialize(None, v) if isinstance(v, AdaptedWeight) else v for v in out]
         if dense_uses:

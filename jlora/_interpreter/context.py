@@ -17,6 +17,7 @@ from jlora._ir.weight import AdaptedWeight, TensorNetwork
 Role = Literal["in", "window", "out", "stack"]
 Value = Any  # an array, or an `AdaptedWeight` in the place of a weight
 
+_PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 _LOOKUPS = ("gather", "dynamic_slice")
 _RECORD_ORDER: tuple[Role, ...] = ("stack", "out", "window", "in")
 
@@ -54,6 +55,11 @@ class Use:
     def is_lookup(self) -> bool:
         """Whether this use reads rows of the weight, as an embedding does."""
         return self.primitive in _LOOKUPS
+
+    @property
+    def is_product(self) -> bool:
+        """Whether this use is a product or a convolution."""
+        return self.primitive in _PRODUCTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,14 +150,17 @@ class Context:
     def materialize(self, eqn: Eqn | None, f: AdaptedWeight) -> jax.Array:
         """The dense weight, for an equation that has no rule for it; `eqn` is None for an output of the program.
 
-        The result of a lookup is an activation: materialising it is not a dense fallback.
+        The result of a lookup is an activation: materialising it is not a dense fallback. Nor is it one for the right
+        weight of a product of two.
         """
+        f = f if f.multiplied is None else dataclasses.replace(f, paths=f.multiplied)
         if f.gathered_axes:
             roles: dict[str, Role] = {x.name: "out" for x in f.indices if x.origins}
             self.record(eqn, f, roles, primitive="gather", added=f.base.size)
         else:
             self.record(eqn, f, {}, factored=False, added=f.base.size)
-            self.on_dense(f, eqn)
+            if f.paths:
+                self.on_dense(f, eqn)
         return dense(f)
 
     def to_array(self, eqn: Eqn | None, value: Value) -> jax.Array:

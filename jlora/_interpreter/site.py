@@ -87,6 +87,8 @@ class Site:
             return "the program does not use it"
         if not self.roles:
             primitives = ", ".join(sorted({use.primitive for use in self.uses}))
+            if any(use.is_product for use in self.uses):
+                return f"it takes the place of the activation wherever it is multiplied ({primitives})"
             return f"no product, convolution or lookup uses it (only {primitives})"
         if not {"in", "out"} <= set(map(matrix_side, self.roles)):
             return f"its axes are all {self.roles[0]!r}, so it has no low-rank form"

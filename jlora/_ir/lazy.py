@@ -106,7 +106,9 @@ def bind(eqn: Eqn, *operands: Any) -> list[Any]:
     if not any(isinstance(v, LazyArray) for v in operands):
         return _compat.bind(eqn, *operands)
     outputs = [_compat.aval(var) for var in eqn.outvars]
-    if all(map(is_zero, operands)) or (is_zero(operands[0]) and eqn.primitive.name in _ZERO_IF_FIRST_IS):
+    name = eqn.primitive.name
+    is_product_with_zeros = name in _PRODUCTS and any(map(is_zero, operands[:2]))
+    if all(map(is_zero, operands)) or (is_zero(operands[0]) and name in _ZERO_IF_FIRST_IS) or is_product_with_zeros:
         return [zeros(out.shape, out.dtype) for out in outputs]
     return [LazyArray(operands, _Step(eqn), k, tuple(out.shape), out.dtype) for k, out in enumerate(outputs)]
 

@@ -110,7 +110,7 @@ class AxisScale:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["base", "networks", "axis_scales"],
-    meta_fields=["axes", "indices", "paths", "gathered_axes"],
+    meta_fields=["axes", "indices", "paths", "gathered_axes", "multiplied"],
 )
 @dataclasses.dataclass(frozen=True)
 class AdaptedWeight:
@@ -125,6 +125,8 @@ class AdaptedWeight:
         gathered_axes: axes of parameters along which rows were looked up, several at once.
         axis_scales: what multiplies the base. They do not act on the networks: a method that scales those too gives
             each network the vector as one more factor, which costs nothing.
+        multiplied: of a product of weights the parameters on its left, which are dense if the product is materialised;
+            None if the weight is no such product.
     """
 
     base: jax.Array | lazy.LazyArray
@@ -134,6 +136,7 @@ class AdaptedWeight:
     paths: tuple[str, ...]
     gathered_axes: tuple[Origin, ...] = ()
     axis_scales: tuple[AxisScale, ...] = ()
+    multiplied: tuple[str, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

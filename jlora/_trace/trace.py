@@ -1,5 +1,6 @@
 """What a program does with its parameters: `trace`."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,10 +8,11 @@ import jax
 
 from jlora import _compat
 from jlora._interpreter import interpreter
-from jlora._interpreter.context import Context, Use
+from jlora._interpreter.context import Context, Use, Value
 from jlora._interpreter.flops import flops
+from jlora._interpreter.multiplied import combined_parameters
 from jlora._interpreter.site import Site
-from jlora._ir.weight import AdaptedWeight
+from jlora._ir.weight import AdaptedWeight, as_adapted_weight
 from jlora._trace.sites import Sites
 from jlora._trace.stage import Program, stage
 from jlora._tree.leaves import is_quantized, sharding
@@ -46,16 +48,35 @@ def _sharding(leaf: Any) -> Any:
     return None if _compat.is_tracer(leaf) else sharding(leaf)
 
 
+def lower_parameters(program: Program, params: Sequence[Any], adapters: Sequence[Adapter]) -> list[Value]:
+    """The inputs of an adapted program: parameters that have an update or are quantised as weights, others as arrays.
+
+    A parameter that the program multiplies with an adapted one is a weight too, so that their product is one.
+
+    Arguments:
+        program: the base program.
+        params: its parameters.
+        adapters: the adapters, in order.
+    """
+    adapted = {k for k, path in enumerate(program.paths) if any(path in adapter for adapter in adapters)}
+    partners = {k for group in combined_parameters(program.jaxpr, len(params)) if group & adapted for k in group}
+
+    def lower(k: int, leaf: Any, path: str) -> Value:
+        if k in adapted or is_quantized(leaf):
+            return lower_updates(adapters, leaf, path)
+        # Without a path its uses are not reported: it has no update.
+        return dataclasses.replace(as_adapted_weight(leaf, path), paths=()) if k in partners else leaf
+
+    return [lower(k, *pair) for k, pair in enumerate(zip(params, program.paths, strict=True))]
+
+
 def collect_uses(program: Program, adapters: Sequence[Adapter], *, trace_only: bool = False) -> list[Use]:
     """Every use of the weights that have an update or are quantised; with `trace_only`, of all parameters."""
-    paths = set(program.paths) if trace_only else {path for adapter in adapters for path in adapter}
     ctx = Context(interpreter.run, lambda f, eqn: None, trace_only=trace_only)
 
     def abstract(params: list[Any], args: list[Any], adapters: list[Adapter]) -> None:
-        weights = [
-            lower_updates(adapters, leaf, path) if path in paths or is_quantized(leaf) else leaf
-            for path, leaf in zip(program.paths, params, strict=True)
-        ]
+        weights = [as_adapted_weight(*pair) for pair in zip(params, program.paths, strict=True)]
+        weights = weights if trace_only else lower_parameters(program, params, adapters)
         out = interpreter.run(ctx, program.jaxpr, program.consts, [*weights, *args])
         for v in out:
             if isinstance(v, AdaptedWeight):

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import jlora
-from tests.support.agreement import close
+from tests.support.agreement import check_law, close
 from tests.support.methods import METHODS, fitting
 
 PARAMS = {"w": jax.random.normal(jax.random.key(0), (16, 12)), "v": jax.random.normal(jax.random.key(1), (12, 12))}
@@ -201,3 +201,47 @@ def test_one_program_for_many_scales(tmp_path):
     close(jlora.adapt(model)(PARAMS, loaded, X), jlora.adapt(model)(PARAMS, jlora.scale(adapter, 0.5), X), 1e-6)
     with pytest.raises(TypeError, match="expects a scalar, not an array of shape"):
         jax.jit(jlora.scale)(adapter, scales)
+
+
+def chain_of_three(params, x):
+    return x @ (params["w"] @ params["v"] @ params["v"].T)
+
+
+def scanned_product(params, x):
+    product = jax.jit(jnp.matmul)(params["w"], params["v"])
+    return jax.lax.scan(lambda h, _: (jnp.tanh(h @ product @ product.T), None), x, None, length=3)[0]
+
+
+@pytest.mark.parametrize("targets", ["w|v", "w", "v"])
+@pytest.mark.parametrize("method", [jlora.LoRA(2), jlora.DoRA(2)], ids=repr)
+@pytest.mark.parametrize("fun", [chain_of_three, scanned_product], ids=lambda fun: fun.__name__)
+def test_a_product_of_weights_stays_factored(fun, method, targets):
+    params = jax.tree.map(lambda a: a / 4, PARAMS)
+    sites = jlora.trace(fun, params, X)
+    adapter = jlora.init(jax.random.key(3), sites, {targets: method})
+    adapter = jax.tree.map(lambda a: a + 0.01, adapter)
+    check_law(fun, params, adapter, X, bound=5e-5, on_dense="error")
+    assert jlora.explain(fun, params, adapter, X).dense == ()
+
+
+def test_roles_of_weights_that_are_multiplied():
+    sites = jlora.trace(chain_of_three, PARAMS, X)
+    assert sites["w"].roles == sites["v"].roles == ("in", "out")
+    assert "yes" in str(sites)
+
+
+def test_a_weight_in_the_place_of_an_activation_is_reported():
+    def fun(params, x):
+        rows = jax.lax.ragged_dot(params["w"], params["v"][None], jnp.array([16]))
+        return x @ rows + jax.lax.conv(params["w"][None].mT, params["v"][:, :, None], (1,), "SAME")[0, :, :4].T
+
+    sites = jlora.trace(fun, PARAMS, X)
+    assert sites["v"].unsupported_reason == ""
+    assert sites["w"].unsupported_reason == (
+        "it takes the place of the activation wherever it is multiplied (conv_general_dilated, ragged_dot_general)"
+    )
+    both = jlora.trace(chain_of_three, PARAMS, X)
+    adapter = jax.tree.map(lambda a: a + 0.1, jlora.init(jax.random.key(3), both, jlora.LoRA(2)))
+    dense = [(use.path, use.primitive) for use in jlora.explain(fun, PARAMS, adapter, X).dense]
+    assert dense == [("w", "ragged_dot_general"), ("v", "ragged_dot_general"), ("w", "conv_general_dilated")]
+    check_law(fun, PARAMS, adapter, X, bound=5e-5, on_dense="allow")

@@ -32,7 +32,7 @@ def add(ctx: Context, eqn: Eqn, left: Value, right: Value) -> list[Value] | None
 
 def _add_to_base(eqn: Eqn, left: Value, right: Value) -> list[Value] | None:
     f = left if isinstance(left, AdaptedWeight) else right
-    if f.is_dense:  # materialising it costs nothing
+    if f.is_dense or f.multiplied is not None:  # materialising it costs nothing, or it may be an activation
         return None
     if not f.is_matrix or f.gathered_axes or f.axis_scales or _compat.aval(eqn.outvars[0]).shape != f.shape:
         return None

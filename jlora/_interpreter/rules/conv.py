@@ -30,8 +30,9 @@ def conv_general_dilated(ctx: Context, eqn: Eqn, x: Value, f: Value) -> list[Val
     onto the rank and a kernel from there.
     """
     p = eqn.params
-    if isinstance(x, AdaptedWeight) or p["batch_group_count"] != 1:
+    if not isinstance(f, AdaptedWeight) or p["batch_group_count"] != 1:
         return None
+    x = ctx.to_array(eqn, x)
     f, folded = fold_full_rank(merge_indices(ctx.with_dropout_keys(f)))
     kernel = _label_kernel(f, p["dimension_numbers"].rhs_spec, p["feature_group_count"])
     if kernel is None:

@@ -4,6 +4,7 @@ from jlora._compat import Eqn
 from jlora._interpreter.context import Context, Value
 from jlora._interpreter.rules.products import label_product, multiply, place_axis_scales
 from jlora._interpreter.rules.registry import register_rule
+from jlora._interpreter.rules.weight_products import multiply_weights
 from jlora._ir.algebra import merge_indices
 from jlora._ir.materialize import fold_full_rank
 from jlora._ir.weight import AdaptedWeight
@@ -11,8 +12,12 @@ from jlora._ir.weight import AdaptedWeight
 
 @register_rule("dot_general")
 def dot_general(ctx: Context, eqn: Eqn, left: Value, right: Value) -> list[Value] | None:
-    """Adds the product with each network to the product with the base. Of two weights one is materialised."""
-    left, right = _materialize_one(ctx, eqn, left, right)
+    """Adds the product with each network to the product with the base. The product of two weights is a weight."""
+    if isinstance(left, AdaptedWeight) and isinstance(right, AdaptedWeight):
+        product = multiply_weights(ctx, eqn, left, right)
+        if product is not None:
+            return [product]
+        left, right = _materialize_one(ctx, eqn, left, right)
     x_is_left = isinstance(right, AdaptedWeight)
     x, f = (left, right) if x_is_left else (right, left)
     f, folded = fold_full_rank(merge_indices(ctx.with_dropout_keys(f)))
@@ -24,10 +29,8 @@ def dot_general(ctx: Context, eqn: Eqn, left: Value, right: Value) -> list[Value
     return multiply(ctx, eqn, x, f, labels, scales, folded=folded, x_is_left=x_is_left)
 
 
-def _materialize_one(ctx: Context, eqn: Eqn, left: Value, right: Value) -> tuple[Value, Value]:
-    """Leaves one weight of two: rows of a table are materialised, else the left one."""
-    if not (isinstance(left, AdaptedWeight) and isinstance(right, AdaptedWeight)):
-        return left, right
-    if right.gathered_axes and not left.gathered_axes:
+def _materialize_one(ctx: Context, eqn: Eqn, left: AdaptedWeight, right: AdaptedWeight) -> tuple[Value, Value]:
+    """Leaves one weight of two: rows of a table or a vector are materialised, else the left one."""
+    if (right.gathered_axes and not left.gathered_axes) or len(right.axes) < 2 <= len(left.axes):
         return left, ctx.materialize(eqn, right)
     return ctx.materialize(eqn, left), right

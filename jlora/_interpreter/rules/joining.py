@@ -78,7 +78,15 @@ def join(weights: Sequence[AdaptedWeight], base: Any) -> AdaptedWeight:
         indices=tuple(Index(name, size, origins[name]) for name, size in zip(first.axes, base.shape, strict=True)),
         paths=tuple(dict.fromkeys(path for f in aligned for path in f.paths)),
         axis_scales=tuple(scale for f in aligned for scale in f.axis_scales),
+        multiplied=_multiplied(aligned),
     )
+
+
+def _multiplied(weights: Sequence[AdaptedWeight]) -> tuple[str, ...] | None:
+    """What is dense if the joined weight is materialised: all of its parameters, unless each part is a product."""
+    if all(f.multiplied is None for f in weights):
+        return None
+    return tuple(path for f in weights for path in (f.paths if f.multiplied is None else f.multiplied))
 
 
 def _with_indices_of(first: AdaptedWeight, second: AdaptedWeight) -> AdaptedWeight:

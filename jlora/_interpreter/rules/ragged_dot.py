@@ -18,8 +18,9 @@ def ragged_dot_general(ctx: Context, eqn: Eqn, x: Value, f: Value, group_sizes: 
     dims = eqn.params["ragged_dot_dimension_numbers"]
     contracted, batch = dims.dot_dimension_numbers
     groups = tuple(dims.rhs_group_dimensions)
-    if isinstance(x, AdaptedWeight) or isinstance(group_sizes, AdaptedWeight) or len(groups) != 1:
+    if not isinstance(f, AdaptedWeight) or isinstance(group_sizes, AdaptedWeight) or len(groups) != 1:
         return None
+    x = ctx.to_array(eqn, x)
     rows = tuple(k for k in range(x.ndim) if k not in (*contracted[0], *batch[0]))
     if rows != tuple(dims.lhs_ragged_dimensions):
         return None

@@ -34,7 +34,7 @@ def split_modules(update: Update, location: WeightLocation) -> ByIndex:
     by_index: ByIndex = {}
     for index in location.modules:
         at_index = {name: array[index] for name, array in arrays.items()}
-        factors = ModuleFactors(update.method, update.scale, at_index, axes)
+        factors = ModuleFactors(update.method, float(update.scale), at_index, axes)
         if isinstance(update.method, GroupedLoRA):
             by_index[index] = tuple(_split_groups(update.method, factors, location))
         else:

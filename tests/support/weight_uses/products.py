@@ -63,6 +63,21 @@ def gemma_fused_kv(p: Params, x: Array) -> Array:
     return jnp.einsum("bsd,ckdh->cbskh", x, p["w"])
 
 
+@kind({"w": (5, 7), "v": (7, 6)}, x=(3, 5))
+def weights_multiplied(p: Params, x: Array) -> Array:
+    return x @ (p["w"] @ p["v"])
+
+
+@kind({"w": (5, 4), "v": (6, 5)}, rest={"u": (4, 5)}, x=(3, 5))
+def weights_multiplied_and_transposed(p: Params, x: Array) -> Array:
+    return x @ (p["v"] @ (p["w"] @ p["u"]).T).T
+
+
+@kind({"w": (3, 5, 4), "v": (3, 2, 4, 6)}, x=(3, 7, 5))
+def weights_multiplied_by_experts(p: Params, x: Array) -> Array:
+    return jnp.einsum("ebi,ehio->ebho", x, jnp.einsum("eik,ehko->ehio", p["w"], p["v"]))
+
+
 @kind((3, 5, 6), flags="limited", x=(7, 5), sizes=ids(2, 0, 5))
 def ragged_experts(p: Params, x: Array, sizes: Array) -> Array:
     return lax.ragged_dot(x, p["w"], sizes)
