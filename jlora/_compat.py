@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax._src import source_info_util
 from jax.core import Tracer
+from jax.core import max_dim as max_dim  # of sizes that may be symbolic
 from jax.experimental import topologies
 from jax.extend import core
 from jax.extend.core import Jaxpr as Jaxpr
@@ -55,9 +56,9 @@ def is_tracer(leaf: Any) -> bool:
 # ---- Evaluation of an equation
 
 
-def bind(eqn: Eqn, *values: Any) -> list[Any]:
-    """Evaluates an equation on other values of the same types."""
-    bound = eqn.primitive.get_bind_params(eqn.params)
+def bind(eqn: Eqn, *values: Any, **changes: Any) -> list[Any]:
+    """Evaluates an equation on other values of the same types, or of such as fit `changes` of its parameters."""
+    bound = eqn.primitive.get_bind_params(eqn.params | changes)
     functions, params = bound if isinstance(bound, tuple) else ((), bound)  # parameters alone from JAX 0.9.2
     out = eqn.primitive.bind(*functions, *values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]

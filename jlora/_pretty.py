@@ -137,6 +137,36 @@ def short_bytes(count: int) -> str:
     return f"{count / 2 ** (10 * unit):.4g} {units[unit]}"
 
 
+def short_count(count: Any) -> str:
+    """A count in three digits, `1.23e+09`; one of symbolic sizes as its expression, `48*b`."""
+    return f"{count:.3g}" if isinstance(count, (int, float)) else str(count)
+
+
+def short_integer(count: Any) -> str:
+    """A whole number with separators, `1,234,567`; one of symbolic sizes as its expression."""
+    return f"{count:,}" if isinstance(count, int) else str(count)
+
+
+def short_share(part: Any, total: Any, digits: int) -> str:
+    """A part of a count in percent, "unknown" if it depends on symbolic sizes.
+
+    Arguments:
+        part, total: counts; the total is not zero.
+        digits: how many to show after the point.
+    """
+    if isinstance(part, (int, float)) and isinstance(total, (int, float)):
+        return f"{100 * part / total:.{digits}f}%"
+    # The terms of both expressions are in one order, so the ratio can only be that of the first coefficients.
+    first, second = _first_coefficient(part), _first_coefficient(total)
+    return f"{100 * first / second:.{digits}f}%" if part * second == total * first else "unknown"
+
+
+def _first_coefficient(count: Any) -> int:
+    """12 of `12*b*s + 3*b`, 1 of `b*s`."""
+    digits = re.match(r"(-?\d+)(?=\*|$)", str(count))
+    return int(digits[1]) if digits else 1
+
+
 def short_dtype(dtype: Any) -> str:
     """A dtype as in `f32`, `bf16`, `i8`, `bool`."""
     name = str(dtype)

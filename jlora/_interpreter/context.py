@@ -37,7 +37,8 @@ class Use:
         where: the line of the user's program.
         roles: the axes of the parameter whose role this use specifies, with that role.
         factored: whether the weight stays factored here. If not, it is materialised.
-        flops: of the base program's equation, over all iterations of its loops.
+        flops: of the base program's equation, over all iterations of its loops. With symbolic sizes (`jax.export`) this
+            and the next two are expressions of them.
         added: FLOPs that the factors add, or that materialising the weight adds.
         bytes: of the weight that is materialised here; zero if it stays factored.
     """

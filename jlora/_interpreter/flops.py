@@ -1,5 +1,6 @@
 """FLOPs of products and convolutions, from shapes alone."""
 
+import functools
 import math
 from typing import Any
 
@@ -24,7 +25,7 @@ def equation_flops(eqn: Eqn) -> float:
     if name == TREAT_AS:  # the kernel and its plain twin compute the same
         return flops(eqn.params["plain"])
     if name == "cond":
-        return max(flops(branch) for branch, _ in _compat.cond_params(eqn).branches)
+        return functools.reduce(_compat.max_dim, (flops(branch) for branch, _ in _compat.cond_params(eqn).branches))
     inner = sum(flops(body) for body, _ in _compat.bodies(eqn))
     return inner * (_compat.scan_params(eqn).length if name == "scan" else 1)
 
@@ -45,8 +46,8 @@ def _product(eqn: Eqn, dimension_numbers: Any) -> float:
 
 def _conv_general_dilated(eqn: Eqn) -> float:
     out, kernel = _compat.aval(eqn.outvars[0]), _compat.aval(eqn.invars[1])
-    channels = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
-    return 2 * out.size * kernel.size / max(channels, 1)
+    channels = eqn.params["dimension_numbers"].rhs_spec[0]
+    return 2 * out.size * math.prod(n for k, n in enumerate(kernel.shape) if k != channels)
 
 
 _FORMULAS = {

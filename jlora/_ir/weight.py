@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._ir import lazy
+from jlora._ir.sizes import is_wide
 from jlora._tree.leaves import is_quantized
 
 Origin = tuple[str, int]  # a path and an axis of the weight at that path
@@ -183,7 +184,7 @@ class AdaptedWeight:
     @property
     def is_matrix(self) -> bool:
         """Whether at least two indices of size above one came from parameters: what a low-rank update can change."""
-        return sum(index.size > 1 and bool(index.origins) for index in self.indices) > 1
+        return sum(is_wide(index.size) and bool(index.origins) for index in self.indices) > 1
 
     @property
     def is_dense(self) -> bool:
@@ -192,7 +193,7 @@ class AdaptedWeight:
 
     def is_full_rank_network(self, network: TensorNetwork) -> bool:
         """Whether the network is as large as the weight: one factor has all wide indices, none is summed."""
-        wide = {index.name for index in self.indices if index.size > 1}
+        wide = {index.name for index in self.indices if is_wide(index.size)}
         return set("".join(network.terms)) <= set(self.labels) and any(wide <= set(term) for term in network.terms)
 
 

@@ -11,6 +11,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jlora._ir.algebra import align_axes
+from jlora._ir.sizes import is_static
 from jlora._ir.weight import AxisScale, TensorNetwork
 from jlora._ops.chained_matmul import chained_matmul
 from jlora._ops.matmul import rank_matmul
@@ -163,8 +164,11 @@ def _order(factors: list[Factor], labels: str, out: str) -> list[Factor]:
 
 
 def _growth(factor: jax.Array, term: str, present: set[str]) -> float:
-    """By how much an activation with the indices `present` grows when it is multiplied by a factor."""
-    sizes = dict(zip(term, factor.shape, strict=True))
+    """By how much an activation with the indices `present` grows when it is multiplied by a factor.
+
+    Axes of symbolic size are those of a batch, which no factor changes.
+    """
+    sizes = {c: n for c, n in zip(term, factor.shape, strict=True) if is_static(n)}
     return math.prod(n for c, n in sizes.items() if c not in present) / math.prod(
         n for c, n in sizes.items() if c in present
     )

@@ -17,6 +17,7 @@ from jax import lax
 
 from jlora import _compat
 from jlora._compat import Primitive, ad, batching, mlir
+from jlora._ir.sizes import is_static
 
 Dims = tuple[tuple[int, ...], tuple[int, ...]]  # the contracted axes of both operands, pairwise
 
@@ -42,7 +43,7 @@ def _flattened(x: jax.Array, w: jax.Array, *, contracted: Dims, precision: Any, 
         two = [math.prod(a.shape[k] for k in c), math.prod(sizes)]
         inner.append((0,) if c[0] == 0 else (1,))
         flat.append(a.reshape(two if c[0] == 0 else two[::-1]))
-    if inner == [(0,), (0,)] and flat[0].shape[1] > flat[1].shape[1]:
+    if inner == [(0,), (0,)] and _is_taller(*(a.shape[1] for a in flat)):
         # The gradient of a factor onto the rank. XLA's product of a tall, thin result takes four times as long as that
         # of the transposed one, and without the barrier it turns the latter into the former.
         y = _plain(*flat[::-1], contracted=(inner[1], inner[0]), precision=precision, dtype=dtype)
@@ -50,6 +51,11 @@ def _flattened(x: jax.Array, w: jax.Array, *, contracted: Dims, precision: Any, 
     else:
         y = _plain(*flat, contracted=(inner[0], inner[1]), precision=precision, dtype=dtype)
     return y.reshape([*free[0], *free[1]])
+
+
+def _is_taller(rows: int, columns: int) -> bool:
+    """Whether a result has more rows than columns; one of a symbolic size counts as square."""
+    return is_static(rows) and is_static(columns) and rows > columns
 
 
 def _at_one_end(ndim: int, axes: tuple[int, ...]) -> bool:

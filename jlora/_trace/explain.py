@@ -6,7 +6,7 @@ from typing import Any
 
 from jlora._interpreter.context import Use
 from jlora._interpreter.flops import flops
-from jlora._pretty import Table, Tabular, fold_layers
+from jlora._pretty import Table, Tabular, fold_layers, short_count, short_integer, short_share
 from jlora._trace.stage import stage
 from jlora._trace.trace import collect_uses
 from jlora.methods._lowering import Adapters, as_adapters, check_fits
@@ -21,7 +21,8 @@ class Explanation(Tabular):
 
     Arguments:
         uses: the uses.
-        flops: FLOPs of one forward pass of the base program, in products and convolutions.
+        flops: FLOPs of one forward pass of the base program, in products and convolutions; an expression of symbolic
+            sizes if the arguments have such.
     """
 
     uses: tuple[Use, ...]
@@ -38,15 +39,16 @@ class Explanation(Tabular):
             use, count = self.uses[positions[0]], len(positions)
             form = "factored" if use.factored else "dense"
             numbers = (
-                f"{count * use.flops:.3g}",
-                f"{count * use.added:.3g}",
-                f"{count * use.bytes:,}" if use.bytes else "",
+                short_count(count * use.flops),
+                short_count(count * use.added),
+                "" if use.factored else short_integer(count * use.bytes),
             )
             rows.append((path, str(count), use.primitive, form, *numbers, use.where))
         head = ("path", "uses", "primitive", "form", "base FLOPs", "added FLOPs", "dense bytes", "where")
         added = sum(use.added for use in self.uses)
-        share = f" ({100 * added / self.flops:.2f}% of the base's {self.flops:.3g})" if self.flops else ""
-        foot = f"{len(self.uses)} uses, {len(self.dense)} dense; the adapter adds {added:.3g} FLOPs{share}"
+        of_base = f"of the base's {short_count(self.flops)}"
+        share = f" ({short_share(added, self.flops, 2)} {of_base})" if self.flops != 0 else ""
+        foot = f"{len(self.uses)} uses, {len(self.dense)} dense; the adapter adds {short_count(added)} FLOPs{share}"
         return Table(head, rows, right=(1, 4, 5, 6), foot=foot)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Iterator, Mapping
 
 from jlora._interpreter.site import Site
-from jlora._pretty import Table, Tabular, fold_layers
+from jlora._pretty import Table, Tabular, fold_layers, short_count, short_share
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -18,7 +18,8 @@ class Sites(Tabular, Mapping[str, Site]):
 
     Arguments:
         sites: the sites by path.
-        flops: FLOPs of one forward pass of the program, in products and convolutions.
+        flops: FLOPs of one forward pass of the program, in products and convolutions; an expression of symbolic sizes
+            if the arguments have such.
     """
 
     sites: dict[str, Site]
@@ -43,13 +44,13 @@ class Sites(Tabular, Mapping[str, Site]):
         rows = []
         for path, positions in fold_layers([(site.path, _appearance(site)) for site in sites]):
             site, flops = sites[positions[0]], sum(sites[k].flops for k in positions)
-            share = f"{100 * flops / self.flops:.1f}%" if self.flops and flops else ""
+            share = short_share(flops, self.flops, 1) if self.flops != 0 and flops != 0 else ""
             rows.append((path, str(len(positions)), *_cells(site), share, _verdict(site)))
         head = ("path", "count", "shape", "dtype", "axes", "consumed by", "FLOPs", "adaptable")
         numbers = sum(math.prod(site.shape) for site in sites)
         foot = (
             f"{len(sites)} parameters, {numbers:,} numbers; {len(self.adaptable)} can be adapted with low rank; "
-            f"a forward pass takes {self.flops:.3g} FLOPs in products"
+            f"a forward pass takes {short_count(self.flops)} FLOPs in products"
         )
         return Table(head, rows, right=(1, 6), foot=foot)
 

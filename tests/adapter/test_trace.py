@@ -72,6 +72,34 @@ def test_a_branch_and_a_loop_count_as_often_as_they_run():
     assert sites["w"].flops == 6 * 2 * 2 * 4 * 4 == sites.flops
 
 
+def test_flops_of_symbolic_sizes():
+    """An expression of the sizes. A share is shown if it is the same for all sizes."""
+    batch, length = jax.export.symbolic_shape("b, s")
+    params = {"up": jnp.ones((4, 6)), "down": jnp.ones((6, 2)), "bias": jnp.ones(2)}
+
+    def f(p, x):
+        return x @ p["up"] @ p["down"] + p["bias"][None, None]
+
+    x = jax.ShapeDtypeStruct((batch, length, 4), jnp.float32)
+    sites = jlora.trace(f, params, x)
+    assert sites["up"].flops == 2 * 4 * 6 * batch * length
+    assert sites.flops == 2 * (4 * 6 + 6 * 2) * batch * length
+    rows = {line.split()[0]: line for line in str(sites).splitlines()}
+    assert "66.7%" in rows["up"]
+    assert "33.3%" in rows["down"]
+    assert "72*b*s FLOPs" in str(sites)
+    adapter = jlora.init(jax.random.key(0), sites, {"up": jlora.LoRA(1)})
+    explanation = jlora.explain(f, params, adapter, x)
+    assert explanation.uses[0].added == 2 * (4 + 6) * batch * length
+    assert "20*b*s FLOPs (27.78% of the base's 72*b*s)" in str(explanation)
+
+    def g(p, x):
+        return jnp.einsum("bsi,bti->bst", f(p, x), f(p, x))
+
+    rows = {line.split()[0]: line for line in str(jlora.trace(g, params, x)).splitlines()}
+    assert "unknown" in rows["up"]
+
+
 def test_shardings_are_kept():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))

@@ -13,6 +13,7 @@ from jlora._interpreter.rules.registry import register_rule
 from jlora._ir import lazy
 from jlora._ir.algebra import merge_indices
 from jlora._ir.materialize import dense
+from jlora._ir.sizes import is_wide
 from jlora._ir.weight import AdaptedWeight, TensorNetwork
 
 
@@ -53,7 +54,7 @@ def mul(ctx: Context, eqn: Eqn, left: Value, right: Value) -> list[Value] | None
         return None
     (base,) = lazy.bind(eqn, *((f.base, factor) if f is left else (factor, f.base)))
     f = merge_indices(f)
-    term = "".join(axis for axis, n in zip(f.axes, jnp.shape(factor), strict=False) if n > 1)
+    term = "".join(axis for axis, n in zip(f.axes, jnp.shape(factor), strict=False) if is_wide(n))
     vector = jnp.asarray(factor).reshape([f.size(c) for c in term])
     networks = tuple(_multiply_network(n, vector, term, divides) for n in f.networks)
     return [dataclasses.replace(f, base=base, networks=networks)]
@@ -66,7 +67,7 @@ def _can_multiply(eqn: Eqn, f: AdaptedWeight, factor: jax.Array) -> bool:
         return False
     if not jnp.issubdtype(factor_type.dtype, jnp.floating):
         return False
-    num_axes = sum(n > 1 for n in factor_type.shape)
+    num_axes = sum(map(is_wide, factor_type.shape))
     return num_axes == 0 or not (f.gathered_axes or num_axes == len(_wide_axes(f)))
 
 
@@ -79,7 +80,7 @@ def _multiply_network(n: TensorNetwork, vector: jax.Array, term: str, divides: b
 
 
 def _wide_axes(f: AdaptedWeight) -> list[int]:
-    return [k for k, n in enumerate(f.shape) if n > 1]
+    return [k for k, n in enumerate(f.shape) if is_wide(n)]
 
 
 def _dense_factor(ctx: Context, eqn: Eqn, f: AdaptedWeight, factor: AdaptedWeight) -> jax.Array | None:

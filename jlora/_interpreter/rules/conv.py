@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora import _compat
 from jlora._compat import Eqn
 from jlora._interpreter.context import Context, Role, Value
 from jlora._interpreter.rules.registry import register_rule
@@ -98,7 +99,7 @@ def _record(ctx: Context, eqn: Eqn, kernel: _Kernel, y: jax.Array, folded: bool)
     f, (out_axis, in_axis, *_) = kernel.f, kernel.spec
     roles_of_axes: dict[int, Role] = {out_axis: "out", in_axis: "in"}
     roles: dict[str, Role] = {c: roles_of_axes.get(k, "window") for k, axis in enumerate(f.axes) for c in axis}
-    positions = y.size // max(f.shape[out_axis], 1)
+    positions = math.prod(n for k, n in enumerate(y.shape) if k != eqn.params["dimension_numbers"].out_spec[1])
     factors = [pair for n in f.networks for pair in zip(n.factors, n.terms, strict=True)]
     grouped = sum(a.size * (1 if set(term) & set(kernel.group) else kernel.group_count) for a, term in factors)
     added = f.base.size if folded else 2 * positions * grouped
@@ -206,17 +207,10 @@ def _apply_stages(
         matrix = _contract_factors(n, stages.before, kernel.f, kernel.group, kernel.inner, stages.kernel_in)
         x = name_intermediate(_mix_channels(x, matrix.astype(compute), groups, compute, p["precision"]))
         lhs_spec = channels_last
-    y = lax.conv_general_dilated(
-        x,
-        _small_kernel(n, kernel, stages).astype(compute),
-        p["window_strides"],
-        p["padding"],
-        p["lhs_dilation"],
-        p["rhs_dilation"],
-        lax.ConvDimensionNumbers(lhs_spec, spec.rhs_spec, channels_last),
-        feature_group_count=groups,
-        precision=p["precision"],
-    )
+    small = _small_kernel(n, kernel, stages).astype(compute)
+    numbers = lax.ConvDimensionNumbers(lhs_spec, spec.rhs_spec, channels_last)
+    # Not by `lax.conv_general_dilated`, which refuses the padding that it computes itself from symbolic sizes.
+    (y,) = _compat.bind(eqn, x, small, dimension_numbers=numbers, preferred_element_type=None, out_sharding=None)
     if stages.after:
         matrix = _contract_factors(n, stages.after, kernel.f, kernel.group, stages.kernel_out, kernel.outer)
         y = _mix_channels(name_intermediate(y), matrix.astype(compute), groups, dtype, p["precision"])

@@ -17,6 +17,7 @@ from jlora._interpreter.rules.registry import register_rule
 from jlora._interpreter.rules.slicing import spread_axis_scale
 from jlora._ir import lazy
 from jlora._ir.algebra import merge_indices, relabel
+from jlora._ir.sizes import is_wide
 from jlora._ir.weight import AdaptedWeight, AxisScale, Index, TensorNetwork, fresh_indices
 
 
@@ -95,7 +96,7 @@ class _Lookup:
     @property
     def narrowed_axes(self) -> list[int]:
         """The weight's axes of which the result has a part."""
-        return [k for k, n in enumerate(self.f.shape) if self.slice_sizes[k] < n]
+        return [k for k, n in enumerate(self.f.shape) if self.slice_sizes[k] != n]
 
     @property
     def indexed_axes(self) -> list[int]:
@@ -126,7 +127,7 @@ class _Lookup:
         if not self.fills:
             return True
         # A weight that stays a weight can express what was filled by zeros in a factor alone.
-        is_matrix = sum(self.slice_sizes[k] > 1 for k in self.window_axes) > 1
+        is_matrix = sum(is_wide(self.slice_sizes[k]) for k in self.window_axes) > 1
         moved = {self.f.axes[k] for k in self.moved_axes}
         if is_matrix and not all(_has_all(n, moved) for n in self.f.networks):
             return False

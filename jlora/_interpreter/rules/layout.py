@@ -114,7 +114,7 @@ def _reshape_to(f: AdaptedWeight, base: Any) -> AdaptedWeight | None:
     for index in f.indices:
         if index.size == 1:  # its place among the new axes is arbitrary: new indices replace it
             f = drop_index(f, index.name)
-    remaining = [name for name in f.labels if f.size(name) > 1]
+    remaining = [name for name in f.labels if f.size(name) != 1]
     axes: list[str] = []
     for size in base.shape:
         taken = _take_axis(f, remaining, size)
@@ -133,7 +133,7 @@ def _reshape_to(f: AdaptedWeight, base: Any) -> AdaptedWeight | None:
 def _take_axis(f: AdaptedWeight, remaining: list[str], size: int) -> tuple[AdaptedWeight, str, list[str]] | None:
     """The label of an axis of `size` from the first remaining indices, with the weight and the indices that remain."""
     axis, reach = "", 1
-    while reach < size:
+    while reach != size:
         name, *remaining = remaining
         index_size, needed = f.index(name).size, size // reach
         if needed % index_size:

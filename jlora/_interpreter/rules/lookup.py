@@ -12,6 +12,7 @@ from jlora._interpreter.context import Context, Role, Value
 from jlora._ir import lazy
 from jlora._ir.algebra import align_axes
 from jlora._ir.explicit_mesh import under_auto_axes
+from jlora._ir.sizes import is_wide
 from jlora._ir.weight import AdaptedWeight, TensorNetwork
 from jlora._ops.contraction import apply_axis_scales, apply_network, name_intermediate
 
@@ -38,7 +39,7 @@ def finish_lookup(
         in_bounds: which rows are within bounds, if the others are filled. The fill value may be NaN, and so may the
             cotangent of such a row: it is masked, so that it does not reach the factors.
     """
-    wide_axes = [axis for axis in rows.axes if any(rows.index(c).size > 1 and rows.index(c).origins for c in axis)]
+    wide_axes = [axis for axis in rows.axes if any(is_wide(rows.index(c).size) and rows.index(c).origins for c in axis)]
     if not indexed or len(wide_axes) > 1:
         return rows
     roles: dict[str, Role] = dict.fromkeys(f.labels, "out")

@@ -54,7 +54,8 @@ def scan(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
 
     first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), sliced)
     start = carry_fixed_point(ctx, eqn, [init[k] for k in changing], lambda carry: step(carry, first)[0])
-    carry, ys = lax.scan(step_in_form, start, sliced, length=p.length, **p.options)
+    length = None if jax.tree.leaves(sliced) else p.length  # `lax.scan` takes a symbolic length from arrays alone
+    carry, ys = lax.scan(step_in_form, start, sliced, length=length, **p.options)
     last = _by_position(changing, carry) | {k: init[k] for k in unchanged}
     return [*(last[k] for k in range(p.num_carry)), *_map_weights(lambda y: _stacked(y, p.length), ys)]
 

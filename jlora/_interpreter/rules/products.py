@@ -44,11 +44,6 @@ class ProductLabels:
     sizes: dict[str, int]
     roles: dict[str, Role]
 
-    @property
-    def depth(self) -> int:
-        """How many products are summed for each entry of the result."""
-        return math.prod(self.sizes[c] for c in self.contracted)
-
 
 def label_product(
     f: AdaptedWeight,
@@ -127,7 +122,8 @@ def multiply(
     (y,) = lazy.consume(eqn, *operands, *(() if group_sizes is None else (group_sizes,)))
     y = _scale(y, labels.out, scales[1], labels)
     rank_flops = sum(a.size for n in f.networks for a in n.factors) // max(f.size(labels.group), 1)
-    added = f.base.size if folded else 2 * x.size / max(labels.depth, 1) * rank_flops
+    rows = math.prod(labels.sizes[c] for c in labels.x if c not in labels.contracted)
+    added = f.base.size if folded else 2 * rows * rank_flops
     ctx.record(eqn, f, labels.roles, factored=not folded, added=added)
 
     def branch(x: jax.Array, n: TensorNetwork, group_sizes: jax.Array | None) -> jax.Array:
