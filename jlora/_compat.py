@@ -233,6 +233,12 @@ def shard_map_params(eqn: Eqn) -> ShardMapParams:
     return ShardMapParams(body, p["mesh"], tuple(p["in_specs"]), tuple(p["out_specs"]), axis_names, p["check_vma"])
 
 
+def collective_axes(eqn: Eqn) -> frozenset[Any]:
+    """The mesh axes that a collective, or `lax.axis_index`, runs along."""
+    axes = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
+    return frozenset(axes if isinstance(axes, (tuple, list)) else (axes,))
+
+
 def bodies(eqn: Eqn) -> list[Body]:
     """The programs inside any equation."""
     values = [v for value in eqn.params.values() for v in (value if isinstance(value, (tuple, list)) else (value,))]

@@ -16,8 +16,10 @@ def with_dropout(adapter: Adapter, key: jax.Array) -> Adapter:
 
         x W + s ((m * x) / (1 - dropout)) A B,    m: Bernoulli(1 - dropout), drawn from the key
 
-    Masks differ between paths, layers of a stack, uses of a weight and steps of a loop. Exception: inside the program's
-    own `shard_map`, all devices use the same mask. Without this call no input is dropped.
+    Masks differ between paths, layers of a stack, uses of a weight and steps of a loop. Inside the program's own
+    `shard_map` or `pmap` they also differ between devices with different inputs, and are equal on devices with the same
+    input. If `adapt` itself is called inside `shard_map` or `pmap`, give each device its own key:
+    `jax.random.fold_in(key, jax.lax.axis_index(name))`. Without this call no input is dropped.
 
     Arguments:
         adapter: the adapter.

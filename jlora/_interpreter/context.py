@@ -8,7 +8,8 @@ from typing import Any, Literal
 import jax
 
 from jlora import _compat
-from jlora._compat import Eqn, Jaxpr
+from jlora._compat import Body, Eqn, Jaxpr
+from jlora._interpreter.device_axes import Axes, OperandAxes, operand_axes
 from jlora._interpreter.flops import equation_flops
 from jlora._ir.materialize import dense
 from jlora._ir.weight import AdaptedWeight, TensorNetwork
@@ -75,6 +76,8 @@ class Context:
         stack: the position of the current equation: its number in the program, preceded by the numbers of the
             equations around it, each with the number of its branch.
         trip_count: how often the current equation runs, as far as the lengths of loops are known.
+        device_axes: inside a `shard_map`, the mesh axes along which each operand of an equation varies, by the position
+            of the equation; filled if there is dropout.
         dropout_uses: how many uses with dropout each parameter has had, so that no two share a mask.
         trace_only: whether nothing is computed, and the run only collects uses.
     """
@@ -84,6 +87,7 @@ class Context:
     uses: dict[tuple[int | str, ...], Use] = dataclasses.field(default_factory=dict)
     stack: tuple[int, ...] = ()
     trip_count: float = 1
+    device_axes: OperandAxes = dataclasses.field(default_factory=dict)
     dropout_uses: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     trace_only: bool = False
 
@@ -168,10 +172,32 @@ class Context:
         """The value as an array: a weight is materialised, an array is returned as it is."""
         return self.materialize(eqn, value) if isinstance(value, AdaptedWeight) else value
 
-    def with_dropout_keys(self, f: AdaptedWeight) -> AdaptedWeight:
-        """The weight with the dropout keys of this use, which no other use has."""
-        if not any(n.key is not None for n in f.networks):
+    def child_on_devices(self, body: Body, axes: Sequence[Axes], values: Sequence[Value]) -> "Context":
+        """The context of a program inside the current equation, which is a `shard_map` or may be inside of one.
+
+        Arguments:
+            body: the program.
+            axes: the mesh axes along which each of its inputs varies.
+            values: its inputs. Nothing is computed unless one has dropout.
+        """
+        inner = self.child()
+        if not any(map(has_dropout, values)):
+            return inner
+        return dataclasses.replace(inner, device_axes=operand_axes(body, axes, inner.stack))
+
+    def with_dropout_keys(self, f: AdaptedWeight, operand: int) -> AdaptedWeight:
+        """The weight with the dropout keys of this use, which no other use and no other device has.
+
+        Devices that have the same activation keep one mask.
+
+        Arguments:
+            f: the weight.
+            operand: the position of the activation among the equation's operands.
+        """
+        if not has_dropout(f):
             return f
+        if axes := self.device_axes[self.stack][operand] if self.stack in self.device_axes else ():
+            f = fold_dropout_keys(f, jax.lax.axis_index(tuple(sorted(axes, key=str))))
         number = self.dropout_uses[f.paths[0]]
         self.dropout_uses[f.paths[0]] += 1
         return fold_dropout_keys(f, number)
@@ -185,6 +211,11 @@ def _axis_roles(f: AdaptedWeight, path: str, roles: Mapping[str, Role]) -> dict[
         # The parts of a split axis may have several roles: the last one, "in", decides.
         axes |= {axis: roles[index.name] for origin, axis in index.origins if origin == path}
     return axes
+
+
+def has_dropout(value: Value) -> bool:
+    """Whether a value is a weight with dropout keys."""
+    return isinstance(value, AdaptedWeight) and any(n.key is not None for n in value.networks)
 
 
 def fold_dropout_keys(f: AdaptedWeight, number: int | jax.Array) -> AdaptedWeight:

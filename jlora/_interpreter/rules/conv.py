@@ -34,7 +34,7 @@ def conv_general_dilated(ctx: Context, eqn: Eqn, x: Value, f: Value) -> list[Val
     if not isinstance(f, AdaptedWeight) or p["batch_group_count"] != 1:
         return None
     x = ctx.to_array(eqn, x)
-    f, folded = fold_full_rank(merge_indices(ctx.with_dropout_keys(f)))
+    f, folded = fold_full_rank(merge_indices(ctx.with_dropout_keys(f, 0)))
     kernel = _label_kernel(f, p["dimension_numbers"].rhs_spec, p["feature_group_count"])
     if kernel is None:
         return None

@@ -20,7 +20,7 @@ def dot_general(ctx: Context, eqn: Eqn, left: Value, right: Value) -> list[Value
         left, right = _materialize_one(ctx, eqn, left, right)
     x_is_left = isinstance(right, AdaptedWeight)
     x, f = (left, right) if x_is_left else (right, left)
-    f, folded = fold_full_rank(merge_indices(ctx.with_dropout_keys(f)))
+    f, folded = fold_full_rank(merge_indices(ctx.with_dropout_keys(f, 0 if x_is_left else 1)))
     contracted, batch = (pair if x_is_left else pair[::-1] for pair in eqn.params["dimension_numbers"])
     labels = label_product(f, x.shape, contracted, batch, x_is_left=x_is_left)
     scales = place_axis_scales(f.axis_scales, labels, x.dtype)

@@ -33,7 +33,8 @@ def treat_as(ctx: Context, eqn: Eqn, *values: Value) -> list[Value] | None:
     updates = [dataclasses.replace(f, base=lazy.zeros(f.shape, f.dtype)) for f in updated.values()]
     operands = [None if k in updated else v for k, v in enumerate(values)]  # those that the derivative reads
     outputs = lazy.consume(eqn, *(v.base if isinstance(v, AdaptedWeight) else v for v in values))
-    inner = ctx.child()
+    axes = ctx.device_axes.get(ctx.stack, (frozenset(),) * len(values))
+    inner = ctx.child_on_devices(derivative, [*axes, *(axes[k] for k in updated)], updates)
     added = inner.run(inner, *derivative, [*operands, *updates])
     return [y + ctx.to_array(eqn, dy) for y, dy in zip(outputs, added, strict=True)]
 

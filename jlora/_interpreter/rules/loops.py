@@ -10,7 +10,7 @@ from jax import lax
 
 from jlora import _compat
 from jlora._compat import Eqn
-from jlora._interpreter.context import Context, Value, fold_dropout_keys
+from jlora._interpreter.context import Context, Value, fold_dropout_keys, has_dropout
 from jlora._interpreter.rules.registry import register_rule
 from jlora._ir import lazy
 from jlora._ir.algebra import relabel
@@ -36,7 +36,7 @@ def scan(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     unchanged = _unchanged_weights(p, init)
     changing = [k for k in range(p.num_carry) if k not in unchanged]
     fixed = [*consts, *(init[k] for k in unchanged)]
-    numbers = jnp.arange(p.length) if _has_dropout(values[: p.num_consts + p.num_carry]) else None
+    numbers = jnp.arange(p.length) if any(map(has_dropout, values[: p.num_consts + p.num_carry])) else None
     sliced = numbers, [x.slices if isinstance(x, ScannedWeight) else x for x in xs]
 
     def step(carry: list[Value], inputs: tuple[Any, list[Any]]) -> tuple[list[Value], list[Value]]:
@@ -94,7 +94,7 @@ def while_(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     def condition(state: tuple[Any, list[Value]]) -> jax.Array:
         return jnp.any(goes_on(state[1]))  # in a batch, of each row
 
-    number = jnp.int32(0) if _has_dropout(values) else None
+    number = jnp.int32(0) if any(map(has_dropout, values)) else None
     return lax.while_loop(condition, step, (number, carry_fixed_point(ctx, eqn, values[num_consts:], body)))[1]
 
 
@@ -149,10 +149,6 @@ def _in_form_of(carry: list[Value], new: list[Value], ctx: Context, eqn: Eqn) ->
 
 def _by_position(positions: Sequence[int], values: Sequence[Value]) -> dict[int, Value]:
     return dict(zip(positions, values, strict=True))
-
-
-def _has_dropout(values: Sequence[Value]) -> bool:
-    return any(n.key is not None for v in values if isinstance(v, AdaptedWeight) for n in v.networks)
 
 
 def _with_step_keys(values: Sequence[Value], number: jax.Array | None) -> list[Value]:

@@ -24,7 +24,7 @@ def ragged_dot_general(ctx: Context, eqn: Eqn, x: Value, f: Value, group_sizes: 
     rows = tuple(k for k in range(x.ndim) if k not in (*contracted[0], *batch[0]))
     if rows != tuple(dims.lhs_ragged_dimensions):
         return None
-    f, folded = fold_full_rank(merge_indices(ctx.with_dropout_keys(f)))
+    f, folded = fold_full_rank(merge_indices(ctx.with_dropout_keys(f, 0)))
     if not _is_supported(f, groups[0], batch[1]):
         return None
     labels = label_product(f, x.shape, contracted, batch, groups=groups)

@@ -8,6 +8,7 @@ import jax
 from jlora import _compat
 from jlora._compat import Eqn
 from jlora._interpreter.context import Context, Value
+from jlora._interpreter.device_axes import spec_axes
 from jlora._interpreter.rules.registry import register_rule
 from jlora._ir.materialize import with_dense_base
 from jlora._ir.partition import index_axes, num_shards, specs_like
@@ -24,7 +25,9 @@ def shard_map(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     is materialised too, because its parts cannot be sharded as the weight is.
     """
     p = _compat.shard_map_params(eqn)
-    inner = ctx.child()
+    outer_axes = ctx.device_axes.get(ctx.stack, (frozenset(),) * len(values))
+    device_axes = [outer | spec_axes(spec) for outer, spec in zip(outer_axes, p.in_specs, strict=True)]
+    inner = ctx.child_on_devices(p.body, device_axes, values)
     axes = [_mesh_axes(v, spec, p.mesh) for v, spec in zip(values, p.in_specs, strict=True)]
     operands: list[Value] = [
         ctx.to_array(eqn, v) if cut is None else with_dense_base(v) for v, cut in zip(values, axes, strict=True)
