@@ -49,6 +49,7 @@ from jlora.quantized.loftq import loftq as loftq
 from jlora.quantized.quantize import quantize as quantize
 
 if typing.TYPE_CHECKING:
+    from jlora import bank as bank
     from jlora import extend as extend
     from jlora import io as io
     from jlora import quantized as quantized
@@ -72,6 +73,7 @@ __docformat__ = "google"
 # Orbax, TensorStore, optax and safetensors take as long to import as JAX itself. The modules that import them are
 # imported when one of these names is first used, and so is all of `jlora.bank`.
 _LAZY_MODULES = {
+    "bank": "jlora.bank",
     "extend": "jlora.extend",
     "io": "jlora.io",
     "loralib": "jlora.io.loralib",

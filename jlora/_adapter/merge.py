@@ -13,7 +13,7 @@ from jlora import _compat
 from jlora._ir.materialize import accumulation_dtype, broadcast_axis_scale, delta, dense
 from jlora._tree import leaves as _quantized
 from jlora._tree.paths import flatten, is_array, named_leaves
-from jlora.methods._base import Adapter
+from jlora.methods._base import Adapter, Update
 from jlora.methods._lowering import Adapters, as_adapters, as_single, check_fits, lower_updates
 
 
@@ -139,11 +139,16 @@ def scale(adapter: Adapter, factor: float | jax.Array) -> Adapter:
         half = jlora.merge(params, jlora.scale(adapter, 0.5))
         blend = jax.jit(lambda strength: jlora.adapt(f)(params, jlora.scale(adapter, strength), x))
     """
-    if _compat.is_tracer(factor):
-        if jnp.shape(factor):
-            raise TypeError(f"scale expects a scalar, not an array of shape {jnp.shape(factor)}: use jax.vmap.")
-    else:
+    adapter = as_single(adapter)
+    if not _compat.is_tracer(factor):
         factor = float(factor)
-    return {
-        path: dataclasses.replace(update, scale=update.scale * factor) for path, update in as_single(adapter).items()
-    }
+        return {path: dataclasses.replace(update, scale=update.scale * factor) for path, update in adapter.items()}
+    if jnp.shape(factor):
+        raise TypeError(f"scale expects a scalar, not an array of shape {jnp.shape(factor)}: use jax.vmap.")
+
+    def multiplied(update: Update) -> Update:
+        before = update.traced_scale
+        scale = jnp.asarray(factor) if before is None else before * jnp.asarray(factor, before.dtype)
+        return dataclasses.replace(update, traced_scale=scale)
+
+    return {path: multiplied(update) for path, update in adapter.items()}

@@ -12,7 +12,7 @@ from jlora._adapter.svd import Cut, Index, Layer, Pair, is_thin, truncated_svd
 from jlora._tree.paths import named_leaves
 from jlora.methods._base import Adapter, Update
 from jlora.methods._common.factor_axes import HasAxes
-from jlora.methods._lowering import as_single
+from jlora.methods._lowering import as_single, with_static_scale
 from jlora.methods.lora import LoRA
 
 
@@ -60,6 +60,7 @@ def to_lora(
     leaves = dict(named_leaves(params))
     out, errors = {}, {}
     for path, update in as_single(adapter).items():
+        update = with_static_scale(path, update)
         is_kept = is_plain(update) and not cut.may_lower(update["a"].shape[-1])
         if is_kept or not is_matrix(update):
             out[path], errors[path] = update, 0.0

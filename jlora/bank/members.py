@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlora._tree.paths import path_number
+from jlora.bank.bank import Bank, unstack
 from jlora.methods._base import Adapter, Update
-from jlora.methods._lowering import as_single
+from jlora.methods._lowering import as_single, with_static_scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +32,15 @@ def weighted_members(adapters: Any, weights: Any) -> list[Member]:
     """The adapters with their names and weights.
 
     Arguments:
-        adapters: a list of adapters, or a dict by name.
+        adapters: a list of adapters, a dict by name, or a bank.
         weights: a list of numbers, or a dict by the same names; None for 1 each.
 
     Raises:
         TypeError: if `adapters` is neither, or holds something else than adapters.
         ValueError: if there are no adapters, or not one finite weight for each.
     """
+    if isinstance(adapters, Bank):
+        adapters = unstack(adapters)
     is_named = isinstance(adapters, Mapping)
     if is_named and any(isinstance(value, Update) for value in adapters.values()):
         raise TypeError("Expected a list of adapters or a dict of adapters by name, found one adapter: pass [adapter].")
@@ -49,7 +52,11 @@ def weighted_members(adapters: Any, weights: Any) -> list[Member]:
     names = [str(name) for name in adapters] if is_named else [str(number) for number in range(len(listed))]
     numbers = [path_number(name) for name in names] if is_named else range(len(listed))
     each = zip(names, numbers, _weights(names, weights), listed, strict=True)
-    return [Member(name, number, weight, as_single(adapter)) for name, number, weight, adapter in each]
+    return [Member(name, number, weight, _with_static_scales(adapter)) for name, number, weight, adapter in each]
+
+
+def _with_static_scales(adapter: Any) -> Adapter:
+    return {path: with_static_scale(path, update) for path, update in as_single(adapter).items()}
 
 
 def _weights(names: Sequence[str], weights: Any) -> list[float]:

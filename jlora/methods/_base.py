@@ -1,8 +1,9 @@
 """How a weight is updated: `Method`, and `Update`, what an adapter holds for one path."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -19,7 +20,11 @@ from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.initializers import Initializer, stacked
 
 
-@jax.tree_util.register_pytree_with_keys_class
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["factors", "frozen", "key", "initial", "rank_mask", "traced_scale"],
+    meta_fields=["method", "roles", "shape", "scale"],
+)
 @dataclasses.dataclass(frozen=True)
 class Update:
     """What an adapter holds for one weight.
@@ -32,10 +37,12 @@ class Update:
         frozen: arrays that belong to the update and are not trained. Their gradients are zero; use `jlora.mask` with an
             optimiser that changes arrays without gradients (weight decay).
         key: PRNG keys for dropout, one for every layer of a stacked weight; None without dropout.
-        scale: a multiplier of what the update adds, 1 unless `jlora.scale` changed it: a number, which is static, or a
-            scalar array if it was traced.
+        scale: a static multiplier of what the update adds, 1 unless `jlora.scale` changed it. For `Method.lower` the
+            traced scale is part of it, and it is an array if there is one.
         initial: the factors at initialisation, of a method with `offset=True`; what they add is subtracted.
-        rank_mask: (rank,), zero for the ranks that this step does not use (`jlora.with_rank`); None if it uses all.
+        rank_mask: (rank,), a multiplier of every rank, zero for those that this step does not use (`jlora.with_rank`);
+            None if it uses all.
+        traced_scale: a second multiplier, a scalar array, which may change without another compilation; None without.
     """
 
     factors: dict[str, Any]
@@ -47,21 +54,7 @@ class Update:
     scale: float | jax.Array = 1.0
     initial: dict[str, Any] = dataclasses.field(default_factory=dict)
     rank_mask: Any = None
-
-    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
-        """The arrays with their names, and the static fields; the scale is one of either."""
-        is_static = isinstance(self.scale, (int, float))
-        arrays = {name: getattr(self, name) for name in _ARRAYS} | {"scale": None if is_static else self.scale}
-        children = [(jax.tree_util.GetAttrKey(name), value) for name, value in arrays.items()]
-        return children, (self.method, self.roles, self.shape, self.scale if is_static else None)
-
-    @classmethod
-    def tree_unflatten(cls, static: tuple[Any, ...], children: Sequence[Any]) -> "Update":
-        """The update of these arrays and static fields."""
-        method, roles, shape, scale = static
-        *arrays, traced = children
-        rest = dict(zip(_ARRAYS, arrays, strict=True))
-        return cls(method=method, roles=roles, shape=shape, scale=traced if scale is None else scale, **rest)
+    traced_scale: Any = None
 
     def __getitem__(self, name: str) -> Any:
         """An array by its name; a frozen one is a constant for differentiation."""
@@ -86,8 +79,6 @@ class Update:
 
 
 Adapter = dict[str, Update]
-
-_ARRAYS = ("factors", "frozen", "key", "initial", "rank_mask")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -69,26 +69,48 @@ def lower_updates(adapters: Sequence[Adapter], leaf: Any, path: str) -> AdaptedW
 
 
 def _widened(update: Update, dtype: DTypeLike) -> Update:
-    """The update with every array at least as wide as the weight: scales and vectors are multiplied into the arrays.
-
-    A traced scale gets the dtype of the factors.
-    """
+    """The update with every array at least as wide as the weight: scales and vectors are multiplied into the arrays."""
 
     def widen(a: Any) -> Any:
         is_narrow = jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < jnp.finfo(dtype).bits
         return a.astype(dtype) if is_narrow else a
 
-    widened = jax.tree.map(widen, update)
-    if isinstance(update.scale, float):
-        return widened
-    dtype = next(a.dtype for a in jax.tree.leaves(widened.factors) if jnp.issubdtype(a.dtype, jnp.floating))
-    return dataclasses.replace(widened, scale=widened.scale.astype(dtype))
+    return jax.tree.map(widen, update)
+
+
+def _with_one_scale(update: Update) -> Update:
+    """The update with its traced scale as part of its scale, in the dtype of the factors."""
+    if update.traced_scale is None:
+        return update
+    dtype = next(a.dtype for a in jax.tree.leaves(update.factors) if jnp.issubdtype(a.dtype, jnp.floating))
+    return dataclasses.replace(update, scale=update.scale * update.traced_scale.astype(dtype), traced_scale=None)
+
+
+def with_static_scale(path: str, update: Update) -> Update:
+    """The update with its traced scale as part of its static one, for files.
+
+    Arguments:
+        path: of the weight, for the error.
+        update: the update, with known values.
+
+    Raises:
+        ValueError: if the traced scale is not one number, as in the stacked arrays of a bank.
+    """
+    if update.traced_scale is None:
+        return update
+    if jnp.ndim(update.traced_scale):
+        raise ValueError(
+            f"{path} has {jnp.size(update.traced_scale)} scales, one for each member of a bank. Take one member: "
+            "bank[name]."
+        )
+    return dataclasses.replace(update, scale=update.scale * float(update.traced_scale), traced_scale=None)
 
 
 def _apply_update(update: Update, w: AdaptedWeight) -> AdaptedWeight:
     """The weight with what the update adds; with an offset, what its initial factors add is subtracted."""
-    if isinstance(update.scale, float) and update.scale == 0:
+    if update.scale == 0:
         return w
+    update = _with_one_scale(update)
     out = update.method.lower(update, w)
     if not update.method.offset:
         return out

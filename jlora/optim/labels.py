@@ -49,4 +49,5 @@ def _label(node: Any) -> Any:
         initial=jax.tree.map(lambda _: "frozen", node.initial),
         key=jax.tree.map(lambda _: "frozen", node.key),
         rank_mask=jax.tree.map(lambda _: "frozen", node.rank_mask),
+        traced_scale=jax.tree.map(lambda _: "frozen", node.traced_scale),
     )

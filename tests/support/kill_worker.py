@@ -1,10 +1,10 @@
 """Saves repeatedly and is killed at random moments: a program for `tests/io/test_durability.py`.
 
-    python -m tests.support.kill_worker FOLDER ROUNDS SEED
+    python -m tests.support.kill_worker FOLDER ROUNDS SEED [bank]
 
 Every round is a process of its own. It saves to `FOLDER/<round>/0`, `1`, ... (odd rounds through Orbax's
-`CheckpointManager`) until it receives SIGKILL. It is forked from this process, which has imported the modules and
-started no threads.
+`CheckpointManager`), or replaces the bank at `FOLDER/<round>/bank`, until it receives SIGKILL. It is forked from this
+process, which has imported the modules and started no threads.
 """
 
 from __future__ import annotations
@@ -52,13 +52,22 @@ def manage_forever(folder: Path, ready: int) -> None:
                 os.write(ready, b"x")
 
 
+def replace_bank_forever(folder: Path, ready: int) -> None:
+    """Saves one bank after the other to one folder."""
+    for number in itertools.count():
+        jlora.bank.save(folder / "bank", jlora.bank.stack({"x": adapter(number + 1), "y": adapter(2 * number + 1)}))
+        if number == 1:
+            os.write(ready, b"x")
+
+
 def main() -> None:
     folder, rounds, rng = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
     for number in range(rounds):
         read, write = os.pipe()
         child = os.fork()
         if not child:
-            (manage_forever if number % 2 else save_forever)(folder / str(number), write)
+            forever = replace_bank_forever if "bank" in sys.argv else manage_forever if number % 2 else save_forever
+            forever(folder / str(number), write)
         os.close(write)
         assert os.read(read, 1) == b"x", "the process ended by itself"
         time.sleep(rng.uniform(0, 0.15))

@@ -53,7 +53,7 @@ def describe(adapter: Adapter, rest: Mapping[str, Any]) -> Meta:
             "method": methods.index(method),
             "roles": update.roles,
             "shape": update.shape,
-            "scale": float(update.scale),
+            "scale": update.scale,
         } | {group: {name: _name(path, group, name) for name in arrays} for group, arrays in _grouped(update).items()}
     meta: Meta = {
         "format": FORMAT,

@@ -18,7 +18,7 @@ from jlora.io.checkpoint import checksums, fingerprint, metadata, reader, train_
 from jlora.io.checkpoint.errors import CheckpointError as CheckpointError
 from jlora.io.checkpoint.placement import HOST, Placement, placement_of
 from jlora.methods._base import Adapter
-from jlora.methods._lowering import as_single, check_fits
+from jlora.methods._lowering import as_single, check_fits, with_static_scale
 
 ARRAYS, METADATA = "arrays", "jlora"
 
@@ -83,7 +83,8 @@ def checkpoint_args(
         ValueError: as for `save`.
         TypeError: if a leaf of the state has another type.
     """
-    arrays = metadata.arrays_of(as_single(adapter))
+    adapter = {path: with_static_scale(path, update) for path, update in as_single(adapter).items()}
+    arrays = metadata.arrays_of(adapter)
     if not arrays:
         raise ValueError("The adapter is empty: there is nothing to save.")
     base = _describe_base(adapter, params, hashes)

@@ -12,7 +12,7 @@ from jlora.io.peft.write import peft_files
 from jlora.io.torch.module_names import Module as Module
 from jlora.io.torch.module_names import Names as Names
 from jlora.methods._base import Adapter
-from jlora.methods._lowering import as_single
+from jlora.methods._lowering import as_single, with_static_scale
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -85,7 +85,8 @@ def save(
     path = Path(os.path.abspath(folder))
     if path.exists():
         raise FileExistsError(f"{path} exists. Save to another path, or remove it first.")
-    files = peft_files(as_single(adapter), names, params, target)
+    adapter = {path: with_static_scale(path, update) for path, update in as_single(adapter).items()}
+    files = peft_files(adapter, names, params, target)
     unfinished = path.with_name(f"{path.name}.part-{os.getpid()}")
     unfinished.mkdir(parents=True)
     try:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+from jax import lax
 
 from jlora._interpreter.context import Role
 from jlora._ir.algebra import split_index
@@ -155,7 +156,7 @@ def splits_evenly(sizes: Sequence[int], minor: int) -> bool:
 
 def _masked_rank(update: UpdateLike, terms: Sequence[Term]) -> list[Term]:
     has_rank = any("rank" in declared.split() for _, declared in terms)
-    return [(update.rank_mask, "rank")] if update.rank_mask is not None and has_rank else []
+    return [(lax.stop_gradient(update.rank_mask), "rank")] if update.rank_mask is not None and has_rank else []
 
 
 def _reshape_to_indices(

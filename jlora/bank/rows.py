@@ -1,0 +1,220 @@
+"""One batch, many adapters: every row of a batch uses the adapter that its id names."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import _compat
+from jlora._adapter.adapt import adapt
+from jlora._trace.trace import trace
+from jlora._tree.leaves import is_quantized
+from jlora.bank.bank import Bank
+from jlora.methods._base import Adapter
+
+FLOPS_PER_BYTE = 64  # what a machine computes while it moves one byte: about 10 on CPUs, 100 to 300 on accelerators
+
+
+def apply(
+    fun: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0, *, block: int | None = None, **options: Any
+) -> Callable[..., Any]:
+    """Turns a function of base parameters and a batch into one whose rows use different adapters of a bank.
+
+        g(params, bank, ids, x)[i] == adapt(f)(params, bank[names[ids[i]]], x[i:i+1])[0],    -1 for the base
+
+    The base product is computed once for all rows. Every row's factors are gathered by its id. If rows are many and
+    adapters few, rows are sorted by id and divided into blocks of one adapter each, so that factors are gathered for
+    each block: `rows / block + members` blocks, at most. The cheaper of the two is chosen by counted cost: the FLOPs of
+    blocks that are not full against the bytes of gathered factors.
+
+    The rows must be independent of each other, as they are in a forward pass in inference mode.
+
+    Arguments:
+        fun: `fun(params, *args)`, as for `jlora.adapt`. It gets batches of `block` rows.
+        in_axes: the axis of rows in each of `args`, an integer or None or a tree of them, as for `jax.vmap`.
+        out_axes: the axis of rows in the results.
+        block: how many rows share one gathered adapter; 1 gathers for every row, None chooses.
+        options: those of `jlora.adapt`.
+
+    Returns:
+        `g(params, bank, ids, *args, **kwargs)`, where `ids` is (rows,), integers, -1 for the base; `bank.ids(names)`
+        makes them. All rows share the keywords.
+
+    Raises:
+        ValueError: from `g`, if `ids` does not fit the rows, or holds a number that is no member. Under `jit` the rows
+            of such an id are NaN.
+
+    Example:
+        apply = jax.jit(jlora.bank.apply(model.apply))
+        logits = apply(params, bank, bank.ids(["films", None, "tweets"]), tokens)
+
+    Sheng et al. 2023, S-LoRA: Serving Thousands of Concurrent LoRA Adapters, arXiv:2311.03285.
+    """
+    adapted = adapt(fun, **options)
+
+    def applied(params: Any, bank: Bank, ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(bank, Bank):
+            raise TypeError(f"Expected a bank after the parameters, found {type(bank).__name__}: use jlora.bank.stack.")
+        axes = _axes_of_leaves(in_axes, args)
+        rows = _count_rows(args, axes)
+        ids = _checked_ids(ids, rows, len(bank))
+        size = block or _cheapest_block(fun, params, bank, rows, args, axes, kwargs)
+        if not 1 <= size <= rows:
+            raise ValueError(f"A block has 1 to {rows} rows, as many as the batch, not {size}.")
+
+        def of_block(member: Adapter, *leaves: Any) -> Any:
+            return adapted(params, member, *jax.tree.unflatten(jax.tree.structure(args), leaves), **kwargs)
+
+        places = _blocks(ids, size, len(bank) + 1)
+        leaves = [_take_rows(leaf, places, axis) for leaf, axis in zip(jax.tree.leaves(args), axes, strict=True)]
+        members = _members(bank.adapter, ids[places[:, 0]])
+        mapped = jax.vmap(of_block, (0, *(None if axis is None else 0 for axis in axes)))
+        return _restore_rows(mapped(members, *leaves), places, rows, out_axes)
+
+    return applied
+
+
+def _axes_of_leaves(in_axes: Any, args: tuple[Any, ...]) -> list[int | None]:
+    """The axis of rows of every leaf of the arguments."""
+    per_argument = tuple(in_axes) if isinstance(in_axes, (tuple, list)) else (in_axes,) * len(args)
+    if len(per_argument) != len(args):
+        raise ValueError(f"in_axes has {len(per_argument)} entries for {len(args)} arguments after the ids.")
+    return [axis for spec, arg in zip(per_argument, args, strict=True) for axis in _broadcast(spec, arg)]
+
+
+def _broadcast(spec: Any, tree: Any) -> list[int | None]:
+    """A prefix of a tree with one entry for every leaf."""
+    is_none = lambda node: node is None  # noqa: E731
+    nested = jax.tree.map(lambda axis, part: [axis] * len(jax.tree.leaves(part)), spec, tree, is_leaf=is_none)
+    return [axis for part in jax.tree.leaves(nested, is_leaf=lambda node: isinstance(node, list)) for axis in part]
+
+
+def _count_rows(args: tuple[Any, ...], axes: Sequence[int | None]) -> int:
+    sizes = {np.shape(leaf)[axis] for leaf, axis in zip(jax.tree.leaves(args), axes, strict=True) if axis is not None}
+    if len(sizes) != 1:
+        raise ValueError(f"The arguments have {sorted(sizes) or 'no'} rows along in_axes; one number is expected.")
+    return sizes.pop()
+
+
+def _checked_ids(ids: Any, rows: int, members: int) -> jax.Array:
+    if np.shape(ids) != (rows,) or not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
+        raise ValueError(
+            f"ids has shape {np.shape(ids)} and dtype {jnp.result_type(ids)}; expected ({rows},) integers, one for "
+            "every row of the batch. bank.ids(names) makes them."
+        )
+    if not _compat.is_tracer(ids):
+        wrong = sorted({int(i) for i in np.asarray(ids) if not -1 <= i < members})
+        if wrong:
+            raise ValueError(f"The bank has the ids 0 to {members - 1}, and -1 for the base, not {wrong}.")
+    ids = jnp.asarray(ids, jnp.int32)
+    return jnp.where((ids < -1) | (ids >= members), members, ids)
+
+
+def _members(stacked: Adapter, ids: jax.Array) -> Adapter:
+    """The members of some ids: -1 has scale 0, and an id that is no member is NaN."""
+    gathered = jax.tree.map(lambda array: jnp.take(array, jnp.maximum(ids, 0), axis=0, mode="fill"), stacked)
+    return {
+        path: dataclasses.replace(update, traced_scale=jnp.where(ids == -1, 0, update.traced_scale))
+        for path, update in gathered.items()
+    }
+
+
+def _blocks(ids: jax.Array, size: int, kinds: int) -> jax.Array:
+    """The rows of every block, (blocks, size): rows of one id each, a block that is not full repeats its first row.
+
+    Blocks that are not needed repeat the first row of the batch.
+    """
+    rows = ids.shape[0]
+    if size == 1:
+        return jnp.arange(rows)[:, None]
+    order = jnp.argsort(ids)
+    ordered = ids[order]
+    is_new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+    start = jax.lax.cummax(jnp.where(is_new, jnp.arange(rows), 0))
+    within = jnp.arange(rows) - start
+    block = jnp.cumsum(within % size == 0) - 1
+    first = jnp.zeros(count_blocks(rows, size, kinds), jnp.int32).at[block].max(jnp.where(within % size == 0, order, 0))
+    return jnp.broadcast_to(first[:, None], (first.size, size)).at[block, within % size].set(order)
+
+
+def count_blocks(rows: int, size: int, kinds: int) -> int:
+    """How many blocks any ids need: a block that is not full for every kind of row, at most.
+
+    Arguments:
+        rows: of the batch.
+        size: rows of a block.
+        kinds: the number of members, and one for the base.
+    """
+    kinds = min(kinds, rows)
+    return (rows - kinds) // size + kinds
+
+
+def _take_rows(leaf: Any, places: jax.Array, axis: int | None) -> Any:
+    """The rows of every block, with the blocks as the leading axis."""
+    if axis is None:
+        return leaf
+    leaf = jnp.asarray(leaf)
+    place = axis % leaf.ndim
+    return jnp.moveaxis(jnp.take(leaf, places, axis=place), place, 0)
+
+
+def _restore_rows(out: Any, places: jax.Array, rows: int, out_axes: Any) -> Any:
+    """The results in the order of the batch."""
+    blocks, size = places.shape
+    flat = places.reshape(-1)
+    source = jnp.zeros(rows, jnp.int32).at[flat[::-1]].set(jnp.arange(blocks * size, dtype=jnp.int32)[::-1])
+
+    def restore(leaf: jax.Array, axis: int | None) -> jax.Array:
+        if axis is None:
+            raise ValueError("out_axes has no None: every result has rows.")
+        axis %= leaf.ndim - 1
+        if leaf.shape[axis + 1] != size:
+            raise ValueError(
+                f"A result has shape {leaf.shape[1:]} for a batch of {size} rows, and no rows along its axis {axis}. "
+                "Pass out_axes with the axis of rows, and return results for every row."
+            )
+        merged = jnp.moveaxis(leaf, 0, axis).reshape(*leaf.shape[1 : axis + 1], blocks * size, *leaf.shape[axis + 2 :])
+        return jnp.take(merged, source, axis=axis)
+
+    leaves, structure = jax.tree.flatten(out)
+    return jax.tree.unflatten(
+        structure, [restore(*pair) for pair in zip(leaves, _broadcast(out_axes, out), strict=True)]
+    )
+
+
+def _cheapest_block(
+    fun: Callable[..., Any],
+    params: Any,
+    bank: Bank,
+    rows: int,
+    args: tuple[Any, ...],
+    axes: Sequence[int | None],
+    kwargs: dict[str, Any],
+) -> int:
+    """The block size with the least cost, in FLOPs: computed rows, and gathered bytes times `FLOPS_PER_BYTE`."""
+    if rows <= len(bank) + 1:
+        return 1
+
+    def one_row(leaf: Any, axis: int | None) -> Any:
+        if axis is None:
+            return leaf
+        shape = list(np.shape(leaf))
+        shape[axis] = 1
+        return jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(leaf))
+
+    leaves = [one_row(leaf, axis) for leaf, axis in zip(jax.tree.leaves(args), axes, strict=True)]
+    row = jax.tree.unflatten(jax.tree.structure(args), leaves)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params, is_leaf=is_quantized)
+    sites = trace(fun, shapes, *row, **kwargs)
+    flops = sum(site.flops for site in sites.values())
+    moved = 2 * sum(a.nbytes for a in jax.tree.leaves(bank.adapter)) / len(bank)
+    kinds = len(bank) + 1
+
+    def cost(size: int) -> float:
+        blocks = count_blocks(rows, size, kinds) if size > 1 else rows
+        return blocks * (size * flops + moved * FLOPS_PER_BYTE)
+
+    return min((1 << k for k in range(rows.bit_length())), key=cost)
