@@ -105,6 +105,9 @@ def load_member(path: str | os.PathLike[str], name: str, *, params: Any = None) 
 def names(path: str | os.PathLike[str]) -> list[str]:
     """The names of the members of a bank on disk.
 
+    Arguments:
+        path: the folder of the bank.
+
     Raises:
         FileNotFoundError: if the folder does not exist.
         CheckpointError: if it holds no bank.
