@@ -26,7 +26,7 @@ class LoRA(Method):
 
     Axes of the weight that the program contracts belong to A, its output axes to B; a stacked weight (layers of a scan,
     experts) has one pair for each layer. At initialisation the program equals the base: one of A and B is zero, or the
-    initial product is subtracted.
+    initial product is subtracted. With initialisers of your own, of which none gives zeros, set `offset=True` for that.
 
     Arguments:
         rank: the rank of the update, from 1 to the smaller of the weight's joint in and out sizes.

@@ -48,6 +48,17 @@ def test_initialisers_can_be_replaced():
     assert update.method == jlora.LoRA(rank=3)  # what only the start needs is not kept
 
 
+def test_two_initialisers_start_at_the_base_with_an_offset_alone():
+    normal = jax.nn.initializers.normal(1.0)
+    params, ids = toy_model.params(), toy_model.tokens()
+    base = toy_model.model(params, ids)
+    for offset in (True, False):
+        method = jlora.LoRA(2, a_init=normal, b_init=normal, offset=offset)
+        adapter = jlora.init(jax.random.key(0), toy_model.sites(), {"mix/kernel": method})
+        change = np.abs(np.asarray(jlora.adapt(toy_model.model)(params, adapter, ids) - base)).max()
+        assert change < 1e-6 if offset else change > 1e-2
+
+
 def test_an_initialiser_sees_one_layer_of_a_stack():
     shapes = []
 

@@ -11,6 +11,7 @@ import pytest
 
 import jlora
 from tests.support import toy_model
+from tests.support.methods import fitting
 
 KEY = jax.random.key(0)
 
@@ -29,6 +30,32 @@ def test_lora_plus_scales_b_alone():
     for path, step in steps.items():
         np.testing.assert_allclose(step.factors["a"], -0.5 * gradients[path].factors["a"], rtol=1e-6)
         np.testing.assert_allclose(step.factors["b"], -4.0 * gradients[path].factors["b"], rtol=1e-6)
+
+
+# The factors whose columns are output features, of methods that have such a factor beside one of input features.
+OUTPUTS = {
+    "lora": {"b"},
+    "adalora": {"q"},
+    "dora": {"b"},
+    "hadamard": {"b0", "b1"},
+    "loha": {"b0", "b1"},
+    "randlora": set(),  # its "b" is a vector
+    "vera": set(),  # so is this one's
+    "boft": set(),
+    "ia3": set(),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_lora_plus_follows_the_axes_of_a_factor_and_not_its_name(name):
+    sites = toy_model.sites()
+    targets = {"mix/kernel": fitting(name, sites["mix/kernel"])}
+    adapter = toy_model.nonzero(jax.eval_shape(lambda: jlora.init(KEY, sites, targets)))
+    steps = updates(jlora.lora_plus(8.0), adapter, adapter)["mix/kernel"].factors
+    before = adapter["mix/kernel"].factors
+    assert {factor for factor in steps if not np.array_equal(steps[factor], before[factor])} == OUTPUTS[name]
+    for factor in OUTPUTS[name]:
+        np.testing.assert_allclose(steps[factor], 8.0 * before[factor], rtol=1e-6)
 
 
 def matrices(update: jlora.Update, layer: int) -> tuple[np.ndarray, np.ndarray]:
