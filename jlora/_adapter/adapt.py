@@ -49,9 +49,10 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
             `"error"`, or `"allow"`. `jlora.explain` lists such uses.
 
     Returns:
-        `g(params, adapter, *args, **kwargs)`. Compile it (`jax.jit(g)`): outside `jit` it runs equation by equation,
-        and every call compiles again the parts of `fun` that are under `jit`. Pass the base parameters to `jax.jit` as
-        an argument: if they are closed over, they become a constant, which XLA folds for minutes and stores twice.
+        `g(params, adapter, *args, **kwargs)`. Compile it (`jax.jit(g)`): outside of `jit` every call traces `fun` and
+            runs it equation by equation; parts of `fun` under `jit` are compiled once, loops outside of `jit` in every
+            call. Pass the base parameters to `jax.jit` as an argument: if they are closed over, they become a constant,
+            which XLA folds for minutes and stores twice.
 
     Raises:
         TypeError: from `g`, if `fun` is adapted already, or if `adapter` is not an adapter or a list of adapters.
@@ -65,7 +66,7 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
 
     Hu et al. 2021, arXiv:2106.09685.
     """
-    if on_dense not in ("warn", "error", "allow"):
+    if on_dense not in _ON_DENSE:
         raise ValueError(f"on_dense must be 'warn', 'error' or 'allow', not {on_dense!r}.")
 
     def adapted(*args: Any, **kwargs: Any) -> Any:
@@ -79,15 +80,14 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
         check_fits(adapters, {path: leaf for path, leaf in named_leaves(params) if is_array(leaf)})
         params = jax.tree.map(lambda a: jax.lax.stop_gradient(a) if isinstance(a, jax.Array) else a, params)
         program = stage(fun, params, args, kwargs)
-        dense_uses: dict[str, None] = {}
-        ctx = Context(_interpret.run, functools.partial(_on_dense, dense_uses, on_dense))
+        ctx = Context(_interpret.run, _ON_DENSE[on_dense], keeps_compiled=True)
         weights = lower_parameters(program, program.params, adapters)
         out = _interpret.run(ctx, program.jaxpr, program.consts, [*weights, *program.args])
         out = [ctx.materialize(None, v) if isinstance(v, AdaptedWeight) else v for v in out]
-        if dense_uses:
+        if ctx.warnings:
             warnings.warn(
                 "jlora materialised weights, at the cost of a dense update. jlora.explain shows every use; "
-                "on_dense='allow' silences this warning:\n  " + "\n  ".join(dense_uses),
+                "on_dense='allow' silences this warning:\n  " + "\n  ".join(ctx.warnings),
                 DenseWarning,
                 stacklevel=2,
             )
@@ -128,8 +128,8 @@ def _signature(fun: Callable[..., Any]) -> inspect.Signature:
     return signature.replace(parameters=[new[0].replace(annotation=annotation), new[1], *rest])
 
 
-def _on_dense(dense_uses: dict[str, None], action: str, w: AdaptedWeight, eqn: Any) -> None:
-    """Handles the materialisation of a weight: raises, or adds it to `dense_uses`, or does nothing."""
+def _on_dense(action: str, w: AdaptedWeight, eqn: Any) -> str | None:
+    """What the user is warned of if a weight is materialised; None for nothing. Raises if that is forbidden."""
     consumer = f"{eqn.primitive.name} at {_compat.source_line(eqn)}" if eqn else "the program's output"
     use = f"{', '.join(w.paths)}: {consumer}"
     if eqn and any(network.key is not None for network in w.networks):
@@ -138,11 +138,14 @@ def _on_dense(dense_uses: dict[str, None], action: str, w: AdaptedWeight, eqn: A
             "Exclude the path, or set its dropout to 0."
         )
     if w.is_dense:  # an update that is as large as the weight has no factors to keep
-        return
+        return None
     if action == "error":
         raise DenseError(
             f"The weight would be materialised: {use}. No rule keeps its update factored. Exclude the path, or pass "
             "on_dense='warn'."
         )
-    if action == "warn":
-        dense_uses[use] = None
+    return use if action == "warn" else None
+
+
+# One object for each action: what was compiled for one adapted function serves another one with the same action.
+_ON_DENSE = {action: functools.partial(_on_dense, action) for action in ("warn", "error", "allow")}

@@ -70,7 +70,9 @@ class Context:
 
     Arguments:
         run: evaluates a jaxpr: `run(ctx, jaxpr, consts, values) -> values`.
-        on_dense: called with a weight and the equation that materialises it, or None for an output of the program.
+        on_dense: called with a weight and the equation that materialises it, or None for an output of the program;
+            returns what the user is warned of, or None.
+        warnings: what `on_dense` returned.
         uses: every use, by the position of its equation, its path, and whether the weight stays factored, so that a
             body which is traced twice counts once.
         stack: the position of the current equation: its number in the program, preceded by the numbers of the
@@ -80,16 +82,20 @@ class Context:
             of the equation; filled if there is dropout.
         dropout_uses: how many uses with dropout each parameter has had, so that no two share a mask.
         trace_only: whether nothing is computed, and the run only collects uses.
+        keeps_compiled: whether the bodies of `jit` are compiled once for all runs with the same `on_dense`. They do not
+            record uses then.
     """
 
     run: "Callable[[Context, Jaxpr, Sequence[Any], Sequence[Value]], list[Value]]"
-    on_dense: Callable[[AdaptedWeight, Eqn | None], None]
+    on_dense: Callable[[AdaptedWeight, Eqn | None], str | None]
+    warnings: dict[str, None] = dataclasses.field(default_factory=dict)
     uses: dict[tuple[int | str, ...], Use] = dataclasses.field(default_factory=dict)
     stack: tuple[int, ...] = ()
     trip_count: float = 1
     device_axes: OperandAxes = dataclasses.field(default_factory=dict)
     dropout_uses: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     trace_only: bool = False
+    keeps_compiled: bool = False
 
     def at(self, number: int) -> "Context":
         """The context of the equation with this number in the current program."""
@@ -164,8 +170,9 @@ class Context:
             self.record(eqn, f, roles, primitive="gather", added=f.base.size)
         else:
             self.record(eqn, f, {}, factored=False, added=f.base.size)
-            if f.paths:
-                self.on_dense(f, eqn)
+            warning = self.on_dense(f, eqn) if f.paths else None
+            if warning is not None:
+                self.warnings[warning] = None
         return dense(f)
 
     def to_array(self, eqn: Eqn | None, value: Value) -> jax.Array:

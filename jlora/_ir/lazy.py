@@ -82,6 +82,11 @@ def is_zero(array: Any) -> bool:
     return isinstance(array, LazyArray) and array.step is None and not array.operands
 
 
+def is_deferred(array: Any) -> bool:
+    """Whether the value is the result of an equation that was deferred."""
+    return isinstance(array, LazyArray) and array.step is not None
+
+
 def materialize(array: Any) -> Any:
     """The array's value; an array that is not lazy is returned as it is."""
     if not isinstance(array, LazyArray):
