@@ -1,5 +1,6 @@
 """The methods, one a file."""
 
+from jlora.methods import _interchange
 from jlora.methods.adalora import AdaLoRA
 from jlora.methods.additive import Additive
 from jlora.methods.boft import BOFT
@@ -51,3 +52,5 @@ __all__ = [
     "SHiRA",
     "VeRA",
 ]
+
+_interchange.register()

@@ -1,6 +1,5 @@
 """The JSON description beside the arrays: methods, roles, shapes, versions, the base. Older formats are converted."""
 
-import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -12,7 +11,7 @@ from urllib.parse import quote
 
 from jlora.io.checkpoint.errors import CheckpointError
 from jlora.methods._base import Adapter, Method, Update
-from jlora.methods._registry import find, qualified_name
+from jlora.methods._description import as_number, describe_method, rebuild_method
 
 FORMAT = 3
 GROUPS = ("factors", "frozen", "initial", "rank_mask")
@@ -46,7 +45,7 @@ def describe(adapter: Adapter, rest: Mapping[str, Any]) -> Meta:
     methods: list[dict[str, Any]] = []
     updates = {}
     for path, update in adapter.items():
-        method = {"name": qualified_name(type(update.method)), "hyperparameters": dataclasses.asdict(update.method)}  # pyright: ignore[reportArgumentType]
+        method = describe_method(update.method)
         if method not in methods:
             methods.append(method)
         updates[path] = {
@@ -63,7 +62,7 @@ def describe(adapter: Adapter, rest: Mapping[str, Any]) -> Meta:
         **rest,
     }
     try:
-        meta = json.loads(json.dumps(meta, default=_number))
+        meta = json.loads(json.dumps(meta, default=as_number))
     except TypeError as error:
         raise ValueError(
             f"Only numbers, strings, booleans, None and tuples of them can be saved beside arrays, but {error}."
@@ -127,17 +126,10 @@ def rebuild(meta: Meta, arrays: Mapping[str, Any]) -> Adapter:
 
 
 def _method(entry: Mapping[str, Any]) -> Method:
-    name = entry["name"]
-    method_class = find(name)
-    if method_class is None:
-        raise CheckpointError(
-            f"The method {name!r} is not known: upgrade jlora, or import the module that defines it before loading."
-        )
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["hyperparameters"].items()}
     try:
-        return method_class(**values)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{name} of this release does not accept the saved hyper-parameters: {error}") from error
+        return rebuild_method(entry)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _from_1(meta: Meta) -> Meta:
@@ -188,13 +180,6 @@ _MIGRATIONS: dict[int, Callable[[Meta], Meta]] = {1: _from_1, 2: _from_2}
 def _name(path: str, group: str, name: str) -> str:
     """The name of an array. It is quoted, so that a store does not take a "/" in it for a folder."""
     return f"{quote(path, safe='')}:{group}:{quote(name, safe='')}"
-
-
-def _number(value: Any) -> Any:
-    """A number of NumPy or JAX as a Python number."""
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return value.item()
-    raise TypeError(f"{value!r} is not one of these")
 
 
 def _digest(meta: Meta) -> str:
