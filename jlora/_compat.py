@@ -7,6 +7,8 @@ devices. Each rename in JAX is one edit here.
 import contextlib
 import dataclasses
 import functools
+import os
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -97,9 +99,22 @@ def equation_context(eqn: Eqn) -> Iterator[None]:
         yield
 
 
-def source_line(eqn: Eqn) -> str:
-    """The line of the user's program that an equation comes from."""
-    return source_info_util.summarize(eqn.source_info)
+def source_line(eqn: Eqn, *, of_library: bool = False) -> str:
+    """The line of the user's program that an equation comes from: `file:line (function)`, the innermost call first.
+
+    Empty if only libraries are between the program and the equation; with `of_library` their lines count too.
+    """
+    for frame in source_info_util.user_frames(eqn.source_info.traceback):
+        if frame.file_name.startswith(_TRACED_FROM):
+            return ""
+        if of_library or not frame.file_name.startswith(_LIBRARIES):
+            return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
+    return ""
+
+
+_HERE = os.path.dirname(__file__) + os.sep
+_TRACED_FROM = _HERE + "_trace"  # what is called from there is the program
+_LIBRARIES = (_HERE, *(sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")))
 
 
 # ---- Parameters of equations with programs inside

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import jax
 
-from jlora import _compat
 from jlora._interpreter import interpreter as _interpret
 from jlora._interpreter.context import Context
 from jlora._ir.weight import AdaptedWeight
@@ -128,11 +127,11 @@ def _signature(fun: Callable[..., Any]) -> inspect.Signature:
     return signature.replace(parameters=[new[0].replace(annotation=annotation), new[1], *rest])
 
 
-def _on_dense(action: str, w: AdaptedWeight, eqn: Any) -> str | None:
+def _on_dense(action: str, w: AdaptedWeight, primitive: str, where: str) -> str | None:
     """What the user is warned of if a weight is materialised; None for nothing. Raises if that is forbidden."""
-    consumer = f"{eqn.primitive.name} at {_compat.source_line(eqn)}" if eqn else "the program's output"
+    consumer = f"{primitive} at {where}" if primitive else "the program's output"
     use = f"{', '.join(w.paths)}: {consumer}"
-    if eqn and any(network.key is not None for network in w.networks):
+    if primitive and any(network.key is not None for network in w.networks):
         raise ValueError(
             f"Dropout acts on the input of the low-rank branch, but this use materialises the weight: {use}. "
             "Exclude the path, or set its dropout to 0."

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -38,6 +39,8 @@ class Use:
         where: the line of the user's program.
         roles: the axes of the parameter whose role this use specifies, with that role.
         factored: whether the weight stays factored here. If not, it is materialised.
+        dense_in: the primitive that takes the dense weight, if it is not factored: a function with a derivative of its
+            own (`custom_vjp_call`) takes it for all uses inside. Empty if it is factored.
         flops: of the base program's equation, over all iterations of its loops. With symbolic sizes (`jax.export`) this
             and the next two are expressions of them.
         added: FLOPs that the factors add, or that materialising the weight adds.
@@ -52,6 +55,7 @@ class Use:
     flops: float
     added: float
     bytes: int
+    dense_in: str = ""
 
     @property
     def is_lookup(self) -> bool:
@@ -66,17 +70,19 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """The state of one run of the interpreter. Contexts of inner programs share all but `stack` and `trip_count`.
+    """The state of one run of the interpreter. Contexts of inner programs differ in their position alone.
 
     Arguments:
         run: evaluates a jaxpr: `run(ctx, jaxpr, consts, values) -> values`.
-        on_dense: called with a weight and the equation that materialises it, or None for an output of the program;
-            returns what the user is warned of, or None.
+        on_dense: called with a weight that is materialised, and with the primitive and the line that do so. It returns
+            what the user is warned of, or None.
         warnings: what `on_dense` returned.
-        uses: every use, by the position of its equation, its path, and whether the weight stays factored, so that a
-            body which is traced twice counts once.
+        uses: None if uses are not collected, else every use, by the position of its equation, its path, and whether the
+            weight stays factored, so that a body which is traced twice counts once.
         stack: the position of the current equation: its number in the program, preceded by the numbers of the
             equations around it, each with the number of its branch.
+        eqns: the current equation, preceded by those around it.
+        caller: the line of the equation around a program that is compiled on its own, which `eqns` lacks.
         trip_count: how often the current equation runs, as far as the lengths of loops are known.
         device_axes: inside a `shard_map`, the mesh axes along which each operand of an equation varies, by the position
             of the equation; filled if there is dropout.
@@ -84,22 +90,26 @@ class Context:
         trace_only: whether nothing is computed, and the run only collects uses.
         keeps_compiled: whether the bodies of `jit` are compiled once for all runs with the same `on_dense`. They do not
             record uses then.
+        dense_in: while tracing, the primitive around the current program that takes dense weights.
     """
 
     run: "Callable[[Context, Jaxpr, Sequence[Any], Sequence[Value]], list[Value]]"
-    on_dense: Callable[[AdaptedWeight, Eqn | None], str | None]
+    on_dense: Callable[[AdaptedWeight, str, str], str | None]
     warnings: dict[str, None] = dataclasses.field(default_factory=dict)
-    uses: dict[tuple[int | str, ...], Use] = dataclasses.field(default_factory=dict)
+    uses: dict[tuple[int | str, ...], Use] | None = None
     stack: tuple[int, ...] = ()
+    eqns: tuple[Eqn, ...] = ()
+    caller: str = ""
     trip_count: float = 1
     device_axes: OperandAxes = dataclasses.field(default_factory=dict)
     dropout_uses: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     trace_only: bool = False
     keeps_compiled: bool = False
+    dense_in: str = ""
 
-    def at(self, number: int) -> "Context":
-        """The context of the equation with this number in the current program."""
-        return dataclasses.replace(self, stack=(*self.stack, number))
+    def at(self, number: int, eqn: Eqn) -> "Context":
+        """The context of an equation, which has this number in the current program."""
+        return dataclasses.replace(self, stack=(*self.stack, number), eqns=(*self.eqns, eqn))
 
     def child(self, trip_count: float = 1, branch: int = 0) -> "Context":
         """The context of a program inside the current equation.
@@ -130,6 +140,11 @@ class Context:
             added: FLOPs that the update adds, in one run.
             primitive: the name of the lookup that the equation completes, if it is not the equation's own.
         """
+        if self.uses is None:
+            return
+        factored = factored and not self.dense_in
+        name = eqn.primitive.name if eqn else "output"
+        where = self.where if eqn else ""
         # The product of rows that were looked up is not one of the table; a weight that is materialised has no role.
         flops = equation_flops(eqn) if eqn and roles and not primitive else 0
         for path in f.paths:
@@ -138,21 +153,33 @@ class Context:
                 axes |= {axis: "in" for origin, axis in f.gathered_axes if origin == path}
             self.uses[*self.stack, path, factored] = Use(
                 path=path,
-                primitive=primitive or (eqn.primitive.name if eqn else "output"),
-                where=_compat.source_line(eqn) if eqn else "",
+                primitive=primitive or name,
+                where=where,
                 roles=tuple(sorted(axes.items())),
                 factored=factored,
                 flops=flops * self.trip_count,
                 added=added * self.trip_count,
                 bytes=0 if factored else f.base.size * f.dtype.itemsize,
+                dense_in="" if factored else self.dense_in or name,
             )
+
+    @property
+    def where(self) -> str:
+        """The line of the user's program that the current equation comes from.
+
+        The equations inside functions of `jax.numpy` and of other libraries have no such line: it is that of the call.
+        """
+        own, any_code = (
+            (_compat.source_line(eqn, of_library=of_library) for eqn in self.eqns[::-1]) for of_library in (False, True)
+        )
+        return next(filter(None, itertools.chain(own, [self.caller], any_code)), "")
 
     def forget_inner_uses(self) -> None:
         """Drops the uses inside the current equation, whose body will be traced again with other values.
 
         `trace` keeps them: they specify roles.
         """
-        if self.trace_only:
+        if self.trace_only or self.uses is None:
             return
         depth = len(self.stack)
         for key in [key for key in self.uses if key[:depth] == self.stack and isinstance(key[depth], int)]:
@@ -170,7 +197,7 @@ class Context:
             self.record(eqn, f, roles, primitive="gather", added=f.base.size)
         else:
             self.record(eqn, f, {}, factored=False, added=f.base.size)
-            warning = self.on_dense(f, eqn) if f.paths else None
+            warning = self.on_dense(f, eqn.primitive.name if eqn else "", self.where) if f.paths else None
             if warning is not None:
                 self.warnings[warning] = None
         return dense(f)

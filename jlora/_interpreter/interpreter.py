@@ -32,7 +32,7 @@ def run(ctx: Context, jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Valu
         operands = [read(atom) for atom in eqn.invars]
         with _compat.equation_context(eqn):
             if any(isinstance(v, AdaptedWeight) for v in operands):
-                out = _apply(ctx.at(number), eqn, operands)
+                out = _apply(ctx.at(number, eqn), eqn, operands)
             else:
                 out = _compat.bind(eqn, *operands)
         env.update(zip(eqn.outvars, out, strict=True))
@@ -58,11 +58,11 @@ def _apply(ctx: Context, eqn: Eqn, operands: list[Value]) -> list[Value]:
     out = rule(ctx, eqn, *operands) if rule else None
     if rule is None or out is None:
         return list(_compat.bind(eqn, *(ctx.to_array(eqn, v) for v in operands)))
-    _check_outputs(rule, eqn, out)
+    _check_outputs(ctx, rule, eqn, out)
     return list(out)
 
 
-def _check_outputs(rule: Rule, eqn: Eqn, out: Sequence[Value]) -> None:
+def _check_outputs(ctx: Context, rule: Rule, eqn: Eqn, out: Sequence[Value]) -> None:
     """Raises unless a rule returned one value for each output of the equation, in its shape and dtype."""
     expected = [_compat.aval(var) for var in eqn.outvars]
     if [(v.shape, v.dtype) for v in out] == [(t.shape, t.dtype) for t in expected]:
@@ -70,7 +70,7 @@ def _check_outputs(rule: Rule, eqn: Eqn, out: Sequence[Value]) -> None:
     is_extension = not rule.__module__.startswith("jlora.")
     returned = ", ".join(f"{v.dtype}{list(v.shape)}" for v in out)
     message = (
-        f"The rule for {eqn.primitive.name} in {rule.__module__} returned [{returned}] at {_compat.source_line(eqn)}; "
+        f"The rule for {eqn.primitive.name} in {rule.__module__} returned [{returned}] at {ctx.where}; "
         f"the program has [{', '.join(f'{t.dtype}{list(t.shape)}' for t in expected)}]. "
     )
     if is_extension:

@@ -38,9 +38,9 @@ def _outputs(eqn: Eqn, operands: Sequence[Sources], sets: list[frozenset[int]]) 
     if operands and not any(operands):  # no parameters
         source = None if None in operands else frozenset()
         return [source] * len(eqn.outvars)
-    bodies = _compat.bodies(eqn)
-    if bodies:
-        results = [_propagate(body, operands[len(operands) - len(body.invars) :], sets) for body, _ in bodies]
+    bodies = [body for body, _ in _compat.bodies(eqn) if len(body.invars) <= len(operands)]
+    results = [_propagate(body, operands[len(operands) - len(body.invars) :], sets) for body in bodies]
+    if results and len(results[-1]) == len(eqn.outvars):
         return results[-1]
     if None in operands:
         return [None] * len(eqn.outvars)

@@ -57,7 +57,7 @@ class Sites(Tabular, Mapping[str, Site]):
 
 def _appearance(site: Site) -> Hashable:
     """What layers of one row have in common."""
-    uses = tuple((use.primitive, use.roles, use.factored, use.flops) for use in site.uses)
+    uses = tuple((use.primitive, use.roles, use.factored, use.dense_in, use.flops) for use in site.uses)
     return site.shape, str(site.dtype), site.roles, uses, site.unsupported_reason
 
 
@@ -70,4 +70,8 @@ def _cells(site: Site) -> tuple[str, str, str, str]:
 
 
 def _verdict(site: Site) -> str:
-    return f"no: {site.unsupported_reason}" if site.unsupported_reason else "yes"
+    """Whether a low-rank method can adapt the site, and which primitives take its weight dense."""
+    if site.unsupported_reason:
+        return f"no: {site.unsupported_reason}"
+    dense = ", ".join(dict.fromkeys(use.dense_in for use in site.uses if not use.factored))
+    return f"yes, dense in {dense}" if dense else "yes"

@@ -72,7 +72,8 @@ def lower_parameters(program: Program, params: Sequence[Any], adapters: Sequence
 
 def collect_uses(program: Program, adapters: Sequence[Adapter], *, trace_only: bool = False) -> list[Use]:
     """Every use of the weights that have an update or are quantised; with `trace_only`, of all parameters."""
-    ctx = Context(interpreter.run, lambda f, eqn: None, trace_only=trace_only)
+    uses: dict[Any, Use] = {}
+    ctx = Context(interpreter.run, lambda f, primitive, where: None, uses=uses, trace_only=trace_only)
 
     def abstract(params: list[Any], args: list[Any], adapters: list[Adapter]) -> None:
         weights = [as_adapted_weight(*pair) for pair in zip(params, program.paths, strict=True)]
@@ -83,4 +84,4 @@ def collect_uses(program: Program, adapters: Sequence[Adapter], *, trace_only: b
                 ctx.materialize(None, v)
 
     jax.eval_shape(abstract, program.params, program.args, list(adapters))
-    return list(ctx.uses.values())
+    return list(uses.values())

@@ -21,7 +21,7 @@ from jlora._ir.weight import AdaptedWeight, TensorNetwork
 def add(ctx: Context, eqn: Eqn, left: Value, right: Value) -> list[Value] | None:
     """The sum of two weights has the networks of both. An array without an update is added to the base."""
     if not (isinstance(left, AdaptedWeight) and isinstance(right, AdaptedWeight)):
-        return _add_to_base(eqn, left, right)
+        return _add_to_base(ctx, eqn, left, right)
     if left.shape != right.shape or any(f.gathered_axes or f.axis_scales for f in (left, right)):
         return None
     left, right = merge_indices(left), merge_indices(right)
@@ -31,11 +31,16 @@ def add(ctx: Context, eqn: Eqn, left: Value, right: Value) -> list[Value] | None
     return [join([left, _scale_networks(right, -1.0) if eqn.primitive.name == "sub" else right], base)]
 
 
-def _add_to_base(eqn: Eqn, left: Value, right: Value) -> list[Value] | None:
+def _add_to_base(ctx: Context, eqn: Eqn, left: Value, right: Value) -> list[Value] | None:
     f = left if isinstance(left, AdaptedWeight) else right
-    if f.is_dense or f.multiplied is not None:  # materialising it costs nothing, or it may be an activation
-        return None
     if not f.is_matrix or f.gathered_axes or f.axis_scales or _compat.aval(eqn.outvars[0]).shape != f.shape:
+        return None
+    if f.multiplied is not None:  # it may be an activation
+        return None
+    if ctx.trace_only:  # the sum may be an activation, but this use would not materialise an update
+        ctx.record(eqn, f, {})
+        return list(_compat.bind(eqn, *(dense(v) if v is f else v for v in (left, right))))
+    if f.is_dense:  # materialising it costs nothing
         return None
     (base,) = lazy.bind(eqn, *(v.base if v is f else v for v in (left, right)))
     subtracted = eqn.primitive.name == "sub" and f is right

@@ -40,7 +40,7 @@ def jit(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     if not ctx.keeps_compiled or any(isinstance(v, AdaptedWeight) and is_deferred(v.base) for v in values):
         return _compile(p, functools.partial(_run_body, ctx.child(), shardings, jaxpr))(consts, values)
     by_options = _COMPILED.setdefault(jaxpr, {})
-    options = p.name, shardings, p.inline, p.keep_unused, ctx.on_dense
+    options = p.name, shardings, p.inline, p.keep_unused, ctx.on_dense, ctx.where
     if options not in by_options:
         by_options[options] = _compile(p, _separate(ctx, shardings, jaxpr))
     paths = {path for v in values if isinstance(v, AdaptedWeight) for path in v.paths}
@@ -70,7 +70,7 @@ def _compile(p: _compat.JitParams, fun: Callable[..., Any]) -> Callable[..., Any
 
 def _separate(ctx: Context, shardings: _Shardings, jaxpr: Jaxpr) -> Callable[..., tuple[list[Value], _Effects]]:
     """A body in a context of its own. It must not keep its jaxpr alive, nor the uses of one run."""
-    new_context = functools.partial(Context, ctx.run, ctx.on_dense, keeps_compiled=True)
+    new_context = functools.partial(Context, ctx.run, ctx.on_dense, keeps_compiled=True, caller=ctx.where)
     reference = weakref.ref(jaxpr)
 
     def fun(consts: Sequence[Any], values: Sequence[Value], before: _Effects) -> tuple[list[Value], _Effects]:
@@ -114,7 +114,9 @@ def custom(ctx: Context, eqn: Eqn, *values: Value) -> list[Value] | None:
 
     While tracing, the body is interpreted, because it specifies the roles of the weights' axes.
     """
-    return inline(ctx, eqn, *values) if ctx.trace_only else None
+    if not ctx.trace_only:
+        return None
+    return inline(dataclasses.replace(ctx, dense_in=ctx.dense_in or eqn.primitive.name), eqn, *values)
 
 
 @register_rule("checkpoint", "remat", "remat2")

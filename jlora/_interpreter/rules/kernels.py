@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jlora import _compat
 from jlora._compat import Eqn, Jaxpr
@@ -21,9 +22,12 @@ def treat_as(ctx: Context, eqn: Eqn, *values: Value) -> list[Value] | None:
 
     For a twin that is affine in the weight this is what the update adds, and it does not depend on the base.
     """
-    if ctx.trace_only:
-        return ctx.run(ctx.child(), *_compat.open_jaxpr(eqn.params["plain"]), values)
     weights = {k: v for k, v in enumerate(values) if isinstance(v, AdaptedWeight)}
+    if ctx.trace_only:
+        floating = [k for k, f in weights.items() if jnp.issubdtype(f.dtype, jnp.floating)]
+        is_affine = all(_derivative(eqn, [k]) is not None for k in floating)
+        inner = ctx.child() if is_affine else dataclasses.replace(ctx.child(), dense_in=ctx.dense_in or TREAT_AS)
+        return ctx.run(inner, *_compat.open_jaxpr(eqn.params["plain"]), values)
     if any(f.axis_scales or f.gathered_axes for f in weights.values()):
         return None
     updated = {k: f for k, f in weights.items() if f.networks}

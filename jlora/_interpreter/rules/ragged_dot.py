@@ -27,6 +27,8 @@ def ragged_dot_general(ctx: Context, eqn: Eqn, x: Value, f: Value, group_sizes: 
     f, folded = fold_full_rank(merge_indices(ctx.with_dropout_keys(f, 0)))
     if not _is_supported(f, groups[0], batch[1]):
         return None
+    # An update of a kernel that all groups share is no ragged product: it would reach the rows that are in no group.
+    folded = folded or (ctx.trace_only and not any(f.index(c).origins for c in f.axes[groups[0]]))
     labels = label_product(f, x.shape, contracted, batch, groups=groups)
     row = labels.x[rows[0]]
     by_row = [_scale_rows(s, labels.group, row, group_sizes, x.shape[rows[0]]) for s in f.axis_scales]
