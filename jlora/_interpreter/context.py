@@ -169,10 +169,9 @@ class Context:
 
         The equations inside functions of `jax.numpy` and of other libraries have no such line: it is that of the call.
         """
-        own, any_code = (
-            (_compat.source_line(eqn, of_library=of_library) for eqn in self.eqns[::-1]) for of_library in (False, True)
-        )
-        return next(filter(None, itertools.chain(own, [self.caller], any_code)), "")
+        own = (_compat.source_line(eqn) for eqn in self.eqns[::-1])
+        of_libraries = (_compat.source_line(eqn, of_library=True) for eqn in self.eqns[::-1])
+        return next(filter(None, itertools.chain(own, [self.caller], of_libraries)), "")
 
     def forget_inner_uses(self) -> None:
         """Drops the uses inside the current equation, whose body will be traced again with other values.
