@@ -28,7 +28,8 @@ class Verdict:
     Arguments:
         outcome: "agrees"; "coarse" if the two sides agree within roundings that are as large as what the adapter
             changes; "nothing" if no weight can be adapted; "refused" if JAX refuses the base program too;
-            "miscompiled" if XLA gives the merged program other values on eight devices than on one; "fault".
+            "miscompiled" if XLA gives the merged program other values on eight devices than on one, or cannot compile
+            for eight what it compiles for one; "fault".
         text: of a fault.
         kinds: the names of all that the program consists of.
     """
@@ -76,6 +77,12 @@ def judge(plan: Plan) -> Verdict:
             outcome, text = _judge(plan, built)
             if outcome == "fault" and plan.placement is not None and _is_miscompiled(plan, built):
                 outcome = "miscompiled"
+        except jax.errors.JaxRuntimeError:
+            on_one = dataclasses.replace(plan, placement=None)
+            if plan.placement is None or _judge(on_one, built)[0] == "fault":
+                outcome, text = "fault", traceback.format_exc(limit=-12)
+            else:
+                outcome, text = "miscompiled", ""
         except Refused:
             outcome, text = "refused", ""
         except Exception:
@@ -245,7 +252,9 @@ def _compare(results: Results) -> tuple[str, str]:
         moved = max(_gap(b, c) for c in near)
         # A merged weight of 8 bits has cotangents of 8 bits, which are summed as such.
         loose = 4 if results.storage > 2**-5 and "value" not in name else 1
-        bound = loose * (max(F32, 8 * results.eps, 2 * results.storage) * _largest(b) + 4 * moved + 1e-7 * top)
+        bound = loose * (
+            max(F32, 8 * results.eps, 2 * results.storage) * _largest(b) + 4 * moved + 2 * results.eps * top
+        )
         if not _gap(a, b) <= bound:
             return "fault", f"{name}: differs by {_gap(a, b):.3g}, largest entry {_largest(b):.3g}, bound {bound:.3g}"
         if "value" in name:
