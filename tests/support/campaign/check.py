@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import traceback
@@ -15,7 +16,7 @@ import numpy as np
 import jlora
 from tests.support.agreement import F32, OPTIONS
 from tests.support.campaign.draw import Built, build
-from tests.support.campaign.numbers import adapters, noisy, values
+from tests.support.campaign.numbers import adapters, mesh_of, noisy, values
 from tests.support.campaign.plan import Plan
 
 Tree = Any
@@ -74,7 +75,8 @@ def judge(plan: Plan) -> Verdict:
             return Verdict("fault", f"the campaign cannot build this\n{traceback.format_exc()}")
         try:
             plan = _placeable(plan, built)
-            outcome, text = _judge(plan, built)
+            with jax.set_mesh(mesh_of(plan)) if plan.explicit and plan.placement else contextlib.nullcontext():
+                outcome, text = _judge(plan, built)
             if outcome == "fault" and plan.placement is not None and _is_miscompiled(plan, built):
                 outcome = "miscompiled"
         except jax.errors.JaxRuntimeError:
@@ -106,7 +108,7 @@ def _judge(plan: Plan, built: Built) -> tuple[str, str]:
     params, x = values(plan, built)
     lead = tuple(program.adapters for program in reversed(built.wrappers) if program.adapters)
     plain = jlora.dequantize(params)
-    _check_base(built, jax.tree.map(lambda a: jax.ShapeDtypeStruct((*lead, *a.shape), a.dtype), plain), x)
+    _check_base(built, jax.tree.map(lambda a: jnp.broadcast_to(a, (*lead, *a.shape)), plain) if lead else plain, x)
     sites = jlora.trace(built.fun, params, x)
     str(sites)
     adapter = adapters(plan, sites, params, lead)

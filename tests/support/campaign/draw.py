@@ -50,6 +50,7 @@ def draw_plan(seed: str) -> Plan:
         tuple(name for name in wrappers if not (placed and name == "pmap_outside")),
         some(METHODS, r.choice([1, 1, 1, 2])),
         r.randrange(2**32) if placed else None,
+        placed and not quantized and r.random() < 0.4,
         quantized,
         r.randrange(2**32),
     )
@@ -86,7 +87,7 @@ class Built:
 
 
 def build(plan: Plan) -> Built:
-    """The program of a plan. Steps that do not fit what they meet are left out, and uses are replaced by a product."""
+    """The program of a plan. Steps that do not fit what they meet are left out, and uses are replaced by others."""
     scope = Scope({name: Weight(shape, jnp.dtype(plan.dtype)) for name, shape in plan.shapes.items()}, plan.seed)
     scope.input((1,), jnp.float32)  # programs ask for the sign of an input
     branches, kinds = [], []
@@ -132,7 +133,8 @@ def _fitting(make: Any, draw: Draw, w: Weight, scope: Scope) -> tuple[Step, Weig
 
 
 def _use(draw: Draw, w: Weight, scope: Scope, kinds: list[str]) -> Step:
-    for name in (draw.name, "matmul", "product"):
+    others = random.Random(draw.seed).sample(sorted(USES), 4)
+    for name in (draw.name, *others, "matmul", "product"):
         try:
             step, _ = _fitting(USES[name], draw, w, scope)
             output(step, w, scope)

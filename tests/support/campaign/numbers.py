@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jlora
 from tests.support import weight_uses
@@ -37,18 +37,24 @@ def values(plan: Plan, built: Built) -> tuple[Tree, Tree]:
     x = {name: v if isinstance(v, np.ndarray) else normal(v.shape, v.dtype) for name, v in inputs.items()}
     if plan.placement is None:
         return jax.tree.map(jnp.asarray, (params, x))
-    r = random.Random(plan.placement)
-    return jax.tree.map(lambda a: jax.device_put(a, _placed(r, a.shape)), (params, x))
+    r, mesh = random.Random(plan.placement), mesh_of(plan)
+    return jax.tree.map(lambda a: jax.device_put(a, _placed(r, mesh, a.shape)), (params, x))
 
 
-def _placed(r: random.Random, shape: tuple[int, ...]) -> NamedSharding:
+def mesh_of(plan: Plan) -> Mesh:
+    """The devices of a plan that is placed."""
+    mesh = weight_uses.mesh()
+    return jax.make_mesh((4, 2), mesh.axis_names, axis_types=(AxisType.Explicit,) * 2) if plan.explicit else mesh
+
+
+def _placed(r: random.Random, mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     """A random sharding that divides the shape."""
     spec: list[Any] = [None] * len(shape)
     for axis, count in (("data", 4), ("model", 2)):
         options = [k for k, n in enumerate(shape) if n % count == 0 and n and spec[k] is None]
         if options and r.random() < 0.7:
             spec[r.choice(options)] = axis
-    return NamedSharding(weight_uses.mesh(), PartitionSpec(*spec))
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def targets(plan: Plan, draw: Draw, sites: jlora.Sites) -> dict[str, jlora.Method]:

@@ -45,6 +45,7 @@ class Plan:
         wrappers: kinds of program around them, the innermost first.
         methods: for each adapter of the list, the methods that it may use.
         placement: a seed for the shardings of parameters and inputs on eight devices; None for one device.
+        explicit: whether the axes of that mesh are Explicit.
         quantized: whether the weights are held in 8 bits.
         seed: of all numbers.
     """
@@ -55,6 +56,7 @@ class Plan:
     wrappers: tuple[str, ...]
     methods: tuple[Draw, ...]
     placement: int | None
+    explicit: bool
     quantized: bool
     seed: int
 
@@ -66,7 +68,12 @@ class Plan:
             lines.append(f"{branch.weight} -> {steps}")
         lines.append(f"inside {', '.join(self.wrappers) or 'nothing'}")
         lines.append(f"adapters: {', '.join(draw.name for draw in self.methods)}")
-        return "\n".join([*lines, *["on eight devices"] * (self.placement is not None)])
+        return "\n".join([*lines, *self._place()])
+
+    def _place(self) -> list[str]:
+        if self.placement is None:
+            return []
+        return ["on eight devices, with Explicit axes" if self.explicit else "on eight devices"]
 
     def smaller(self) -> Iterator[Plan]:
         """Plans that lack one part of this one."""
@@ -80,10 +87,9 @@ class Plan:
             for k in range(len(branch.steps)):
                 shorter = dataclasses.replace(branch, steps=_without(branch.steps, k))
                 yield dataclasses.replace(self, branches=(*self.branches[:j], shorter, *self.branches[j + 1 :]))
-        plain: list[dict[str, Any]] = [{"placement": None}, {"quantized": False}, {"dtype": "float32"}]
-        plain.append({"methods": tuple(Draw("lora", 0) for _ in self.methods)})
-        for change in plain:
-            plan = dataclasses.replace(self, **change)
+        plain = {"placement": None, "explicit": False, "quantized": False, "dtype": "float32"}
+        for name, value in {**plain, "methods": tuple(Draw("lora", 0) for _ in self.methods)}.items():
+            plan = dataclasses.replace(self, **{name: value})
             if plan != self:
                 yield plan
 
