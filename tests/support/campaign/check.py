@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from tests.support.agreement import F32, OPTIONS
+from tests.support.agreement import OPTIONS
+from tests.support.campaign.compare import Results, compare
 from tests.support.campaign.draw import Built, build
 from tests.support.campaign.numbers import adapters, mesh_of, noisy, values
 from tests.support.campaign.plan import Plan
@@ -38,26 +39,6 @@ class Verdict:
     outcome: str
     text: str = ""
     kinds: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """Values and derivatives of a program: adapted, merged, and merged with noise; and the base's values.
-
-    Arguments:
-        eps: the coarsest rounding of an activation.
-        storage: the coarsest rounding of a parameter.
-        adapted, merged: of the two sides of the law.
-        base: the values of the base program.
-        near: as `merged`, of parameters, adapters and inputs that are off by a rounding.
-    """
-
-    eps: float
-    storage: float
-    adapted: Tree
-    merged: Tree
-    base: Tree
-    near: list[Tree]
 
 
 class Refused(Exception):  # noqa: N818, it is no error of jlora's
@@ -118,7 +99,7 @@ def _judge(plan: Plan, built: Built) -> tuple[str, str]:
     jlora.merge(params, one)
     caught, results = _run(built, params, adapter, x)
     reported = _check_report(plan, built, params, one, x, warned=bool(caught))
-    return ("fault", reported) if reported else _compare(results)
+    return ("fault", reported) if reported else compare(results)
 
 
 def _is_miscompiled(plan: Plan, built: Built) -> bool:
@@ -128,7 +109,7 @@ def _is_miscompiled(plan: Plan, built: Built) -> bool:
         params, x = values(placed, built)
         adapter = adapters(plan, jlora.trace(built.fun, params, x), params, ())
         results.append(_run(built, params, adapter, x)[1])
-    return _compare(dataclasses.replace(results[1], adapted=results[0].merged))[0] == "fault"
+    return compare(dataclasses.replace(results[1], adapted=results[0].merged))[0] == "fault"
 
 
 def _check_base(built: Built, params: Tree, x: Tree) -> None:
@@ -215,79 +196,17 @@ def _check_report(plan: Plan, built: Built, params: Tree, adapter: Tree, x: Tree
     str(explained)
     if warned and not explained.dense:
         return "adapt warned of dense weights, and explain lists none"
-    thin = all(isinstance(update.method, jlora.LoRA) for each in adapter for update in each.values())
-    large = all(
-        min(sites_rank(update)) > 2 * update.method.rank for each in adapter for update in each.values() if thin
-    )
-    if thin and large and explained.dense and not warned and not plan.quantized:
+    updates = [update for each in adapter for update in each.values()]
+    thin = all(isinstance(u.method, jlora.LoRA) and min(_sides(u)) > 2 * u.method.rank for u in updates)
+    if thin and explained.dense and not warned and not plan.quantized:
         return f"explain lists dense weights, and adapt did not warn:\n{explained}"
     return ""
 
 
-def sites_rank(update: jlora.Update) -> list[int]:
+def _sides(update: jlora.Update) -> list[int]:
     """The sizes of the two sides of an update as a matrix."""
     sides = [1, 1]
     for n, role in zip(update.shape, update.roles, strict=True):
         if role != "stack":
             sides[role == "out"] *= n
     return sides
-
-
-def _compare(results: Results) -> tuple[str, str]:
-    """Every leaf of values and derivatives, in units of its largest entry and of what noise changes."""
-    want = results.merged
-    top = max((_largest(a) for a in jax.tree.leaves(want)), default=0.0)
-    coarse, narrow = False, max(results.eps, results.storage) > 2**-12
-    effect = max(_gap(a, b) for a, b in _pairs(want["value"], results.base))
-    noise = 0.0
-    pairs = zip(*(_named(tree) for tree in (results.adapted, want, *results.near)), strict=True)
-    for (name, a), (_, b), *near in pairs:
-        if not jnp.issubdtype(b.dtype, jnp.floating):
-            continue
-        near = [leaf for _, leaf in near]
-        if any((np.isfinite(_double(b)) != np.isfinite(_double(c))).any() for c in near):
-            return "coarse", ""  # an overflow
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            return "fault", f"{name}: {a.dtype}{a.shape} adapted, {b.dtype}{b.shape} merged"
-        if (np.isfinite(_double(a)) != np.isfinite(_double(b))).any():
-            return ("coarse", "") if narrow and _overflows(want) else ("fault", f"{name}: not finite in other places")
-        moved = max(_gap(b, c) for c in near)
-        # A merged weight of 8 bits has cotangents of 8 bits, which are summed as such.
-        loose = 4 if results.storage > 2**-5 and "value" not in name else 1
-        bound = loose * (
-            max(F32, 8 * results.eps, 2 * results.storage) * _largest(b) + 4 * moved + 2 * results.eps * top
-        )
-        if not _gap(a, b) <= bound:
-            return "fault", f"{name}: differs by {_gap(a, b):.3g}, largest entry {_largest(b):.3g}, bound {bound:.3g}"
-        if "value" in name:
-            noise = max(noise, bound)
-        coarse = coarse or bound > 0.5 * _largest(b) > 0
-    return ("coarse" if coarse or noise > 0.5 * effect else "agrees"), ""
-
-
-def _overflows(tree: Tree) -> bool:
-    """Whether some number is close to the largest of a narrow dtype, as cotangents of 8 bits soon are."""
-    return any(_largest(a) > 200 for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating))
-
-
-def _named(tree: Tree) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _pairs(left: Tree, right: Tree) -> list[tuple[Any, Any]]:
-    both = list(zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=False))
-    return [(a, b) for a, b in both if a.shape == b.shape] or [(np.zeros(1), np.zeros(1))]
-
-
-def _double(a: Any) -> np.ndarray:
-    return np.asarray(a).astype(np.float64)
-
-
-def _gap(a: Any, b: Any) -> float:
-    a, b = _double(a), _double(b)
-    both = np.isfinite(a) & np.isfinite(b)
-    return float(np.abs(np.where(both, a, 0) - np.where(both, b, 0)).max(initial=0))
-
-
-def _largest(a: Any) -> float:
-    return _gap(a, np.zeros(()))

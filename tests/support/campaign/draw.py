@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tests.support.campaign import nesting  # noqa: F401
+from tests.support.campaign import nested_uses, nesting  # noqa: F401
 from tests.support.campaign.plan import Array, Branch, Draw, Inputs, Params, Plan, Scope, Step, Unfit, Weight, after
 from tests.support.campaign.steps import LARGEST, STEPS
 from tests.support.campaign.uses import USES, output

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tests.support.campaign import arithmetic, structure  # noqa: F401
 from tests.support.campaign.plan import Array, Inputs, Params, Scope, Step, Weight, after, require
 from tests.support.campaign.steps import STEPS, step
 
-_PLAIN = sorted(STEPS)  # those of `steps.py`
+_PLAIN = sorted(STEPS)  # those of the other modules
 
 
 def inner(r: random.Random, w: Weight, s: Scope) -> Step:
