@@ -40,6 +40,8 @@ def draw_plan(seed: str) -> Plan:
     for _ in range(r.choice([1, 1, 2, 3])):
         steps = some(STEPS, r.choice([0, 1, 1, 2, 2, 3, 4, 6]))
         branches.append(Branch(r.choice("wwv"), steps, some(USES, 1)[0]))
+    if r.random() < 0.4:  # a plain product states the roles of a weight whose other uses materialise it
+        branches.append(Branch(branches[0].weight, (), Draw("product", r.randrange(2**32))))
     placed, quantized = r.random() < 0.2, r.random() < 0.07
     wrappers = r.choices(sorted(WRAPPERS), k=r.choice([0, 0, 1, 1, 1, 2, 3]))
     dtype = r.choice(DTYPES)
