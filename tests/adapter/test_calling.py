@@ -133,3 +133,33 @@ def test_a_users_method_is_loaded_again(tmp_path):
     adapter = jlora.init(jax.random.key(0), jlora.trace(model, params, X), UsersMethod())
     jlora.save(tmp_path / "adapter", adapter)
     assert jlora.load(tmp_path / "adapter")["w"].method == UsersMethod()
+
+
+class Ranked(jlora.Method):
+    """A class between `Method` and the method that is used."""
+
+    networks = ("d",)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class ThroughAnother(Ranked):
+    """A method that derives through a class of the user's."""
+
+    factors = {"d": "*stack *in *out"}  # noqa: RUF012
+    initializers = {"d": jax.nn.initializers.zeros}  # noqa: RUF012
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class OfLoRA(jlora.LoRA):
+    """A method that derives from one of jlora's."""
+
+
+@pytest.mark.parametrize(
+    "method", [ThroughAnother(), OfLoRA(rank=2, alpha=3.0)], ids=lambda method: type(method).__name__
+)
+def test_a_method_that_derives_through_another_class_is_loaded_again(tmp_path, method):
+    params, _ = parts()
+    adapter = jlora.init(jax.random.key(0), jlora.trace(model, params, X), method)
+    jlora.save(tmp_path / "adapter", adapter)
+    loaded = jlora.load(tmp_path / "adapter")["w"].method
+    assert (type(loaded), loaded) == (type(method), method)
