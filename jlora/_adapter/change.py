@@ -150,17 +150,13 @@ def change_of(path: str, update: Update, leaf: Any) -> Change:
             "the base parameters of this adapter."
         )
     method = update.method
-    adds_nothing = not np.any(update.scale)
-    needs_leaf = (method.depends_on_weight or method.is_multiplicative) and not adds_nothing
-    w = (
-        None
-        if needs_leaf and leaf is None
-        else _lower(dataclasses.replace(update, key=None), leaf if needs_leaf else None)
-    )
-    if w is None or (w.axis_scales and leaf is None):
-        name = type(method).__name__
-        raise ValueError(f"{path}: the update of {name} depends on the base. Pass params, the base parameters.")
-    return Change(update, leaf, w.map_arrays(lambda array, term: (np.asarray(array), term)))
+    needs_leaf = bool(np.any(update.scale)) and (method.depends_on_weight or method.is_multiplicative)
+    if not needs_leaf or leaf is not None:
+        w = _lower(dataclasses.replace(update, key=None), leaf if needs_leaf else None)
+        if not w.axis_scales or leaf is not None:
+            return Change(update, leaf, w.map_arrays(lambda array, term: (np.asarray(array), term)))
+    name = type(method).__name__
+    raise ValueError(f"{path}: the update of {name} depends on the base. Pass params, the base parameters.")
 
 
 @jax.jit

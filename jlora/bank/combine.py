@@ -13,6 +13,7 @@ from jlora._adapter.change import Change, change_of, is_matrix
 from jlora._adapter.svd import Cut, Index, Layer, Pair, concatenated
 from jlora._adapter.to_lora import decompose, lora_update
 from jlora._tree.paths import named_leaves, path_number
+from jlora.bank.bank import Bank
 from jlora.bank.members import Member, check_same_weight, weighted_members
 from jlora.bank.task_vectors import RULES, Rule
 from jlora.methods._base import Adapter, Update
@@ -20,7 +21,7 @@ from jlora.methods.full import Full
 
 
 def combine(
-    adapters: Sequence[Adapter] | Mapping[str, Adapter],
+    adapters: Sequence[Adapter] | Mapping[str, Adapter] | Bank,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     *,
     how: str = "concat",
@@ -52,7 +53,7 @@ def combine(
     combined by the same rule into `Full`, exactly; so is, with "concat", a matrix that a member updates by `Full`.
 
     Arguments:
-        adapters: adapters of the same base, a list or a dict by name.
+        adapters: adapters of the same base: a list, a dict by name, or a bank.
         weights: a number for each, 1 by default: a list, or a dict by the same names. A negative one subtracts what
             the adapter has learned (task negation).
         how: the rule.
@@ -71,7 +72,7 @@ def combine(
         by an SVD: then it is the error of that.
 
     Raises:
-        TypeError: if `adapters` is not a list or a dict of adapters.
+        TypeError: if `adapters` is not a list or a dict of adapters, or a bank.
         ValueError: if the adapters are for different weights, a number is out of range, an argument is missing or has
             no effect, or, with "concat", an update has no exactly equal LoRA; with the path and the adapter.
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -85,23 +85,23 @@ def extract(
 def _leaves(base: Any, tuned: Any, sites: Sites) -> tuple[dict[str, Any], dict[str, Any]]:
     """The parameters of both checkpoints by path, after a check that they are those of the sites."""
     before, after = ({path: a for path, a in named_leaves(tree) if is_array(a)} for tree in (base, tuned))
-    misfits = []
-    for name, leaves in (("base", before), ("tuned", after)):
-        misfits += [
-            f"{path}: not in `{name}` ({closest_matches(path, leaves)})" for path in sites if path not in leaves
-        ]
-        misfits += [f"{path}: in `{name}`, but not in `sites`" for path in leaves if path not in sites]
-        misfits += [
-            f"{path}: shape {tuple(leaf.shape)} in `{name}`, {sites[path].shape} in `sites`"
-            for path, leaf in leaves.items()
-            if path in sites and tuple(leaf.shape) != sites[path].shape
-        ]
+    misfits = [*_misfits("base", before, sites), *_misfits("tuned", after, sites)]
     if misfits:
         raise ValueError(
             "The checkpoints do not fit. Pass two of one program, and the sites that were traced with them:\n  "
             + "\n  ".join(misfits)
         )
     return before, after
+
+
+def _misfits(name: str, leaves: Mapping[str, Any], sites: Sites) -> Iterator[str]:
+    """Why parameters are not those of the sites, one line for each path."""
+    for path, site in sites.items():
+        if path not in leaves:
+            yield f"{path}: not in `{name}` ({closest_matches(path, leaves)})"
+        elif tuple(leaves[path].shape) != site.shape:
+            yield f"{path}: shape {tuple(leaves[path].shape)} in `{name}`, {site.shape} in `sites`"
+    yield from (f"{path}: in `{name}`, but not in `sites`" for path in leaves if path not in sites)
 
 
 def _methods(sites: Sites, targets: Mapping[str, Method | None]) -> dict[str, Method]:

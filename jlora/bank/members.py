@@ -39,20 +39,25 @@ def weighted_members(adapters: Any, weights: Any) -> list[Member]:
         TypeError: if `adapters` is neither, or holds something else than adapters.
         ValueError: if there are no adapters, or not one finite weight for each.
     """
-    if isinstance(adapters, Bank):
-        adapters = unstack(adapters)
-    is_named = isinstance(adapters, Mapping)
-    if is_named and any(isinstance(value, Update) for value in adapters.values()):
-        raise TypeError("Expected a list of adapters or a dict of adapters by name, found one adapter: pass [adapter].")
-    if not is_named and (isinstance(adapters, str) or not isinstance(adapters, Sequence)):
-        raise TypeError(f"Expected a list of adapters or a dict of adapters by name, found {type(adapters).__name__}.")
-    if not adapters:
+    listed = _listed(adapters)
+    if not listed:
         raise ValueError("There are no adapters to combine.")
-    listed = list(adapters.values()) if is_named else list(adapters)
-    names = [str(name) for name in adapters] if is_named else [str(number) for number in range(len(listed))]
-    numbers = [path_number(name) for name in names] if is_named else range(len(listed))
-    each = zip(names, numbers, _weights(names, weights), listed, strict=True)
-    return [Member(name, number, weight, _with_static_scales(adapter)) for name, number, weight, adapter in each]
+    weights = _weights([name for name, _, _ in listed], weights)
+    return [
+        Member(name, number, weight, _with_static_scales(adapter))
+        for (name, number, adapter), weight in zip(listed, weights, strict=True)
+    ]
+
+
+def _listed(adapters: Any) -> list[tuple[str, int, Any]]:
+    """The name, the number and the adapter of each member."""
+    adapters = unstack(adapters) if isinstance(adapters, Bank) else adapters
+    if isinstance(adapters, Sequence) and not isinstance(adapters, str):
+        return [(str(number), number, adapter) for number, adapter in enumerate(adapters)]
+    if isinstance(adapters, Mapping) and not any(isinstance(value, Update) for value in adapters.values()):
+        return [(str(name), path_number(str(name)), adapter) for name, adapter in adapters.items()]
+    given = "one adapter: pass [adapter]" if isinstance(adapters, Mapping) else type(adapters).__name__
+    raise TypeError(f"Expected a list of adapters, a dict of adapters by name or a bank, found {given}.")
 
 
 def _with_static_scales(adapter: Any) -> Adapter:

@@ -96,6 +96,22 @@ def test_weights_are_one_by_default_and_zero_leaves_an_adapter_out():
     assert not any(np.abs(v).max() for v in change(jlora.combine([adapters[0]], [0], how="svd", rank=2)[0]).values())
 
 
+def test_a_bank_is_combined_as_its_members_are():
+    adapters = {"films": toy_model.adapter(seed=1), "tweets": toy_model.adapter(jlora.LoRA(3, 5.0), seed=2)}
+    weights = {"tweets": -0.5, "films": 2}
+    combined, _ = jlora.combine(jlora.bank.stack(adapters), weights)
+    assert vars(combined["embed"].method)["rank"] == 5
+    assert off(change(combined), summed([change(adapters[name]) for name in weights], list(weights.values()))) < 2e-6
+
+
+def test_scales_that_are_arrays():
+    """Such as those that `jlora.scale` makes inside `jax.jit`."""
+    adapters = [toy_model.adapter(seed=1), toy_model.adapter(jlora.DoRA(2), seed=2)]
+    scaled = [jax.jit(jlora.scale)(adapter, 0.5) for adapter in adapters]
+    combined, _ = jlora.combine(scaled, [2, -1], how="svd", rank=8, params=PARAMS)
+    assert off(change(combined), summed([change(a) for a in scaled], [2, -1])) < 1e-5
+
+
 def test_negation_undoes_an_adapter():
     adapter = toy_model.adapter()
     negated, _ = jlora.combine([adapter], [-1])
