@@ -52,11 +52,11 @@ if typing.TYPE_CHECKING:
     from jlora import bank as bank
     from jlora import extend as extend
     from jlora import io as io
+    from jlora import loralib as loralib
+    from jlora import peft as peft
     from jlora import quantized as quantized
     from jlora.bank.combine import combine as combine
     from jlora.bank.extract import extract as extract
-    from jlora.io import loralib as loralib
-    from jlora.io import peft as peft
     from jlora.io.checkpoint.orbax import checkpoint_args as checkpoint_args
     from jlora.io.checkpoint.orbax import load as load
     from jlora.io.checkpoint.orbax import load_state as load_state
@@ -72,14 +72,7 @@ __docformat__ = "google"
 
 # Orbax, TensorStore, optax and safetensors take as long to import as JAX itself. The modules that import them are
 # imported when one of these names is first used, and so is all of `jlora.bank`.
-_LAZY_MODULES = {
-    "bank": "jlora.bank",
-    "extend": "jlora.extend",
-    "io": "jlora.io",
-    "loralib": "jlora.io.loralib",
-    "peft": "jlora.io.peft",
-    "quantized": "jlora.quantized",
-}
+_LAZY_MODULES = {"bank", "extend", "io", "loralib", "peft", "quantized"}
 _LAZY = {
     "combine": "jlora.bank.combine",
     "extract": "jlora.bank.extract",
@@ -103,7 +96,7 @@ __all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]
 
 def __getattr__(name: str) -> typing.Any:
     if name in _LAZY_MODULES:
-        value = globals()[name] = importlib.import_module(_LAZY_MODULES[name])
+        value = globals()[name] = importlib.import_module(f"{__name__}.{name}")
         return value
     if name in _LAZY:
         value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)

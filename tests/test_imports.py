@@ -33,6 +33,8 @@ PACKAGES = [
     "_adapter",
     "quantized",
     "io",
+    "loralib",
+    "peft",
     "bank",
     "",
 ]
@@ -242,6 +244,22 @@ def test_import_loads_only_jax():
     assert in_a_fresh_process(f"import sys, jlora; print(sorted(sys.modules.keys() & {set(heavy)}))") == "[]"
 
 
+@pytest.mark.parametrize("name", ["bank", "extend", "io", "loralib", "peft", "quantized", "io.loralib", "io.peft"])
+def test_what_looks_like_a_module_can_be_imported(name: str):
+    program = f"import jlora.{name} as module; import jlora; print(module is jlora.{name}, module.__name__)"
+    assert in_a_fresh_process(program) == f"True jlora.{name}"
+
+
+def test_names_of_modules_can_be_imported():
+    program = """
+from jlora.peft import Module, Names, load, save
+from jlora.loralib import load as load_loralib
+from jlora import io
+print(Module is io.peft.Module, load is io.peft.load, load_loralib is io.loralib.load)
+"""
+    assert in_a_fresh_process(program) == "True True True"
+
+
 def test_lazy_names_are_reached_in_every_way():
     program = """
 import jlora
@@ -252,7 +270,7 @@ print(load.__module__)
 from jlora import *
 print(loralib.load.__module__, riemannian.__module__)
 from jlora.io import peft
-print(peft is jlora.peft)
+print(peft.load is jlora.peft.load)
 """
     expected = ["jlora.io.peft.api", "jlora.io.checkpoint.orbax", "jlora.io.loralib", "jlora.optim.gradients", "True"]
     assert in_a_fresh_process(program).split() == expected

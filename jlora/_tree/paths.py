@@ -4,7 +4,7 @@ import collections
 import difflib
 import hashlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax
 from jlora._tree.leaves import is_quantized
 
 Tree = Any
+Keys = tuple[Any, ...]
 
 
 def is_array(leaf: Any) -> bool:
@@ -27,19 +28,13 @@ def flatten(tree: Tree) -> tuple[list[Any], Any]:
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
     """Every leaf with its path, in the order of `flatten`.
 
-    An `nnx.Variable` counts as a leaf, so its path has no trailing `/value`, and so does a quantised weight.
+    A quantised weight is one leaf. Boxes have no part in a path: what is in an `nnx.Variable`, or in a box of Flax that
+    annotates axes (`nn.Partitioned`), has the path that it would have without the box.
 
     Raises:
         ValueError: if two leaves have the same path.
     """
-    out = []
-    for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf):
-        path = _path(keys)
-        inner = jax.tree_util.tree_leaves_with_path(node, is_leaf=is_quantized)
-        if len(inner) == 1:
-            out.append((path, inner[0][1]))
-        else:
-            out += [("/".join(filter(None, (path, _path(more)))), leaf) for more, leaf in inner]
+    out = [(_path(keys), leaf) for keys, leaf in _leaves(tree)]
     repeated = [path for path, count in collections.Counter(path for path, _ in out).items() if count > 1]
     if repeated:
         raise ValueError(f"Several parameters have the path {repeated[0]!r}: rename a key that contains '/'.")
@@ -50,11 +45,38 @@ def _path(keys: Any) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def _is_leaf(node: Any) -> bool:
-    if is_quantized(node):
-        return True
-    nnx = sys.modules.get("flax.nnx")  # a program that has not imported NNX has no Variable
-    return nnx is not None and isinstance(node, nnx.Variable)
+def _leaves(tree: Tree) -> list[tuple[Keys, Any]]:
+    """Every leaf with its keys, without those of boxes."""
+    if is_quantized(tree):
+        return [((), tree)]
+    out = []
+    for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda n: n is not tree and _is_special(n)):
+        inner = _leaves(node) if node is not tree and _is_special(node) else [((), node)]
+        out += [((*keys[_is_box(tree) :], *more), leaf) for more, leaf in inner]
+    return out
+
+
+def _is_special(node: Any) -> bool:
+    return is_quantized(node) or _is_box(node)
+
+
+def _is_box(node: Any) -> bool:
+    """Whether a node holds a parameter together with what Flax notes about it."""
+    for module, name in (("flax.nnx", "Variable"), ("flax.core.meta", "AxisMetadata")):
+        if module in sys.modules and isinstance(node, getattr(sys.modules[module], name)):
+            return True
+    return False
+
+
+def without_boxes(entries: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
+    """Entries by path, with the names that earlier releases gave to the parameters in boxes replaced.
+
+    Arguments:
+        entries: what was saved, by path.
+        paths: those of the parameters now: `kernel` if the parameter was saved as `kernel/value`.
+    """
+    plain = {path: path.removesuffix("/value") for path in entries}
+    return {plain[p] if p not in paths and plain[p] in paths else p: entry for p, entry in entries.items()}
 
 
 def closest_matches(path: str, candidates: Iterable[str]) -> str:

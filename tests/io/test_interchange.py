@@ -38,8 +38,10 @@ def test_a_train_state_through_flax():
     adapter = adapter_of("dora")
     f = jlora.adapt(toy_model.model)
 
+    tx = optax.adam(1e-2)
+
     def new(params):
-        return train_state.TrainState.create(apply_fn=f, params=params, tx=optax.adam(1e-2))
+        return train_state.TrainState.create(apply_fn=f, params=params, tx=tx)
 
     with jax.numpy_dtype_promotion("standard"):  # which optax needs
         state = new(adapter).apply_gradients(grads=jax.tree.map(jnp.ones_like, adapter))

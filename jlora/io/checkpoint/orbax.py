@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jlora._adapter.sharding import shardings
-from jlora._tree.paths import is_array, named_leaves
+from jlora._tree.paths import is_array, named_leaves, without_boxes
 from jlora.io.checkpoint import checksums, fingerprint, metadata, reader, train_state
 from jlora.io.checkpoint.errors import CheckpointError as CheckpointError
 from jlora.io.checkpoint.placement import HOST, Placement, placement_of
@@ -124,6 +124,9 @@ def load(path: str | os.PathLike[str], *, params: Any = None) -> Adapter:
     folder, meta = _open(path)
     with _usable(folder):
         if params is not None:
+            paths = dict(named_leaves(params)).keys()
+            base = meta["base"] and without_boxes(meta["base"], paths)
+            meta |= {"updates": without_boxes(meta["updates"], paths), "base": base}
             _check_base(folder, meta, params)
         placements = _placements(meta, params)
         return metadata.rebuild(meta, reader.read(folder / ARRAYS, meta["arrays"], placements))
@@ -151,6 +154,7 @@ def load_state(path: str | os.PathLike[str], like: Any) -> Any:
             raise CheckpointError(
                 f"{folder} holds an adapter without a state. Save one with jlora.checkpoint_args(adapter, state)."
             )
+        leaves = without_boxes(leaves, dict(named_leaves(like)).keys())
         placements = train_state.placements(leaves, like)
         return train_state.join(leaves, reader.read(folder / ARRAYS, meta["arrays"], placements), like)
 
