@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -45,7 +46,8 @@ def finish_lookup(
     roles: dict[str, Role] = dict.fromkeys(f.labels, "out")
     roles |= dict.fromkeys("".join(indexed), "in")
     roles |= dict.fromkeys("".join(batched), "stack")
-    added = 2 * sum(rows.base.size * n.factors[0].shape[-1] for n in rows.networks if n.factors)
+    # A factor may be a scalar: the first one of a Kronecker product of a table with prime sizes.
+    added = 2 * sum(rows.base.size * math.prod(n.factors[0].shape[-1:]) for n in rows.networks if n.factors)
     ctx.record(eqn, f, roles, added=added)
     mask, mask_term = in_bounds or (None, "")
     return under_auto_axes(functools.partial(_evaluate, mask_term=mask_term), rows.base)(rows, mask)
