@@ -34,6 +34,10 @@ class ThreeBits(extend.Quantized):
     def shape(self) -> tuple[int, ...]:
         return (*self.packed.shape[:-1], self.packed.shape[-1] // 3 * 8)
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return (*self.packed.shape[:-1], self.packed.shape[-1] // 3)  # eight neighbouring outputs share three bytes
+
     def dequantize(self) -> jax.Array:
         triples = self.packed.reshape(*self.packed.shape[:-1], -1, 3).astype(jnp.uint32)
         words = triples[..., 0] | triples[..., 1] << 8 | triples[..., 2] << 16

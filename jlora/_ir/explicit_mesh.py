@@ -8,18 +8,22 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, auto_axes
+from jax.sharding import auto_axes
 
 from jlora._ir.lazy import LazyArray
-from jlora._tree.leaves import is_quantized
+from jlora._tree import leaves
+
+
+def type_sharding(a: Any) -> Any:
+    """The sharding in an array's type; of a quantised or lazy weight that of the array which it stands for."""
+    if isinstance(a, LazyArray):
+        return a.sharding
+    return leaves.sharding(a) if leaves.is_quantized(a) else jax.typeof(a).sharding
 
 
 def explicit_axes(a: Any) -> tuple[Any, ...]:
-    """The Explicit axes of the mesh in an array's type; a quantised or lazy weight has no such type."""
-    if isinstance(a, LazyArray) or is_quantized(a):
-        return ()
-    mesh = jax.typeof(a).sharding.mesh
-    return tuple(n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
+    """The Explicit axes of the mesh in an array's type."""
+    return leaves.explicit_axes(type_sharding(a))
 
 
 def under_auto_axes(fun: Callable[..., Any], like: Any, out: Any = None) -> Callable[..., Any]:
@@ -31,4 +35,4 @@ def under_auto_axes(fun: Callable[..., Any], like: Any, out: Any = None) -> Call
         out: shardings of the result, or of its subtrees; by default that in the type of `like`.
     """
     axes = explicit_axes(like)
-    return auto_axes(fun, axes=axes, out_sharding=out or jax.typeof(like).sharding) if axes else fun
+    return auto_axes(fun, axes=axes, out_sharding=out or type_sharding(like)) if axes else fun

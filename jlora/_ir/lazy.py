@@ -7,15 +7,16 @@ the base of a weight of which only the update is wanted: no product with them is
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import _compat
 from jlora._compat import Eqn
-from jlora._tree import leaves
+from jlora._tree import leaves, pieces
 
 # They act on every entry alone, so that they may come after a slice along the first axis as well as before.
 _ELEMENTWISE = ("convert_element_type", "stop_gradient", "copy")
@@ -65,6 +66,20 @@ class LazyArray:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def sharding(self) -> Any:
+        """The sharding of the array on a mesh with Explicit axes, from the parts; elsewhere it may be None."""
+        if self.step is None:
+            return leaves.sharding(self.operands[0]) if self.operands else None
+        placed = [v.sharding if isinstance(v, LazyArray) else jax.typeof(v).sharding for v in self.operands]
+        eqn, explicit = self.step.eqn, next(filter(leaves.explicit_axes, placed), None)
+        if explicit is None or eqn.primitive.name in _ELEMENTWISE:
+            return explicit
+        if eqn.primitive.name == "transpose":
+            entries = (*explicit.spec, *[None] * (self.ndim - len(explicit.spec)))
+            return explicit.update(spec=PartitionSpec(*(entries[k] for k in eqn.params["permutation"])))
+        return explicit.update(spec=_compat.aval(eqn.outvars[self.number]).sharding.spec)
 
 
 def lazy_leaf(node: Any) -> LazyArray:
@@ -155,6 +170,67 @@ def gather_rows(array: LazyArray, positions: jax.Array) -> jax.Array | None:
     for _ in range(positions.ndim):
         entry = jax.vmap(entry)
     return entry(jax.tree.map(lambda part: part.at[positions].get(mode="promise_in_bounds"), sliceable))
+
+
+def cut(array: LazyArray, counts: Sequence[int], name: str) -> LazyArray | None:
+    """The array with parts that can be cut into as many pieces along each axis as `counts` tells.
+
+    None if what the program did to the array depends on its size.
+
+    Raises:
+        ValueError: if the border of a piece is inside a quantised block.
+    """
+    return _on_leaf(array, counts, lambda leaf, counts: pieces.cut(leaf, counts, name))
+
+
+def part_specs(array: LazyArray, entries: Sequence[Any]) -> Any:
+    """The array with a `PartitionSpec` in the place of every part, from the entries of its own spec."""
+    return _on_leaf(array, entries, pieces.part_specs)
+
+
+def reshard(array: LazyArray, sharding: NamedSharding) -> LazyArray | None:
+    """The array with its parts resharded as the array is, None if they cannot be placed so."""
+    entries = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
+
+    def move(leaf: Any, entries: Sequence[Any]) -> Any:
+        target = sharding.update(spec=PartitionSpec(*entries))
+        places = pieces.part_shardings(leaf, target)
+        placed = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), leaf, places)
+        return jax.sharding.reshard(leaf, places) if leaves.sharding(placed) == target else None
+
+    return _on_leaf(array, entries, move)
+
+
+def piece(array: LazyArray, counts: Sequence[int]) -> Any:
+    """An array as one device sees it: its parts are pieces already, and its shape follows."""
+    shape = tuple(n // count for n, count in zip(array.shape, counts, strict=True))
+    return dataclasses.replace(_on_leaf(array, counts, lambda leaf, _: leaf, piece), shape=shape)
+
+
+def _on_leaf(array: LazyArray, per_axis: Sequence[Any], fn: Callable[..., Any], step: Any = None) -> Any:
+    """Applies `fn(leaf, per_axis)` to the quantised leaf of an array, with the entries in the order of its axes.
+
+    None if `fn` returns None, or if a step is neither elementwise nor a transposition.
+
+    Arguments:
+        array: the array.
+        per_axis: one entry for each axis.
+        fn: the function.
+        step: `step(operand, per_axis)` replaces the operand of a step; by default by this function.
+    """
+    if is_zero(array):
+        return array
+    if array.step is None:
+        operand = fn(array.operands[0], per_axis)
+        return None if operand is None else dataclasses.replace(array, operands=(operand,))
+    eqn = array.step.eqn
+    if eqn.primitive.name == "transpose":
+        permutation = eqn.params["permutation"]
+        per_axis = [per_axis[permutation.index(k)] for k in range(array.ndim)]
+    elif eqn.primitive.name not in _ELEMENTWISE:
+        return None
+    operand = step(array.operands[0], per_axis) if step else _on_leaf(array.operands[0], per_axis, fn)
+    return None if operand is None else dataclasses.replace(array, operands=(operand,))
 
 
 def with_leading_axis(array: Any, length: int) -> Any:

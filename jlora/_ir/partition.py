@@ -7,6 +7,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora._ir.weight import AdaptedWeight
+from jlora._tree.pieces import num_shards
 
 
 def index_axes(f: AdaptedWeight, spec: PartitionSpec, mesh: Any) -> dict[str, Any] | None:
@@ -20,14 +21,6 @@ def index_axes(f: AdaptedWeight, spec: PartitionSpec, mesh: Any) -> dict[str, An
             return None
         out |= {axis[0]: entry, **dict.fromkeys(axis[1:])}
     return out
-
-
-def num_shards(entry: Any, mesh: Any) -> int:
-    """The number of shards that one entry of a `PartitionSpec` makes of an axis."""
-    count = 1
-    for name in () if entry is None else entry if isinstance(entry, tuple) else (entry,):
-        count *= mesh.shape[name]
-    return count
 
 
 def specs_like(f: AdaptedWeight, spec: PartitionSpec, mesh_axes: dict[str, Any]) -> AdaptedWeight:

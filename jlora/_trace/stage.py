@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding
 
 from jlora import _compat
 from jlora._compat import Jaxpr
@@ -77,10 +76,4 @@ def _abstract(value: Any) -> Any:
     """The value that the program is traced with: a quantised weight becomes the array that it stands for."""
     if not is_quantized(value):
         return value
-    placement = sharding(value)
-    if isinstance(placement, NamedSharding) and AxisType.Explicit in placement.mesh.axis_types:
-        raise NotImplementedError(
-            f"A quantised weight of shape {value.shape} is placed on {placement.mesh}, which has Explicit axes. They "
-            "require a type for every part that is dequantised: use a mesh of AxisType.Auto."
-        )
-    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=placement)
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding(value))

@@ -3,12 +3,13 @@
 import abc
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
 
 class Quantized(abc.ABC):
@@ -21,6 +22,12 @@ class Quantized(abc.ABC):
         dtype: the dtype of the dequantised weight, floating-point.
         rowwise: whether the first axis of every part is the weight's first axis, so that a loop or a lookup may slice
             the parts and dequantise only what it needs. By default that holds for weights with three axes or more.
+        blocks: into how many blocks each axis of the weight is divided that have to stay together, so that a
+            `shard_map` may cut all parts as it cuts the weight. Each part has then all axes of the weight, or none of
+            them; an axis on which a part has fewer entries than blocks belongs to scales. None (the default) if the
+            parts cannot be cut: then the weight is dequantised before a `shard_map`.
+        axis_order: the weight's axis that each axis of a part runs along. By default the parts have the order of the
+            weight.
     """
 
     shape: Any
@@ -29,6 +36,14 @@ class Quantized(abc.ABC):
     @property
     def rowwise(self) -> bool:
         return len(self.shape) > 2
+
+    @property
+    def blocks(self) -> tuple[int, ...] | None:
+        return None
+
+    @property
+    def axis_order(self) -> tuple[int, ...]:
+        return tuple(range(len(self.shape)))
 
     @abc.abstractmethod
     def dequantize(self) -> jax.Array:
@@ -45,8 +60,12 @@ def is_quantized(node: Any) -> bool:
 
 
 def dequantize_leaf(leaf: Any) -> jax.Array:
-    """The array that a quantised leaf stands for."""
-    return leaf.dequantize() if isinstance(leaf, Quantized) else sys.modules["qwix"].dequantize(_qwix(leaf))
+    """The array that a quantised leaf stands for; on a mesh with Explicit axes it has the sharding of its parts."""
+
+    def run(leaf: Any) -> jax.Array:
+        return leaf.dequantize() if isinstance(leaf, Quantized) else sys.modules["qwix"].dequantize(_qwix(leaf))
+
+    return _under_auto_axes(run, leaf, leaf, sharding(leaf))
 
 
 def dequantize(tree: Any) -> Any:
@@ -71,6 +90,10 @@ def as_array(leaf: Any) -> jax.Array:
 
 def requantize(leaf: Any, weight: jax.Array) -> Any:
     """Another weight in the format of a quantised leaf, with new scales."""
+    return _under_auto_axes(lambda w: _requantize(leaf, w), weight, leaf, jax.tree.map(_placement, leaf))
+
+
+def _requantize(leaf: Any, weight: jax.Array) -> Any:
     if isinstance(leaf, Quantized):
         return leaf.requantize(weight)
     array: Any = _qwix(leaf)
@@ -119,8 +142,52 @@ def layer_of(leaf: Any, index: Mapping[int, int]) -> np.ndarray:
 
 def sharding(leaf: Any) -> Any:
     """The sharding of a parameter; of a quantised one, that of its first part with as many axes as the weight."""
-    parts = jax.tree.leaves(leaf) if is_quantized(leaf) else [leaf]
-    return next((getattr(part, "sharding", None) for part in parts if part.ndim == len(leaf.shape)), None)
+    if not is_quantized(leaf):
+        return getattr(leaf, "sharding", None)
+    placement = next((_placement(part) for part in jax.tree.leaves(leaf) if part.ndim == len(leaf.shape)), None)
+    if not isinstance(placement, NamedSharding):
+        return placement
+    entries = dict(zip(axis_order(leaf), placement.spec, strict=False))
+    return placement.update(spec=PartitionSpec(*(entries.get(k) for k in range(len(leaf.shape)))))
+
+
+def _placement(part: Any) -> Any:
+    """The sharding of an array; of a traced one that in its type, if the mesh has Explicit axes."""
+    placement = getattr(part, "sharding", None)
+    typed = jax.typeof(part).sharding if placement is None and isinstance(part, jax.Array) else None
+    return typed if explicit_axes(typed) else placement
+
+
+def explicit_axes(placement: Any) -> tuple[Any, ...]:
+    """The Explicit axes of a sharding's mesh."""
+    if not isinstance(placement, NamedSharding):
+        return ()
+    kinds = zip(placement.mesh.axis_names, placement.mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+
+
+def _under_auto_axes(fun: Callable[[Any], Any], operand: Any, leaf: Any, out: Any) -> Any:
+    """`fun(operand)`, in which the Explicit axes of a leaf's mesh are Auto; `out` are the result's shardings."""
+    placement = sharding(leaf)
+    axes = explicit_axes(placement)
+    if not axes:
+        return fun(operand)
+    with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
+        run: Any = auto_axes(fun, axes=axes, out_sharding=out)
+        return run(operand)
+
+
+def axis_order(leaf: Any) -> tuple[int, ...]:
+    """The weight's axis for each axis of a quantised leaf's parts."""
+    return leaf.axis_order if isinstance(leaf, Quantized) else tuple(range(len(leaf.shape)))
+
+
+def blocks(leaf: Any) -> tuple[int, ...] | None:
+    """Into how many blocks each axis of a quantised leaf is divided; None if it cannot be cut."""
+    if isinstance(leaf, Quantized):
+        return leaf.blocks
+    array: Any = _qwix(leaf)
+    return tuple(n if m == 1 else m for n, m in zip(array.shape, array.scale.shape, strict=True))
 
 
 def _qwix(node: Any) -> Any:

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jlora._ir.algebra import concatenate_ranks
-from jlora._ir.explicit_mesh import explicit_axes, under_auto_axes
+from jlora._ir.explicit_mesh import explicit_axes, type_sharding, under_auto_axes
 from jlora._ir.partition import shardings_like
 from jlora._ir.weight import AdaptedWeight, as_adapted_weight
 from jlora._tree.paths import closest_matches
@@ -63,9 +63,16 @@ def lower_updates(adapters: Sequence[Adapter], leaf: Any, path: str) -> AdaptedW
     updates = [adapter[path] for adapter in adapters if path in adapter]
     if not explicit_axes(leaf):
         return lower(leaf, updates)
-    sharding = jax.typeof(leaf).sharding
-    shapes = jax.eval_shape(under_auto_axes(lower, leaf, NamedSharding(sharding.mesh, PartitionSpec())), leaf, updates)
-    return under_auto_axes(lower, leaf, shardings_like(shapes, sharding))(leaf, updates)
+    sharding = type_sharding(leaf)
+
+    def lower_alone(leaf: Any, updates: list[Update]) -> AdaptedWeight:
+        return dataclasses.replace(lower(leaf, updates), base=None)
+
+    replicated = NamedSharding(sharding.mesh, PartitionSpec())
+    shapes = jax.eval_shape(under_auto_axes(lower_alone, leaf, replicated), leaf, updates)
+    placed = dataclasses.replace(shardings_like(shapes, sharding), base=None)
+    w = under_auto_axes(lower_alone, leaf, placed)(leaf, updates)
+    return dataclasses.replace(w, base=as_adapted_weight(leaf, path).base)  # no method changes the base
 
 
 def _widened(update: Update, dtype: DTypeLike) -> Update:

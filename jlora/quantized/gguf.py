@@ -64,6 +64,17 @@ class GGUF(Quantized):
     def rowwise(self) -> bool:
         return self.data.ndim > 2 or not self.transposed
 
+    @property
+    def axis_order(self) -> tuple[int, ...]:
+        *stack, a, b = range(self.data.ndim)
+        return (*stack, b, a) if self.transposed else (*stack, a, b)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        blocks = list(self.shape)
+        blocks[self.axis_order[-1]] //= BLOCK
+        return tuple(blocks)
+
     def dequantize(self) -> jax.Array:
         blocks = self.data.reshape(*self.data.shape[:-1], -1, BYTES[self.kind])
         scale = _from_float16(blocks[..., 0:2])

@@ -69,6 +69,12 @@ class NF4(Quantized):
     def rowwise(self) -> bool:
         return -self.axis < self.codes.ndim
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        blocks = list(self.shape)
+        blocks[self.axis] = self.scale.shape[self.axis]
+        return tuple(blocks)
+
     def dequantize(self) -> jax.Array:
         blocks = self.scale.shape[self.axis]
         axis = self.axis % self.codes.ndim

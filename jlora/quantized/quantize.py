@@ -6,13 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jlora._adapter.targets import select_by_pattern
 from jlora._interpreter.context import matrix_side
 from jlora._interpreter.site import Site
+from jlora._ir.explicit_mesh import explicit_axes, type_sharding, under_auto_axes
 from jlora._trace.sites import Sites
 from jlora._tree.leaves import is_quantized
 from jlora._tree.paths import flatten, named_leaves
+from jlora._tree.pieces import part_shardings
 from jlora.quantized import nf4
 
 Format = str | Callable[[jax.Array, Site], Any]
@@ -69,7 +72,16 @@ def _quantize_leaf(leaf: Any, site: Site, format_: Format) -> Any:
             f"{format_!r} is not a format for {site.path}: use {', '.join(FORMATS)}, or a function of weight and site."
         )
     run = FORMATS[format_] if isinstance(format_, str) else format_
-    return jax.jit(lambda weight: run(weight, site))(leaf)
+    return _in_place(lambda weight: run(weight, site), leaf)
+
+
+def _in_place(run: Callable[[jax.Array], Any], weight: jax.Array) -> Any:
+    """`run(weight)`, compiled; on a mesh with Explicit axes the parts are placed as the weight is, if blocks fit."""
+    if not explicit_axes(weight):
+        return jax.jit(run)(weight)
+    sharding = type_sharding(weight)
+    shapes = jax.eval_shape(under_auto_axes(run, weight, sharding.update(spec=PartitionSpec())), weight)
+    return jax.jit(under_auto_axes(run, weight, part_shardings(shapes, sharding)))(weight)
 
 
 def _nf4(weight: jax.Array, site: Site) -> Any:

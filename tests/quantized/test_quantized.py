@@ -92,14 +92,6 @@ def test_restart_and_exchange_of_a_quantised_base(tmp_path) -> None:
     np.testing.assert_array_equal(donated["embed"], jlora.merge(params, toy_model.adapter())["embed"])
 
 
-def test_explicit_meshes_are_refused() -> None:
-    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-    params = {"w": jax.device_put(nf4.quantize(jnp.asarray(weight(16, 4)), 0, 4, None), sharding)}
-    with pytest.raises(NotImplementedError, match=r"use a mesh of AxisType\.Auto"):
-        jlora.trace(lambda p, x: x @ p["w"], params, jnp.ones((2, 16)))
-
-
 def test_eight_devices_hold_parts_of_a_quantized_weight() -> None:
     """The factors are placed along the codes, and the result is that of one device."""
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

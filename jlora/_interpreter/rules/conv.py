@@ -208,6 +208,7 @@ def _apply_stages(
         x = name_intermediate(_mix_channels(x, matrix.astype(compute), groups, compute, p["precision"]))
         lhs_spec = channels_last
     small = _small_kernel(n, kernel, stages).astype(compute)
+    small = small + lax.full_like(x, 0, shape=())  # in a `shard_map` both operands must vary along the same mesh axes
     numbers = lax.ConvDimensionNumbers(lhs_spec, spec.rhs_spec, channels_last)
     # Not by `lax.conv_general_dilated`, which refuses the padding that it computes itself from symbolic sizes.
     (y,) = _compat.bind(eqn, x, small, dimension_numbers=numbers, preferred_element_type=None, out_sharding=None)

@@ -54,9 +54,14 @@ def optimization_barrier(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
 
 @register_rule("reshard")
 def reshard(ctx: Context, eqn: Eqn, f: AdaptedWeight) -> list[Value]:
-    """Reshards the factors with the weight: each index as the axis that it labels."""
-    (base,) = lazy.consume(eqn, lazy.materialize(f.base))
-    return [jax.sharding.reshard(dataclasses.replace(f, base=base), shardings_like(f, jax.typeof(base).sharding))]
+    """Reshards the factors, and the parts of a quantised base, with the weight: each index as the axis it labels."""
+    sharding = eqn.params["dst_sharding"]
+    base = lazy.reshard(f.base, sharding) if isinstance(f.base, lazy.LazyArray) else None
+    if base is None:
+        (base,) = lazy.consume(eqn, lazy.materialize(f.base))
+        sharding = jax.typeof(base).sharding
+    others = dataclasses.replace(f, base=None), dataclasses.replace(shardings_like(f, sharding), base=None)
+    return [dataclasses.replace(jax.sharding.reshard(*others), base=base)]
 
 
 @register_rule("device_put")
