@@ -4,10 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jlora._adapter.targets import Targets, select_methods
 from jlora._interpreter.site import Site
+from jlora._ir.explicit_mesh import explicit_axes, under_auto_axes
 from jlora._trace.sites import Sites
 from jlora._tree.leaves import as_array
 from jlora._tree.paths import named_leaves, path_number
@@ -58,13 +60,23 @@ def new_update(
         is_supported: whether the method is known to fit the site, so that only the rest is checked.
     """
     _check(site, method, weight, is_supported)
-    value = as_array(weight) if method.init_needs_weight else None
-    arrays = new_arrays(method, jax.random.fold_in(key, path_number(site.path)), site, dtype, value)
+    key = jax.random.fold_in(key, path_number(site.path))
+    if method.init_needs_weight:
+        value = as_array(weight)
+        start = under_auto_axes(lambda k, w: new_arrays(method, k, site, dtype, w), value, _replicated(value))
+        arrays = start(key, value)
+    else:
+        arrays = new_arrays(method, key, site, dtype, None)
     method = method.without_init_fields()
     factors = {name: array for name, array in arrays.items() if name not in method.frozen}
     frozen = {name: arrays[name] for name in method.frozen}
     initial = {name: jnp.copy(array) for name, array in factors.items()} if method.offset else {}
     return Update(factors, method, site.roles, site.shape, frozen, initial=initial)
+
+
+def _replicated(weight: jax.Array) -> NamedSharding | None:
+    """Where factors are placed that start from a weight on a mesh with Explicit axes."""
+    return NamedSharding(jax.typeof(weight).sharding.mesh, PartitionSpec()) if explicit_axes(weight) else None
 
 
 def _check(site: Site, method: Method, weight: Any, is_supported: bool) -> None:
