@@ -137,7 +137,7 @@ def _run(built: Built, params: Tree, adapter: Tree, x: Tree) -> tuple[list[Any],
         warnings.simplefilter("error")
         warnings.filterwarnings("always", category=jlora.DenseWarning)
         try:
-            lowered, run = _compile(both, params, adapter, x)
+            lowered, run, (got, want, unadapted) = _compile(both, params, adapter, x)
         except Exception:
             try:
                 _compile(reference, params, adapter, x)
@@ -145,16 +145,17 @@ def _run(built: Built, params: Tree, adapter: Tree, x: Tree) -> tuple[list[Any],
                 raise Refused from error
             raise
     eps = _coarsest(str(lowered.as_text()))
-    got, want, unadapted = run(params, adapter, x)
     others = [run(*(noisy(tree, seed, eps) for tree in (params, adapter, x)))[1] for seed in (1, 2)]
     narrow = [a.dtype for a in jax.tree.leaves(params) if jnp.issubdtype(a.dtype, jnp.floating)]
     storage = max(float(jnp.finfo(dtype).eps) for dtype in narrow)
     return caught, Results(eps, storage, got, want, unadapted, others)
 
 
-def _compile(fun: Any, *args: Tree) -> tuple[Any, Any]:
+def _compile(fun: Any, *args: Tree) -> tuple[Any, Any, Any]:
+    """The lowered function, the compiled one, and its results; some backends refuse a product only as it runs."""
     lowered = jax.jit(fun).lower(*args)
-    return lowered, lowered.compile(compiler_options=OPTIONS)
+    run = lowered.compile(compiler_options=OPTIONS)
+    return lowered, run, jax.block_until_ready(run(*args))
 
 
 def _coarsest(text: str) -> float:
