@@ -4,8 +4,8 @@ import dataclasses
 from typing import final
 
 import jax.numpy as jnp
-from jax import lax
 
+from jlora import _compat
 from jlora._interpreter.site import Site
 from jlora._ir.materialize import accumulation_dtype
 from jlora._ir.weight import AdaptedWeight
@@ -48,6 +48,4 @@ class FourierFT(Method):
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         spectrum = scattered(update["c"], self.seed, update.axes.count("*in"), update.axes.count("*out"))
         delta = jnp.fft.ifft2(spectrum.astype(accumulation_dtype(spectrum.dtype))).real
-        # In partitioned programs XLA's CPU transform fails on a column-major gradient: the barrier keeps it row-major.
-        delta = lax.optimization_barrier(delta.reshape(-1)).reshape(delta.shape)
-        return add_matrix(w, update, delta, self.scaling * update.scale)
+        return add_matrix(w, update, _compat.row_major_gradient(delta), self.scaling * update.scale)
