@@ -100,10 +100,7 @@ def equation_context(eqn: Eqn) -> Iterator[None]:
 
 
 def source_line(eqn: Eqn, *, of_library: bool = False) -> str:
-    """The line of the user's program that an equation comes from: `file:line (function)`, the innermost call first.
-
-    Empty if only libraries are between the program and the equation; with `of_library` their lines count too.
-    """
+    """The user's line that an equation comes from, `file:line (function)`; with `of_library` that of a library too."""
     for frame in source_info_util.user_frames(eqn.source_info.traceback):
         if frame.file_name.startswith(_TRACED_FROM):
             return ""
@@ -112,9 +109,8 @@ def source_line(eqn: Eqn, *, of_library: bool = False) -> str:
     return ""
 
 
-_HERE = os.path.dirname(__file__) + os.sep
-_TRACED_FROM = _HERE + "_trace"  # what is called from there is the program
-_LIBRARIES = (_HERE, *(sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")))
+_LIBRARIES = (os.path.dirname(__file__) + os.sep, sysconfig.get_path("purelib") + os.sep)
+_TRACED_FROM = _LIBRARIES[0] + "_trace"  # what is called from there is the program
 
 
 # ---- Parameters of equations with programs inside

@@ -6,14 +6,16 @@ The product of an activation x with an adapted weight is that with its base, plu
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jlora._compat import Eqn
+from jlora import _compat
+from jlora._compat import Eqn, Primitive
 from jlora._interpreter.context import Context, Role, Value
 from jlora._ir import lazy
 from jlora._ir.explicit_mesh import under_auto_axes
@@ -117,36 +119,104 @@ def multiply(
         x_is_left: whether the activation is the left operand.
         group_sizes: of a ragged product.
     """
-    x_scaled = _scale(x, labels.x, scales[0], labels)
-    operands = (x_scaled, f.base) if x_is_left else (f.base, x_scaled)
-    (y,) = lazy.consume(eqn, *operands, *(() if group_sizes is None else (group_sizes,)))
-    y = _scale(y, labels.out, scales[1], labels)
     rank_flops = sum(a.size for n in f.networks for a in n.factors) // max(f.size(labels.group), 1)
     rows = math.prod(labels.sizes[c] for c in labels.x if c not in labels.contracted)
     added = f.base.size if folded else 2 * rows * rank_flops
     ctx.record(eqn, f, labels.roles, factored=not folded, added=added)
+    form = _Form(labels.x, labels.out, labels.group, tuple(labels.sizes.items()), x_is_left, eqn.params["precision"])
+    operands = x, f.base, f.networks, scales, group_sizes
+    if group_sizes is None and _is_plain(x, f, form):
+        return [_traced_once(*operands, form=form, eqn=_Equation(eqn.primitive, tuple(eqn.params.items())))]
+    return [_evaluate(*operands, form=form, product=functools.partial(lazy.consume, eqn))]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What products of equal shapes have in common, whatever their weights are.
+
+    Arguments:
+        x, out, group: as in `ProductLabels`.
+        index_sizes: the sizes of all indices, by name.
+        x_is_left: whether the activation is the left operand.
+        precision: of the program's product.
+    """
+
+    x: str
+    out: str
+    group: str
+    index_sizes: tuple[tuple[str, int], ...]
+    x_is_left: bool
+    precision: Any
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of all indices."""
+        return dict(self.index_sizes)
+
+
+def _is_plain(x: Any, f: AdaptedWeight, form: _Form) -> bool:
+    """Whether nothing but shapes distinguishes the product: no mesh, no symbolic size, no lazy base."""
+    has_numbers = all(isinstance(size, int) for _, size in form.index_sizes)
+    return has_numbers and not isinstance(f.base, lazy.LazyArray) and _compat.has_no_mesh(x, f.base)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Equation:
+    """A primitive with its parameters, equal for all equations that have these."""
+
+    primitive: Primitive
+    items: tuple[tuple[str, Any], ...]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.items)
+
+
+@functools.partial(jax.jit, static_argnames=("form", "eqn"), inline=True)
+def _traced_once(*operands: Any, form: _Form, eqn: Any) -> jax.Array:
+    """The product, traced and differentiated once for all layers of the same shapes. The program has no `jit` of it."""
+    return _evaluate(*operands, form=form, product=functools.partial(_compat.bind, eqn))
+
+
+def _evaluate(
+    x: jax.Array,
+    base: Any,
+    networks: Sequence[TensorNetwork],
+    scales: tuple[list[AxisScale], list[AxisScale]],
+    group_sizes: jax.Array | None,
+    *,
+    form: _Form,
+    product: Callable[..., list[Any]],
+) -> jax.Array:
+    """The product with the base between axis scales, plus that with each network."""
+    sizes = form.sizes
+    x_scaled = _scale(x, form.x, scales[0], sizes)
+    operands = (x_scaled, base) if form.x_is_left else (base, x_scaled)
+    (y,) = product(*operands, *(() if group_sizes is None else (group_sizes,)))
+    y = _scale(y, form.out, scales[1], sizes)
 
     def branch(x: jax.Array, n: TensorNetwork, group_sizes: jax.Array | None) -> jax.Array:
         z = apply_network(
-            x.reshape([labels.sizes[c] for c in labels.x]),
-            labels.x,
+            x.reshape([sizes[c] for c in form.x]),
+            form.x,
             n,
-            labels.out,
+            form.out,
             dtype=y.dtype,
-            first=x_is_left,
-            precision=eqn.params["precision"],
-            groups=None if group_sizes is None else (labels.group, group_sizes),
+            first=form.x_is_left,
+            precision=form.precision,
+            groups=None if group_sizes is None else (form.group, group_sizes),
         )
-        return jnp.broadcast_to(z, [labels.sizes[c] for c in labels.out]).reshape(y.shape)
+        return jnp.broadcast_to(z, [sizes[c] for c in form.out]).reshape(y.shape)
 
-    if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != f.dtype:  # a mixed product is as exact as its wider operand
-        x = x.astype(max(accumulation_dtype(x.dtype), accumulation_dtype(f.dtype), key=lambda dtype: dtype.itemsize))
-    for n in f.networks:
+    if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != base.dtype:
+        # A mixed product is as exact as its wider operand.
+        x = x.astype(max(map(accumulation_dtype, (x.dtype, base.dtype)), key=lambda dtype: dtype.itemsize))
+    for n in networks:
         y = y + under_auto_axes(branch, y)(x, n, group_sizes)
-    return [y]
+    return y
 
 
-def _scale(x: jax.Array, term: str, scales: list[AxisScale], labels: ProductLabels) -> jax.Array:
+def _scale(x: jax.Array, term: str, scales: list[AxisScale], sizes: dict[str, int]) -> jax.Array:
     if not scales:
         return x
-    return under_auto_axes(lambda x, scales: apply_axis_scales(x, term, labels.sizes, scales), x)(x, scales)
+    return under_auto_axes(lambda x, scales: apply_axis_scales(x, term, sizes, scales), x)(x, scales)
