@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,14 @@ from jlora._ops.matmul import rank_matmul
 Factor = tuple[jax.Array, str]  # an array and the indices of its axes
 
 
+class Groups(NamedTuple):
+    """The groups of a ragged product: their index, that of the rows, and how many rows each group has."""
+
+    index: str
+    row: str
+    sizes: jax.Array
+
+
 def apply_network(
     x: jax.Array,
     labels: str,
@@ -28,7 +36,7 @@ def apply_network(
     dtype: jnp.dtype,
     first: bool = True,
     precision: Any = None,
-    groups: tuple[str, jax.Array] | None = None,
+    groups: Groups | None = None,
 ) -> jax.Array:
     """`scale * einsum(x, factors -> out)`: the activation is multiplied by one factor after the other.
 
@@ -40,13 +48,15 @@ def apply_network(
         dtype: of the result. Factors are cast to the dtype of `x` before they are used.
         first: whether `x` is the left operand, so that its free axes are before those of the factors.
         precision: as in `jax.lax.dot_general`.
-        groups: for a ragged product, the index of the groups and their sizes along the only free axis of `x`.
+        groups: of a ragged product.
     """
     x = apply_dropout(x, labels, network)
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else dtype
     x = x.astype(compute)
-    factors = _cast_and_scale(_order(_absorb_vectors(network), labels, out), network.scale, compute)
-    kept = out + (groups[0] if groups else "")
+    kept = out + (groups.index if groups else "")
+    # Every row has its group, so the order treats the groups as an index of the activation.
+    ordered = _order(_absorb_vectors(network), labels + kept[len(out) :], out)
+    factors = _cast_and_scale(ordered, network.scale, compute)
     is_first = True
     while factors:
         x = x if is_first else name_intermediate(x)
@@ -210,7 +220,7 @@ def contract_pair(
     dtype: jnp.dtype,
     first: bool = True,
     precision: Any = None,
-    groups: tuple[str, jax.Array] | None = None,
+    groups: Groups | None = None,
 ) -> Factor:
     """One product of two labelled arrays.
 
@@ -225,8 +235,10 @@ def contract_pair(
     """
     t, ts = _sum_lone(t, ts, xs + keep)
     x, xs = _sum_lone(x, xs, ts + keep)
-    if groups and groups[0] in ts:
-        return _contract_ragged(x, xs, t, ts, keep, groups, dtype=dtype, precision=precision)
+    if groups and groups.index in ts:
+        if _label_pair(xs, ts, keep).contracted:
+            return _contract_ragged(x, xs, t, ts, keep, groups, dtype=dtype, precision=precision)
+        t, ts = _by_row(t, ts, groups, x.shape[xs.index(groups.row)])
     pair = _label_pair(xs, ts, keep)
     if not pair.contracted and not pair.t_free:
         return x * align_axes(t, ts, xs), xs
@@ -252,23 +264,33 @@ def _sum_lone(x: jax.Array, labels: str, keep: str) -> Factor:
     return (x.sum(lone), "".join(c for c in labels if c in keep)) if lone else (x, labels)
 
 
+def _by_row(t: jax.Array, ts: str, groups: Groups, rows: int) -> Factor:
+    """The entries of a factor for the group of every row; zero for the rows after the last group."""
+    group = jnp.repeat(jnp.arange(len(groups.sizes)), groups.sizes, total_repeat_length=rows)
+    axis = ts.index(groups.index)
+    is_in_group = align_axes(jnp.arange(rows) < groups.sizes.sum(), groups.row, ts.replace(groups.index, groups.row))
+    by_row = jnp.take(t, group, axis=axis)
+    return jnp.where(is_in_group, by_row, jnp.zeros((), t.dtype)), ts.replace(groups.index, groups.row)
+
+
 def _contract_ragged(
-    x: jax.Array,
-    xs: str,
-    t: jax.Array,
-    ts: str,
-    keep: str,
-    groups: tuple[str, jax.Array],
-    *,
-    dtype: jnp.dtype,
-    precision: Any,
+    x: jax.Array, xs: str, t: jax.Array, ts: str, keep: str, groups: Groups, *, dtype: jnp.dtype, precision: Any
 ) -> Factor:
-    group, sizes = groups
+    """A ragged product. Free axes of the activation beside the rows are a part of the rows."""
     pair = _label_pair(xs, ts, keep)
+    rest = pair.x_free.replace(groups.row, "")
+    order = pair.batch + groups.row + rest + pair.contracted
+    x = x.transpose([xs.index(c) for c in order])
+    sizes = dict(zip(order, x.shape, strict=True))
+    width = math.prod(sizes[c] for c in rest)
+    x = x.reshape([*(sizes[c] for c in pair.batch), sizes[groups.row] * width, *(sizes[c] for c in pair.contracted)])
+    xs = pair.batch + groups.row + pair.contracted
     dims = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(_axes(pair.contracted, xs, ts), _axes(pair.batch, xs, ts)),
-        lhs_ragged_dimensions=[xs.index(pair.x_free)],
-        rhs_group_dimensions=[ts.index(group)],
+        lhs_ragged_dimensions=[xs.index(groups.row)],
+        rhs_group_dimensions=[ts.index(groups.index)],
     )
-    y = lax.ragged_dot_general(x, t, sizes, dims, precision=precision, preferred_element_type=dtype)
-    return y, pair.batch + pair.x_free + pair.t_free.replace(group, "")
+    y = lax.ragged_dot_general(x, t, groups.sizes * width, dims, precision=precision, preferred_element_type=dtype)
+    free = y.shape[len(pair.batch) + 1 :]
+    y = y.reshape([*(sizes[c] for c in pair.batch + groups.row + rest), *free])
+    return y, pair.batch + groups.row + rest + pair.t_free.replace(groups.index, "")

@@ -21,7 +21,7 @@ from jlora._ir import lazy
 from jlora._ir.explicit_mesh import under_auto_axes
 from jlora._ir.materialize import accumulation_dtype
 from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork, fresh_indices
-from jlora._ops.contraction import apply_axis_scales, apply_network
+from jlora._ops.contraction import Groups, apply_axis_scales, apply_network
 
 AxisPairs = tuple[Sequence[int], Sequence[int]]  # axes of the activation and those of the weight that they meet
 
@@ -123,7 +123,16 @@ def multiply(
     rows = math.prod(labels.sizes[c] for c in labels.x if c not in labels.contracted)
     added = f.base.size if folded else 2 * rows * rank_flops
     ctx.record(eqn, f, labels.roles, factored=not folded, added=added)
-    form = _Form(labels.x, labels.out, labels.group, tuple(labels.sizes.items()), x_is_left, eqn.params["precision"])
+    form = _Form(
+        x=labels.x,
+        out=labels.out,
+        group=labels.group,
+        weight=f.labels,
+        index_sizes=tuple(labels.sizes.items()),
+        x_is_left=x_is_left,
+        precision=eqn.params["precision"],
+        is_for_cpu=_compat.is_for_cpu(x),
+    )
     operands = x, f.base, f.networks, scales, group_sizes
     if group_sizes is None and _is_plain(x, f, form):
         return [_traced_once(*operands, form=form, eqn=_Equation(eqn.primitive, tuple(eqn.params.items())))]
@@ -136,22 +145,31 @@ class _Form:
 
     Arguments:
         x, out, group: as in `ProductLabels`.
+        weight: the indices of the weight.
         index_sizes: the sizes of all indices, by name.
         x_is_left: whether the activation is the left operand.
         precision: of the program's product.
+        is_for_cpu: whether the program is traced for the CPU, which has products of its own.
     """
 
     x: str
     out: str
     group: str
+    weight: str
     index_sizes: tuple[tuple[str, int], ...]
     x_is_left: bool
     precision: Any
+    is_for_cpu: bool
 
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes of all indices."""
         return dict(self.index_sizes)
+
+    @property
+    def row(self) -> str:
+        """The index of the rows of a ragged product: the only one of the activation that the weight lacks."""
+        return next(c for c in self.out if c in self.x and c not in self.weight)
 
 
 def _is_plain(x: Any, f: AdaptedWeight, form: _Form) -> bool:
@@ -204,7 +222,7 @@ def _evaluate(
             dtype=y.dtype,
             first=form.x_is_left,
             precision=form.precision,
-            groups=None if group_sizes is None else (form.group, group_sizes),
+            groups=None if group_sizes is None else Groups(form.group, form.row, group_sizes),
         )
         return jnp.broadcast_to(z, [sizes[c] for c in form.out]).reshape(y.shape)
 
