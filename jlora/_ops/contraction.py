@@ -20,9 +20,9 @@ Factor = tuple[jax.Array, str]  # an array and the indices of its axes
 
 
 class Groups(NamedTuple):
-    """The groups of a ragged product: their index, that of the rows, and how many rows each group has."""
+    """The groups of a ragged product: the name of their index, that of the rows, and how many rows each group has."""
 
-    index: str
+    name: str
     row: str
     sizes: jax.Array
 
@@ -53,7 +53,7 @@ def apply_network(
     x = apply_dropout(x, labels, network)
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else dtype
     x = x.astype(compute)
-    kept = out + (groups.index if groups else "")
+    kept = out + (groups.name if groups else "")
     # Every row has its group, so the order treats the groups as an index of the activation.
     ordered = _order(_absorb_vectors(network), labels + kept[len(out) :], out)
     factors = _cast_and_scale(ordered, network.scale, compute)
@@ -235,7 +235,7 @@ def contract_pair(
     """
     t, ts = _sum_lone(t, ts, xs + keep)
     x, xs = _sum_lone(x, xs, ts + keep)
-    if groups and groups.index in ts:
+    if groups and groups.name in ts:
         if _label_pair(xs, ts, keep).contracted:
             return _contract_ragged(x, xs, t, ts, keep, groups, dtype=dtype, precision=precision)
         t, ts = _by_row(t, ts, groups, x.shape[xs.index(groups.row)])
@@ -267,10 +267,10 @@ def _sum_lone(x: jax.Array, labels: str, keep: str) -> Factor:
 def _by_row(t: jax.Array, ts: str, groups: Groups, rows: int) -> Factor:
     """The entries of a factor for the group of every row; zero for the rows after the last group."""
     group = jnp.repeat(jnp.arange(len(groups.sizes)), groups.sizes, total_repeat_length=rows)
-    axis = ts.index(groups.index)
-    is_in_group = align_axes(jnp.arange(rows) < groups.sizes.sum(), groups.row, ts.replace(groups.index, groups.row))
+    axis = ts.index(groups.name)
+    is_in_group = align_axes(jnp.arange(rows) < groups.sizes.sum(), groups.row, ts.replace(groups.name, groups.row))
     by_row = jnp.take(t, group, axis=axis)
-    return jnp.where(is_in_group, by_row, jnp.zeros((), t.dtype)), ts.replace(groups.index, groups.row)
+    return jnp.where(is_in_group, by_row, jnp.zeros((), t.dtype)), ts.replace(groups.name, groups.row)
 
 
 def _contract_ragged(
@@ -288,9 +288,9 @@ def _contract_ragged(
     dims = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(_axes(pair.contracted, xs, ts), _axes(pair.batch, xs, ts)),
         lhs_ragged_dimensions=[xs.index(groups.row)],
-        rhs_group_dimensions=[ts.index(groups.index)],
+        rhs_group_dimensions=[ts.index(groups.name)],
     )
     y = lax.ragged_dot_general(x, t, groups.sizes * width, dims, precision=precision, preferred_element_type=dtype)
     free = y.shape[len(pair.batch) + 1 :]
     y = y.reshape([*(sizes[c] for c in pair.batch + groups.row + rest), *free])
-    return y, pair.batch + groups.row + rest + pair.t_free.replace(groups.index, "")
+    return y, pair.batch + groups.row + rest + pair.t_free.replace(groups.name, "")
