@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ class Site:
         dtype: its dtype.
         sharding: its sharding, or None if the traced parameters had none.
         uses: every equation that consumes it.
+        stated_roles: the role of every axis, if the user has stated them (`jlora.trace(..., roles=)`).
     """
 
     path: str
@@ -27,10 +29,16 @@ class Site:
     dtype: Any
     sharding: jax.sharding.Sharding | None
     uses: tuple[Use, ...]
+    stated_roles: tuple[Role, ...] = ()
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """The role of every axis, or `()` if no product, convolution or lookup uses the weight.
+        """The role of every axis: as stated, else as traced."""
+        return self.stated_roles or self.traced_roles
+
+    @property
+    def traced_roles(self) -> tuple[Role, ...]:
+        """The role of every axis in the program, or `()` if no product, convolution or lookup uses the weight.
 
         The first use that specifies an axis decides. An axis that every use leaves alone (layers of a scan, experts)
         is a stack.
@@ -44,6 +52,25 @@ class Site:
                 if role_of.get(axis, "stack") == "stack":
                     role_of[axis] = role
         return tuple(role_of.get(axis, "stack") for axis in range(len(self.shape)))
+
+    def with_roles(self, roles: Sequence[str]) -> "Site":
+        """The weight with roles that the user states.
+
+        Raises:
+            ValueError: if there is not one role for each axis, if an axis is neither a stack nor what the program does
+                with it, or if no in axis or no out axis is left.
+        """
+        traced = self.traced_roles
+        options = [{"stack"} if role == "stack" else {"stack", role, matrix_side(role)} for role in traced]
+        agree = len(roles) == len(traced) and all(role in option for role, option in zip(roles, options, strict=True))
+        if agree and {"in", "window"} & set(roles) and "out" in roles:
+            return dataclasses.replace(self, stated_roles=tuple(roles))
+        uses = f"uses its axes as {traced}" if traced else "uses it in no product, convolution or lookup"
+        raise ValueError(
+            f"{self.path} {self.shape} cannot have the stated roles {tuple(roles)}: the program {uses}. State "
+            "one role for each axis, the program's own, or 'stack' for an axis of layers or experts; at least one axis "
+            "stays 'in', and one 'out'."
+        )
 
     def sizes(self, role: Role) -> tuple[int, ...]:
         """The sizes of the axes with a role. Axes of a window are contracted, so they count as "in" too."""

@@ -3,10 +3,13 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 from jlora._interpreter.site import Site
 from jlora._pretty import Table, Tabular, fold_layers, short_count, short_share
+from jlora._tree.patterns import select_by_pattern
+
+Roles = Mapping[str, Sequence[str]]  # from patterns for paths to one role for each axis
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -38,6 +41,24 @@ class Sites(Tabular, Mapping[str, Site]):
     def adaptable(self) -> "Sites":
         """The sites that a low-rank method can adapt."""
         return Sites({path: site for path, site in self.sites.items() if not site.unsupported_reason}, self.flops)
+
+    def with_roles(self, roles: Roles) -> "Sites":
+        """The sites with roles that the user states.
+
+        Arguments:
+            roles: from patterns for paths (`re.fullmatch`; the first match decides) to one role for each axis. An axis
+                has the role that the program gives it, or is a "stack", along which each layer or expert has an update
+                of its own.
+
+        Raises:
+            ValueError: if a pattern matches no path or is shadowed, or if roles contradict the program.
+
+        Example:
+            sites = sites.with_roles({".*/experts/up": ("stack", "in", "out")})
+        """
+        stated = select_by_pattern(self.sites, roles)
+        sites = {p: site.with_roles(tuple(stated[p])) if p in stated else site for p, site in self.sites.items()}
+        return Sites(sites, self.flops)
 
     def _table(self) -> Table:
         sites = list(self.sites.values())

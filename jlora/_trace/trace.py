@@ -1,6 +1,7 @@
 """What a program does with its parameters: `trace`."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,14 +14,14 @@ from jlora._interpreter.flops import flops
 from jlora._interpreter.multiplied import combined_parameters
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight, as_adapted_weight
-from jlora._trace.sites import Sites
+from jlora._trace.sites import Roles, Sites
 from jlora._trace.stage import Program, stage
 from jlora._tree.leaves import is_quantized, sharding
 from jlora.methods._base import Adapter
 from jlora.methods._lowering import lower_updates
 
 
-def trace(fun: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> Sites:
+def trace(fun: Callable[..., Any], params: Any, /, *args: Any, roles: Roles | Any = None, **kwargs: Any) -> Sites:
     """Lists every parameter of a program: its shape, the roles of its axes, and the equations that consume it.
 
     Nothing is computed, so all arrays may be `jax.ShapeDtypeStruct`.
@@ -29,10 +30,17 @@ def trace(fun: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) ->
         fun: `fun(params, *args, **kwargs)`, any function that `jax.jit` could trace.
         params: the base parameters, a pytree of arrays.
         args, kwargs: the other arguments of `fun`.
+        roles: roles that the program does not show, as for `Sites.with_roles`: experts that one dense einsum computes
+            are a stack, `{".*/experts/up": ("stack", "in", "out")}`. If `fun` has a parameter of this name, it is that.
 
     Returns:
         the sites, a mapping from path to `Site`. `print` shows them as a table.
+
+    Raises:
+        ValueError: if a pattern in `roles` matches no path or is shadowed, or if roles contradict the program.
     """
+    if roles is not None and _has_parameter(fun, "roles"):
+        kwargs, roles = kwargs | {"roles": roles}, None
     program = stage(fun, params, args, kwargs)
     uses: dict[str, list[Use]] = {path: [] for path in program.paths}
     for use in collect_uses(program, [], trace_only=True):
@@ -41,7 +49,15 @@ def trace(fun: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) ->
         path: Site(path, tuple(leaf.shape), leaf.dtype, _sharding(leaf), tuple(uses[path]))
         for path, leaf in zip(program.paths, program.params, strict=True)
     }
-    return Sites(sites, flops(program.jaxpr))
+    traced = Sites(sites, flops(program.jaxpr))
+    return traced if roles is None else traced.with_roles(roles)
+
+
+def _has_parameter(fun: Callable[..., Any], name: str) -> bool:
+    try:
+        return name in inspect.signature(fun).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        return False
 
 
 def _sharding(leaf: Any) -> Any:

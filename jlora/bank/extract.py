@@ -10,7 +10,6 @@ import numpy as np
 
 from jlora._adapter.change import matrix_sizes
 from jlora._adapter.svd import Cut, Index, Pair
-from jlora._adapter.targets import select_by_pattern
 from jlora._adapter.to_lora import decompose, lora_update
 from jlora._interpreter.context import matrix_side
 from jlora._interpreter.site import Site
@@ -18,6 +17,7 @@ from jlora._ir.materialize import accumulation_dtype
 from jlora._trace.sites import Sites
 from jlora._tree.leaves import layer_of
 from jlora._tree.paths import closest_matches, is_array, named_leaves
+from jlora._tree.patterns import select_by_pattern
 from jlora.methods._base import Adapter, Method, Update
 from jlora.methods.full import Full
 from jlora.methods.lora import LoRA

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jlora._adapter.targets import select_by_pattern
 from jlora._interpreter.context import matrix_side
 from jlora._interpreter.site import Site
 from jlora._ir.explicit_mesh import explicit_axes, type_sharding, under_auto_axes
 from jlora._trace.sites import Sites
 from jlora._tree.leaves import is_quantized
 from jlora._tree.paths import flatten, named_leaves
+from jlora._tree.patterns import select_by_pattern
 from jlora._tree.pieces import part_shardings
 from jlora.quantized import nf4
 

@@ -62,7 +62,11 @@ def read_adapter(config: Config, tensors: Tensors, sites: Sites, names: Names, p
         ValueError: if the file and the program do not fit.
     """
     base = BaseParams(params)
-    locations = locate_weights(names, {path: Weight(site.shape, site.roles) for path, site in sites.items()})
+    weights = {path: Weight(site.shape, site.roles) for path, site in sites.items()}
+    locations = locate_weights(names, weights, assume_experts=True)
+    sites = sites.with_roles(
+        {re.escape(path): at.weight.roles for path, at in locations.items() if at.weight.roles != weights[path].roles}
+    )
     owners = owners_of(locations)
     content = _group_tensors(tensors, owners, config)
     heads = tied_heads(content.adapters, locations, sites, config)

@@ -104,8 +104,16 @@ class WeightLocation:
         return bool(self.axes("in"))
 
 
-def locate_weights(names: Names, weights: Mapping[str, Weight]) -> dict[str, WeightLocation]:
+def locate_weights(
+    names: Names, weights: Mapping[str, Weight], *, assume_experts: bool = False
+) -> dict[str, WeightLocation]:
     """Every weight that the map knows, in the order of the map.
+
+    Arguments:
+        names: the map.
+        weights: by path.
+        assume_experts: whether the first axis that does not enumerate layers is that of experts in a weight of kind
+            "parameter" without a further stack axis: the program computes the experts in one dense product.
 
     Raises:
         ValueError: if a name lacks an index of its path, if the indices and the stack axes differ in number, or if two
@@ -118,7 +126,7 @@ def locate_weights(names: Names, weights: Mapping[str, Weight]) -> dict[str, Wei
         for path, weight in weights.items():
             match = expression.fullmatch(path)
             if match and path not in locations:
-                locations[path] = _locate(path, weight, modules, match.groupdict())
+                locations[path] = _locate(path, weight, modules, match.groupdict(), assume_experts)
     _check_claims(locations)
     return locations
 
@@ -141,10 +149,23 @@ def _check_claims(locations: Mapping[str, WeightLocation]) -> None:
                 raise ValueError(f"{other} and {location.path} both claim {name}: give each a part, or another name.")
 
 
-def _locate(path: str, weight: Weight, modules: tuple[Module, ...], values: Mapping[str, str]) -> WeightLocation:
+def _with_experts(weight: Weight, num_layers: int) -> Weight:
+    """The weight with its first axis after those of layers as a stack, if it is still a matrix then."""
+    shape, roles = weight
+    if roles[:num_layers] != ("stack",) * num_layers or "stack" in roles[num_layers:]:
+        return weight
+    new: tuple[Role, ...] = (*roles[:num_layers], "stack", *roles[num_layers + 1 :])
+    return Weight(shape, new) if {"in", "out"} <= set(map(matrix_side, new)) else weight
+
+
+def _locate(
+    path: str, weight: Weight, modules: tuple[Module, ...], values: Mapping[str, str], assume_experts: bool
+) -> WeightLocation:
     """The location of one weight, given the values of the indices in its path."""
     first = modules[0]
     enumerated = [index for index in index_names(first.name) if index not in values]
+    if assume_experts and first.kind == "parameter":
+        weight = _with_experts(weight, len(enumerated))
     location = WeightLocation(path, weight, first, min(len(enumerated), len(weight.shape)), {})
     _check_stack(location, enumerated)
     names = {}
@@ -166,8 +187,9 @@ def _check_stack(location: WeightLocation, enumerated: list[str]) -> None:
         )
     if may_hold_experts and location.is_matrix and num_stack == len(enumerated):
         raise ValueError(
-            f"{path} {shape} has no axis of experts, and {module.name!r} is of kind 'parameter': name the module that "
-            "holds the weight, and its kind."
+            f"{path} {shape} has no axis of experts, and {module.name!r} is of kind 'parameter'. If one axis is that "
+            "of experts, state it, jlora.trace(..., roles={path: ('stack', 'in', 'out')}), and initialise the adapter "
+            "from these sites; else name the module that holds the weight, and its kind."
         )
 
 
