@@ -74,7 +74,7 @@ def judge(plan: Plan) -> Verdict:
 
 
 def _placeable(plan: Plan, built: Built) -> Plan:
-    """The plan, on one device if it looks up rows: XLA's partitioner crashes on some of their derivatives."""
+    """The plan, on one device if it has lookups or convolutions, of which XLA's partitioner crashes on some."""
     if plan.placement is None:
         return plan
     params, x = values(dataclasses.replace(plan, placement=None), built)
@@ -82,7 +82,11 @@ def _placeable(plan: Plan, built: Built) -> Plan:
         text = str(jax.make_jaxpr(built.fun)(jlora.dequantize(params), x))
     except Exception as error:
         raise Refused from error
-    return dataclasses.replace(plan, placement=None) if re.search(r"\b(gather|dynamic_slice)\[", text) else plan
+    return (
+        dataclasses.replace(plan, placement=None)
+        if re.search(r"\b(gather|dynamic_slice|conv_general_dilated)\[", text)
+        else plan
+    )
 
 
 def _judge(plan: Plan, built: Built) -> tuple[str, str]:
