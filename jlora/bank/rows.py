@@ -13,7 +13,8 @@ from jlora._adapter.adapt import adapt
 from jlora._trace.trace import trace
 from jlora._tree.leaves import is_quantized
 from jlora.bank.bank import Bank
-from jlora.methods._base import Adapter
+from jlora.methods._base import Adapter, Update
+from jlora.methods._common.factor_axes import expand
 
 FLOPS_PER_BYTE = 64  # what a machine computes while it moves one byte: about 10 on CPUs, 100 to 300 on accelerators
 
@@ -68,11 +69,14 @@ def apply(
         def of_block(member: Adapter, *leaves: Any) -> Any:
             return adapted(params, member, *jax.tree.unflatten(jax.tree.structure(args), leaves), **kwargs)
 
+        leaves = jax.tree.leaves(args)
+        if size == 1:
+            return _map_rows(of_block, bank.adapter, ids, leaves, axes, out_axes)
         places = _blocks(ids, size, len(bank) + 1)
-        leaves = [_take_rows(leaf, places, axis) for leaf, axis in zip(jax.tree.leaves(args), axes, strict=True)]
-        members = _members(bank.adapter, ids[places[:, 0]])
-        mapped = jax.vmap(of_block, (0, *(None if axis is None else 0 for axis in axes)))
-        return _restore_rows(mapped(members, *leaves), places, rows, out_axes)
+        members, member_axes = _gather(bank.adapter, ids[places[:, 0]])
+        taken = [_take_rows(leaf, places, axis) for leaf, axis in zip(leaves, axes, strict=True)]
+        mapped = jax.vmap(of_block, (member_axes, *(None if axis is None else 0 for axis in axes)))
+        return _restore_rows(mapped(members, *taken), places, rows, out_axes)
 
     return applied
 
@@ -113,13 +117,81 @@ def _checked_ids(ids: Any, rows: int, members: int) -> jax.Array:
     return jnp.where((ids < -1) | (ids >= members), members, ids)
 
 
-def _members(stacked: Adapter, ids: jax.Array) -> Adapter:
-    """The members of some ids: -1 has scale 0, and an id that is no member is NaN."""
-    gathered = jax.tree.map(lambda array: jnp.take(array, jnp.maximum(ids, 0), axis=0, mode="fill"), stacked)
-    return {
-        path: dataclasses.replace(update, traced_scale=jnp.where(ids == -1, 0, update.traced_scale))
+def _map_rows(
+    of_block: Callable[..., Any],
+    stacked: Adapter,
+    ids: jax.Array,
+    leaves: Sequence[Any],
+    axes: Sequence[int | None],
+    out_axes: Any,
+) -> Any:
+    """Blocks of one row: the axis of rows is mapped where it is, so that no argument or result is copied."""
+    members, member_axes = _gather(stacked, ids)
+    rows = [leaf if axis is None else _with_axis_of_one(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)]
+    places = [None if axis is None else axis % np.ndim(leaf) for leaf, axis in zip(leaves, axes, strict=True)]
+
+    def of_row(member: Adapter, *row: Any) -> Any:
+        out = of_block(member, *row)
+        for leaf, axis in zip(jax.tree.leaves(out), _broadcast(out_axes, out), strict=True):
+            _check_rows(leaf.shape, axis, 1)
+        return out
+
+    before = jax.tree.map(lambda axis: axis - 1 if axis < 0 else axis, out_axes)  # the axis of one comes after rows
+    out, structure = jax.tree.flatten(jax.vmap(of_row, (member_axes, *places), before)(members, *rows))
+    out_places = _broadcast(before, jax.tree.unflatten(structure, out))
+    return jax.tree.unflatten(structure, [_without_axis_of_one(*pair) for pair in zip(out, out_places, strict=True)])
+
+
+def _with_axis_of_one(leaf: Any, axis: int) -> jax.Array:
+    """The same array with an axis of size one after the axis of rows, without a copy."""
+    leaf = jnp.asarray(leaf)
+    axis %= leaf.ndim
+    return leaf.reshape(*leaf.shape[: axis + 1], 1, *leaf.shape[axis + 1 :])
+
+
+def _without_axis_of_one(leaf: jax.Array, axis: int) -> jax.Array:
+    axis %= leaf.ndim
+    return leaf.reshape(*leaf.shape[: axis + 1], *leaf.shape[axis + 2 :])
+
+
+def _gather(stacked: Adapter, ids: jax.Array) -> tuple[Adapter, Any]:
+    """The members of some ids, and the axis of each of their arrays that runs along ids.
+
+    -1 has scale 0, and an id that is no member has scale NaN. In a factor of a stack of layers the ids are the second axis:
+    a scan takes its first axis, and a copy with the axes in another order would be as large as all factors.
+    """
+
+    members = next(iter(jax.tree.leaves(stacked))).shape[0]
+    places = jnp.clip(ids, 0, members - 1)
+
+    def gather(array: jax.Array, axis: int) -> jax.Array:
+        if axis == 0:
+            return array.at[places].get(mode="promise_in_bounds")
+        layers = jnp.arange(array.shape[1])[:, None]
+        return array.at[places[None, :], layers].get(mode="promise_in_bounds")
+
+    axes = {path: _id_axes(update) for path, update in stacked.items()}
+    gathered = jax.tree.map(gather, stacked, axes)
+    absent = jnp.where(ids == -1, 0.0, jnp.nan)
+    members = {
+        path: dataclasses.replace(update, traced_scale=jnp.where(ids == places, update.traced_scale, absent))
         for path, update in gathered.items()
     }
+    return members, axes
+
+
+def _id_axes(update: Update) -> Update:
+    declared = {name: expand(text, update.axes) for name, text in update.declared.items()}
+
+    def axes(arrays: dict[str, Any]) -> dict[str, int]:
+        is_stacked = {name: declared.get(name, ())[:1] for name in arrays}
+        return {
+            name: int(any(isinstance(entry, int) and update.roles[entry] == "stack" for entry in is_stacked[name]))
+            for name in arrays
+        }
+
+    groups = {group: axes(getattr(update, group)) for group in ("factors", "frozen", "initial")}
+    return dataclasses.replace(jax.tree.map(lambda _: 0, update), **groups)
 
 
 def _blocks(ids: jax.Array, size: int, kinds: int) -> jax.Array:
@@ -128,8 +200,6 @@ def _blocks(ids: jax.Array, size: int, kinds: int) -> jax.Array:
     Blocks that are not needed repeat the first row of the batch.
     """
     rows = ids.shape[0]
-    if size == 1:
-        return jnp.arange(rows)[:, None]
     order = jnp.argsort(ids)
     ordered = ids[order]
     is_new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
@@ -161,6 +231,18 @@ def _take_rows(leaf: Any, places: jax.Array, axis: int | None) -> Any:
     return jnp.moveaxis(jnp.take(leaf, places, axis=place), place, 0)
 
 
+def _check_rows(shape: tuple[int, ...], axis: int | None, size: int) -> int:
+    """The axis of rows of a result, counted from the front, after a check that it has one row for each of a block."""
+    if axis is None:
+        raise ValueError("out_axes has no None: every result has rows.")
+    if not -len(shape) <= axis < len(shape) or shape[axis] != size:
+        raise ValueError(
+            f"A result has shape {shape} for a batch of {size} rows, and no rows along its axis {axis}. Pass out_axes "
+            "with the axis of rows, and return results for every row."
+        )
+    return axis % len(shape)
+
+
 def _restore_rows(out: Any, places: jax.Array, rows: int, out_axes: Any) -> Any:
     """The results in the order of the batch."""
     blocks, size = places.shape
@@ -168,14 +250,7 @@ def _restore_rows(out: Any, places: jax.Array, rows: int, out_axes: Any) -> Any:
     source = jnp.zeros(rows, jnp.int32).at[flat[::-1]].set(jnp.arange(blocks * size, dtype=jnp.int32)[::-1])
 
     def restore(leaf: jax.Array, axis: int | None) -> jax.Array:
-        if axis is None:
-            raise ValueError("out_axes has no None: every result has rows.")
-        axis %= leaf.ndim - 1
-        if leaf.shape[axis + 1] != size:
-            raise ValueError(
-                f"A result has shape {leaf.shape[1:]} for a batch of {size} rows, and no rows along its axis {axis}. "
-                "Pass out_axes with the axis of rows, and return results for every row."
-            )
+        axis = _check_rows(leaf.shape[1:], axis, size)
         merged = jnp.moveaxis(leaf, 0, axis).reshape(*leaf.shape[1 : axis + 1], blocks * size, *leaf.shape[axis + 2 :])
         return jnp.take(merged, source, axis=axis)
 

@@ -71,7 +71,7 @@ def add_network(
         update: the update, with its dropout key and rank mask.
         terms: factors, each with its declared axes, `(a, "*stack *in rank")`. A factor has one array axis for each axis
             of the weight, or one for each group (except for `*stack`).
-        scale: a multiplier; if it is an array, it multiplies the first factor.
+        scale: a multiplier; if it is an array, it multiplies the rank mask, or the first factor if there is none.
         labels: the indices of every group, from `group_labels`, with more entries for parts of the weight's axes that
             the declarations name. By default `group_labels(w, update)`.
 
@@ -79,10 +79,10 @@ def add_network(
         ValueError: if the shape of a factor does not match its declared axes.
     """
     labels = dict(group_labels(w, update) if labels is None else labels)
+    terms = [*_masked_rank(update, terms), *terms]
     if isinstance(scale, jax.Array):
         (first, declared), *rest = terms
         terms, scale = [(first * scale.astype(first.dtype), declared), *rest], 1.0
-    terms = [*terms, *_masked_rank(update, terms)]
     names = dict.fromkeys(token for _, declared in terms for token in declared.split() if token not in labels)
     labels |= zip(names, fresh_indices([w.used(), *labels.values()], len(names)), strict=True)
     axes = WeightAxes.of(update)
