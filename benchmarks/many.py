@@ -95,8 +95,11 @@ class Decoder:
         rng = np.random.default_rng(0)
         self.params = jax.tree.map(lambda a: jnp.asarray(0.02 * rng.standard_normal(a.shape, np.float32)), params)
         self.cache = smollm.empty_cache(SMOLLM, ROWS, POSITIONS)
+        self.rows = jax.tree.map(lambda a: a[:, :, None], self.cache)  # the cache of rows that are mapped
         token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        sites = jlora.trace(self.forward, shapes(self.params), token, shapes(smollm.empty_cache(SMOLLM, 1, POSITIONS)), 0)
+        sites = jlora.trace(
+            self.forward, shapes(self.params), token, shapes(smollm.empty_cache(SMOLLM, 1, POSITIONS)), 0
+        )
         self.targets = {r".*/(query|value)/kernel(/value)?": jlora.LoRA(RANK)}
         self.like = jlora.init(jax.random.key(0), sites, self.targets)
 
@@ -119,8 +122,17 @@ class Decoder:
         return run
 
     def many(self) -> Callable[..., Any]:
-        """A step whose rows use the adapters of a bank that `ids` name."""
-        return jlora.bank.apply(self.step, in_axes=(0, 1, None), out_axes=(0, 1), block=1)
+        """A step whose rows use the adapters of a bank that `ids` name; the cache has an axis of one after the rows."""
+
+        def step(
+            params: Any, bank: Any, ids: Any, token: jax.Array, cache: Any, position: Any
+        ) -> tuple[jax.Array, Any]:
+            members, axes = jlora.bank.select(bank, ids)
+            mapped = jax.vmap(jlora.adapt(self.step), (None, axes, 0, 1, None), (0, 1))
+            token, cache = mapped(params, members, token[:, None], cache, position)
+            return token[:, 0], cache
+
+        return step
 
     def single(self) -> Callable[..., Any]:
         """A step in which one adapter serves all rows."""
@@ -131,10 +143,9 @@ class Decoder:
 def decoding_costs(decoder: Decoder) -> tuple[dict[str, Any], list[Bar]]:
     """One step: temporary bytes beside the gathered factors, as a ratio to one adapter."""
     bank = jlora.bank.stack({str(k): decoder.like for k in range(64)})
-    rest = (np.zeros((ROWS, 1), np.int32), decoder.cache, 3)
-    ids = np.zeros(ROWS, np.int32)
-    many = _measure.compile(decoder.many(), decoder.params, bank, ids, *rest)
-    one = _measure.compile(decoder.single(), decoder.params, decoder.like, ids, *rest)
+    token, ids = np.zeros((ROWS, 1), np.int32), np.zeros(ROWS, np.int32)
+    many = _measure.compile(decoder.many(), decoder.params, bank, ids, token, decoder.rows, 3)
+    one = _measure.compile(decoder.single(), decoder.params, decoder.like, ids, token, decoder.cache, 3)
     gathered = ROWS * sum(a.nbytes for a in jax.tree.leaves(bank)) // 64
     value = (many.temp_bytes - gathered) / one.temp_bytes
     row = {"flops": many.flops / one.flops, "temporaries": many.temp_bytes, "gathered": gathered, "one": one.temp_bytes}
@@ -194,11 +205,11 @@ def serving(decoder: Decoder, rounds: int, adapters: int, slots: int) -> tuple[d
         """A batch of requests, most of them for the adapters that are asked for most."""
         names = [str(k) for k in np.minimum(rng.zipf(1.3, ROWS) - 1, count - 1)]
         with pools[count].use(names) as (bank, ids):
-            return many(decoder.params, bank, ids, decoder.cache)
+            return many(decoder.params, bank, ids, decoder.rows)
 
     def same() -> Any:
         with pools[5].use(["0"] * ROWS) as (bank, ids):
-            return many(decoder.params, bank, ids, decoder.cache)
+            return many(decoder.params, bank, ids, decoder.rows)
 
     calls = {
         "5 adapters": lambda: serve(5),
@@ -213,7 +224,7 @@ def serving(decoder: Decoder, rounds: int, adapters: int, slots: int) -> tuple[d
     mixed = _measure.ratio(seconds, names[0], names[3])
     swap, compilation = swap_and_compilation(decoder, pools[adapters])
     pool = pools[adapters]
-    expected = slots * sum(a.nbytes + 0 for a in jax.tree.leaves(decoder.like))
+    expected = slots * sum(a.nbytes for a in jax.tree.leaves(decoder.like))
     expected += slots * len(decoder.like) * 4 * (1 + RANK)
     rows = rates | {
         "swap": {"milliseconds": 1e3 * swap, "compilation in seconds": compilation},
@@ -230,10 +241,10 @@ def serving(decoder: Decoder, rounds: int, adapters: int, slots: int) -> tuple[d
 def swap_and_compilation(decoder: Decoder, pool: jlora.bank.Pool) -> tuple[float, float]:
     """Seconds to copy an adapter into a slot, and to compile the program for an adapter of another rank."""
     times = []
-    for k in range(20):
-        pool.evict()
+    absent = [name for name in map(str, range(pool.slots + 20)) if name not in pool.resident and name in pool]
+    for name in absent[:20]:
         begin = time.perf_counter()
-        pool.ids([str(1000 + k) if str(1000 + k) in pool else str(k % 5)])
+        pool.ids([name])
         jax.block_until_ready(pool.bank)
         times.append(time.perf_counter() - begin)
     token = np.zeros((ROWS, 1), np.int32)

@@ -21,6 +21,7 @@ from jlora.bank.combine import combine as combine
 from jlora.bank.extract import extract as extract
 from jlora.bank.pool import Pool as Pool
 from jlora.bank.rows import apply as apply
+from jlora.bank.rows import select as select
 
 if typing.TYPE_CHECKING:
     from jlora.bank.checkpoint import load as load
@@ -45,7 +46,7 @@ _LAZY = {
 }
 
 __all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]
-    [*_LAZY, "Bank", "Pool", "apply", "combine", "extract", "shardings", "stack", "unstack", "vmap"]
+    [*_LAZY, "Bank", "Pool", "apply", "combine", "extract", "select", "shardings", "stack", "unstack", "vmap"]
 )
 
 

@@ -81,6 +81,31 @@ def apply(
     return applied
 
 
+def select(bank: Bank, ids: Any) -> tuple[Adapter, Any]:
+    """The adapter of every row of a batch, for a program that maps rows by `jax.vmap` itself.
+
+    `apply` gives the program batches of one row, by a reshape. A decoder whose cache has an axis of rows and an axis of
+    one saves the copy that XLA makes of a reshaped cache in every step.
+
+    Arguments:
+        bank: the bank.
+        ids: (rows,), integers, -1 for the base, as for `apply`.
+
+    Returns:
+        an adapter whose arrays have an axis of rows, and a tree of these axes, for `in_axes`. It is the second axis of
+        a factor of stacked layers, which a scan takes along the first.
+
+    Raises:
+        ValueError: if `ids` are not integers, or hold a number that is no member. Under `jit` the rows of such an id
+            are NaN.
+
+    Example:
+        members, axes = jlora.bank.select(bank, ids)
+        logits, cache = jax.vmap(jlora.adapt(step), (None, axes, 0, 1), (0, 1))(params, members, tokens, cache)
+    """
+    return _gather(bank.adapter, _checked_ids(ids, np.shape(ids)[0], len(bank)))
+
+
 def _axes_of_leaves(in_axes: Any, args: tuple[Any, ...]) -> list[int | None]:
     """The axis of rows of every leaf of the arguments."""
     per_argument = tuple(in_axes) if isinstance(in_axes, (tuple, list)) else (in_axes,) * len(args)
@@ -139,7 +164,8 @@ def _map_rows(
     before = jax.tree.map(lambda axis: axis - 1 if axis < 0 else axis, out_axes)  # the axis of one comes after rows
     out, structure = jax.tree.flatten(jax.vmap(of_row, (member_axes, *places), before)(members, *rows))
     out_places = _broadcast(before, jax.tree.unflatten(structure, out))
-    return jax.tree.unflatten(structure, [_without_axis_of_one(*pair) for pair in zip(out, out_places, strict=True)])
+    merged = [_without_axis_of_one(leaf, axis or 0) for leaf, axis in zip(out, out_places, strict=True)]
+    return jax.tree.unflatten(structure, merged)
 
 
 def _with_axis_of_one(leaf: Any, axis: int) -> jax.Array:
@@ -157,8 +183,8 @@ def _without_axis_of_one(leaf: jax.Array, axis: int) -> jax.Array:
 def _gather(stacked: Adapter, ids: jax.Array) -> tuple[Adapter, Any]:
     """The members of some ids, and the axis of each of their arrays that runs along ids.
 
-    -1 has scale 0, and an id that is no member has scale NaN. In a factor of a stack of layers the ids are the second axis:
-    a scan takes its first axis, and a copy with the axes in another order would be as large as all factors.
+    -1 has scale 0, and an id that is no member has scale NaN. In a factor of a stack of layers the ids are the second
+    axis: a scan takes its first axis, and a copy with the axes in another order would be as large as all factors.
     """
 
     members = next(iter(jax.tree.leaves(stacked))).shape[0]

@@ -214,3 +214,18 @@ def test_kinds_of_weights(name: str) -> None:
     for got, adapter in zip(out, [bank["1"], {}, bank["0"]], strict=True):
         want = kind.use(jlora.merge(params, adapter), x)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_the_program_maps_itself() -> None:
+    """`select` with `jax.vmap` is `apply`; factors of stacked layers have their rows on the second axis."""
+    params, tokens = toy_model.params(), jnp.arange(20).reshape(4, 5) % 11
+    bank = jlora.bank.stack({"a": toy_model.adapter(seed=1), "b": toy_model.adapter(jlora.LoRA(3), seed=2)})
+    ids = bank.ids(["b", None, "a", "b"])
+    members, axes = jlora.bank.select(bank, ids)
+    assert members["layers/up"].factors["a"].shape[:2] == (toy_model.LAYERS, 4)
+    assert members["mix/kernel"].factors["a"].shape[0] == 4
+    out = jax.vmap(jlora.adapt(toy_model.model), (None, axes, 0))(params, members, tokens[:, None])
+    want = jlora.bank.apply(toy_model.model)(params, bank, ids, tokens)
+    np.testing.assert_allclose(out[:, 0], want, rtol=3e-5, atol=3e-5)
+    with pytest.raises(ValueError, match="ids 0 to 1"):
+        jlora.bank.select(bank, np.array([2]))
