@@ -256,15 +256,12 @@ def bodies(eqn: Eqn) -> list[Body]:
     return [open_jaxpr(v) for v in values if isinstance(v, (core.Jaxpr, _CLOSED))]
 
 
-# ---- Primitives of jlora's own
+# ---- Devices and defects of one release
 
 
 def is_single_device(ctx: Any) -> bool:
     """Whether a lowering rule's context is a program for a single device."""
     return getattr(ctx.module_context.axis_context, "num_devices", 0) == 1
-
-
-# ---- Devices and defects of one release
 
 
 def topology_devices(name: str, platform: str, **options: Any) -> tuple[Any, ...]:
@@ -286,21 +283,13 @@ def has_no_mesh(*arrays: Any) -> bool:
 
 
 def row_major_gradient(x: jax.Array) -> jax.Array:
-    """The result of a Fourier transform, whose gradient has a row-major layout.
-
-    In partitioned programs XLA's transform for the CPU fails on a column-major one, in every release from JAX 0.10 to
-    0.12; a later one may not.
-    """
+    """A Fourier transform's result with a row-major gradient: on the CPU XLA's transform fails on other layouts."""
     fails = jax.__version_info__ < (0, 13) and jax.default_backend() == "cpu"
     return jax.lax.optimization_barrier(x.reshape(-1)).reshape(x.shape) if fails else x
 
 
 def one_by_one(fun: Callable[..., Any]) -> Callable[..., Any]:
-    """`fun`, whose `vmap` is a loop where jaxlib needs it.
-
-    On CPUs of few cores two of LAPACK's decompositions of many matrices at a time wait for each other for ever, from
-    JAX 0.10 to 0.11.
-    """
+    """`fun`, whose `vmap` is a loop: on CPUs of few cores two batches of LAPACK calls wait for each other for ever."""
 
     @functools.wraps(fun)
     def call(*args: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import tracemalloc
 from typing import Any
@@ -20,6 +19,7 @@ from tests.support.weight_uses import KINDS
 KEY = jax.random.key(5)
 PARAMS = toy_model.params()
 WEIGHTS = [0.7, -0.4, 1.5]
+ALL_RANKS = 99  # more than any weight of these tests has
 
 
 def change(adapter: dict, params: Any = None) -> dict[str, np.ndarray]:
@@ -162,91 +162,6 @@ def test_svd_without_a_rank_finds_that_of_the_sum():
     close(change(twice)["layers/up"], 2 * change(adapter)["layers/up"], 1e-5)
 
 
-def kept(value: np.ndarray, density: float) -> np.ndarray:
-    """The largest entries in magnitude."""
-    threshold = np.sort(np.abs(value), axis=None)[value.size - int(density * value.size)]
-    return np.where(np.abs(value) >= threshold, value, 0)
-
-
-def elected(values: np.ndarray) -> np.ndarray:
-    """The mean over adapters of the entries with the sign of the sum."""
-    agrees = np.sign(values) == np.sign(values.sum(0))
-    agrees &= values != 0
-    return np.where(agrees, values, 0).sum(0) / np.maximum(agrees.sum(0), 1)
-
-
-DENSITY, ALL_RANKS = 0.4, 99
-
-
-@pytest.mark.parametrize("how", ["ties", "magnitude"])
-def test_pruning_by_magnitude(how):
-    """Each layer of a stack is pruned by itself; biases follow the same rule."""
-    adapters = list(members().values())
-    changes = [change(a) for a in adapters]
-    combined, errors = jlora.combine(adapters, WEIGHTS, how=how, density=DENSITY, rank=ALL_RANKS, params=PARAMS)
-    for path, value in summed(changes, WEIGHTS).items():
-        terms = [w * matrices(path, c.get(path, np.zeros_like(value))) for w, c in zip(WEIGHTS, changes, strict=True)]
-        pruned = [np.stack([kept(layer, DENSITY) if layer.any() else layer for layer in term]) for term in terms]
-        expected = elected(np.stack(pruned)) if how == "ties" else sum(pruned)
-        close(matrices(path, change(combined)[path]), expected, 1e-5)
-        assert errors[path] < 1e-6
-    truncated_, errors = jlora.combine(adapters, WEIGHTS, how=how, density=DENSITY, rank=2)
-    assert 0 < max(errors.values()) < 1
-    assert vars(truncated_["embed"].method)["rank"] == 2
-
-
-def test_ties_takes_the_side_with_the_larger_sum():
-    """Two small positive entries against one large negative one; two that cancel; one alone."""
-    first = np.array([[1.0, 5.0, 0.0], [2.0, 1.0, 3.0]])
-    second = np.array([[1.0, -5.0, 0.0], [4.0, 1.0, 0.0]])
-    third = np.array([[-7.0, 0.0, 2.0], [0.0, 1.0, 0.0]])
-    expected = [[-7.0, 0.0, 2.0], [3.0, 1.0, 3.0]]
-    combined, _ = jlora.combine([exact(v) for v in (first, second, third)], how="ties", density=1, rank=2)
-    close(change(combined, {"w": jnp.zeros((2, 3))})["w"], np.array(expected))
-
-
-def exact(value: np.ndarray) -> dict[str, jlora.Update]:
-    """A LoRA that adds a matrix: itself times the identity."""
-    factors = {"a": jnp.asarray(value, jnp.float32), "b": jnp.eye(value.shape[1])}
-    return {"w": jlora.Update(factors, jlora.LoRA(value.shape[1]), ("in", "out"), value.shape)}
-
-
-@pytest.mark.parametrize("how", ["dare", "dare_ties"])
-def test_dropping_at_random(how):
-    """What is dropped is what is dropped from ones, by the same key."""
-    rng = np.random.default_rng(1)
-    values, ones = rng.normal(size=(3, 20, 30)), np.ones((20, 30))
-    names = ["x", "y", "z"]
-
-    def run(matrices_: list[np.ndarray], key: jax.Array = KEY) -> np.ndarray:
-        adapters = dict(zip(names, map(exact, matrices_), strict=True))
-        combined, _ = jlora.combine(adapters, how=how, density=0.3, key=key, rank=ALL_RANKS)
-        return change(combined, {"w": jnp.zeros((20, 30))})["w"]
-
-    nothing = np.zeros_like(ones)
-    masks = [run([ones if k == member else nothing for k in range(3)]) for member in range(3)]
-    for mask in masks:
-        assert np.all(np.isclose(mask, 0, atol=1e-4) | np.isclose(mask, 1 / 0.3, atol=1e-4))
-        assert abs(np.mean(mask > 1) - 0.3) < 0.06  # more than three standard deviations
-    assert all(np.abs(masks[k] - masks[k - 1]).max() > 1 for k in range(3))
-    dropped = np.stack([value * np.round(mask * 0.3) / 0.3 for value, mask in zip(values, masks, strict=True)])
-    close(run(list(values)), elected(dropped) if how == "dare_ties" else dropped.sum(0), 1e-5)
-    assert np.abs(run(list(values)) - run(list(values), jax.random.key(6))).max() > 0.1
-
-
-def test_random_numbers_do_not_depend_on_other_adapters_or_targets():
-    adapters = members()
-    options: dict[str, Any] = {"how": "dare", "density": 0.5, "key": KEY, "rank": ALL_RANKS}
-    alone = change(jlora.combine({"stabilised": adapters["stabilised"]}, **options)[0])
-    weights = {"offset": 0, "stabilised": 1}
-    beside = change(jlora.combine({name: adapters[name] for name in weights}, weights, **options)[0])
-    close(beside, alone, 1e-5)
-    less = {"layers/up": adapters["stabilised"]["layers/up"]}
-    close(change(jlora.combine({"stabilised": less}, **options)[0])["layers/up"], alone["layers/up"], 1e-5)
-    first, second = alone["layers/up"][0], alone["layers/up"][1]
-    assert ((np.abs(first) < 1e-6) != (np.abs(second) < 1e-6)).any()
-
-
 def test_a_method_that_depends_on_the_base():
     """The change by DoRA is that of the whole formula, times its weight."""
     dora, lora = toy_model.adapter(jlora.DoRA(2, 3.0), seed=1), toy_model.adapter(seed=2)
@@ -381,51 +296,3 @@ def test_full_updates_of_matrices():
     close(change(combined)["mix/kernel"], truncated(expected["mix/kernel"], 2), 1e-5)
     with pytest.raises(ValueError, match=r"mix/kernel: the combination by 'svd' has rank 8 of at most 8"):
         jlora.combine([full, lora], how="svd")
-
-
-def any_combine(*args: Any, **options: Any) -> Any:
-    """`jlora.combine` for arguments of the wrong type."""
-    return jlora.combine(*args, **options)
-
-
-def other_roles() -> dict[str, jlora.Update]:
-    update = toy_model.adapter()["mix/kernel"]
-    return {"mix/kernel": dataclasses.replace(update, roles=("out", "in"))}
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda a: any_combine(a), TypeError, "found one adapter"),
-        (lambda a: any_combine(iter([a])), TypeError, "found list_iterator"),
-        (lambda a: any_combine([[a]]), TypeError, "Expected one adapter, found a list"),
-        (lambda a: any_combine([]), ValueError, "no adapters"),
-        (lambda a: any_combine([a, a], [1]), ValueError, "1 weights for 2 adapters"),
-        (lambda a: any_combine([a], [np.nan]), ValueError, "weight of adapter 0 is nan"),
-        (lambda a: any_combine({"x": a}, {"y": 1}), ValueError, "name the same"),
-        (lambda a: any_combine([a], how="slerp"), ValueError, "'concat', 'svd', 'ties'"),
-        (lambda a: any_combine([a], rank=3), ValueError, "'concat' is exact"),
-        (lambda a: any_combine([a], how="ties", density=0.5), ValueError, "pass a rank or an energy"),
-        (lambda a: any_combine([a], how="ties", rank=2), ValueError, "needs `density`"),
-        (lambda a: any_combine([a], how="svd", density=0.5), ValueError, "no use for `density`"),
-        (lambda a: any_combine([a], how="ties", rank=2, density=0.5, key=KEY), ValueError, "no use for `key`"),
-        (lambda a: any_combine([a], how="dare", rank=2, density=0.5), ValueError, "needs `key`"),
-        (lambda a: any_combine([a], how="ties", rank=2, density=0.0), ValueError, r"in \(0, 1\]"),
-        (lambda a: any_combine([a], how="svd", rank=0), ValueError, "positive integer"),
-        (lambda a: any_combine([a], how="svd", energy=1.5), ValueError, r"in \(0, 1\], not 1.5"),
-        (lambda a: any_combine({"x": a, "y": other_roles()}), ValueError, "mix/kernel has the roles .* in adapter y"),
-    ],
-)
-def test_errors(call, error, message):
-    with pytest.raises(error, match=message):
-        call(toy_model.adapter())
-
-
-def test_a_factor_that_is_not_finite():
-    adapter = toy_model.adapter()
-    update = adapter["embed"]
-    bad = dataclasses.replace(update, factors=update.factors | {"a": update["a"].at[0, 0].set(jnp.nan)})
-    with pytest.raises(
-        ValueError, match="embed: the combination by 'svd' cannot be decomposed, because it has entries"
-    ):
-        jlora.combine([adapter | {"embed": bad}], how="svd", rank=1)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jlora
-from jlora.bank.rows import count_blocks
+from jlora.bank.blocks import count_blocks
 from tests.support import toy_model
 from tests.support.compiled import memory
 from tests.support.methods import METHODS, fitting

@@ -24,10 +24,7 @@ def treat_as(ctx: Context, eqn: Eqn, *values: Value) -> list[Value] | None:
     """
     weights = {k: v for k, v in enumerate(values) if isinstance(v, AdaptedWeight)}
     if ctx.trace_only:
-        floating = [k for k, f in weights.items() if jnp.issubdtype(f.dtype, jnp.floating)]
-        is_affine = all(_derivative(eqn, [k]) is not None for k in floating)
-        inner = ctx.child() if is_affine else dataclasses.replace(ctx.child(), dense_in=ctx.dense_in or TREAT_AS)
-        return ctx.run(inner, *_compat.open_jaxpr(eqn.params["plain"]), values)
+        return _trace(ctx, eqn, values)
     if any(f.axis_scales or f.gathered_axes for f in weights.values()):
         return None
     updated = {k: f for k, f in weights.items() if f.networks}
@@ -41,6 +38,16 @@ def treat_as(ctx: Context, eqn: Eqn, *values: Value) -> list[Value] | None:
     inner = ctx.child_on_devices(derivative, [*axes, *(axes[k] for k in updated)], updates)
     added = inner.run(inner, *derivative, [*operands, *updates])
     return [y + ctx.to_array(eqn, dy) for y, dy in zip(outputs, added, strict=True)]
+
+
+def _trace(ctx: Context, eqn: Eqn, values: Sequence[Value]) -> list[Value]:
+    """Records what the plain twin does with the weights; they are dense if it is not affine in one of them."""
+    floating = [
+        k for k, v in enumerate(values) if isinstance(v, AdaptedWeight) and jnp.issubdtype(v.dtype, jnp.floating)
+    ]
+    is_affine = all(_derivative(eqn, [k]) is not None for k in floating)
+    inner = ctx.child() if is_affine else dataclasses.replace(ctx.child(), dense_in=ctx.dense_in or TREAT_AS)
+    return ctx.run(inner, *_compat.open_jaxpr(eqn.params["plain"]), values)
 
 
 def _derivative(eqn: Eqn, updated: Sequence[int]) -> _compat.Body | None:
