@@ -11,7 +11,7 @@ import jlora
 from tests.law.test_law import BOUNDS, EIGHT
 from tests.support.agreement import OPTIONS
 from tests.support.draw import drawn
-from tests.support.methods import METHODS, fitting
+from tests.support.methods import METHODS, fitting, some
 from tests.support.weight_uses import KINDS, Kind
 
 BY_NAME = {kind.name: kind for kind in KINDS}
@@ -75,9 +75,7 @@ def in_default_run(kind: Kind) -> bool:
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(
-            kind, id=kind.name, marks=[] if kind.name in EIGHT or drawn("bank", kind.name) else [pytest.mark.nightly]
-        )
+        pytest.param(kind, id=kind.name, marks=[] if in_default_run(kind) else [pytest.mark.nightly])
         for kind in KINDS
         if not kind.limited
     ],
@@ -88,10 +86,14 @@ def test_kinds(kind: Kind) -> None:
     hold(kind, ranks)
 
 
+def is_default(name: str, kind: str) -> bool:
+    return kind == "mlp" and (name in ("dora", "ia3", "lora_offset") or drawn("bank", name, one_in=5))
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        pytest.param(name, kind, id=f"{name}-{kind}", marks=[] if kind == "mlp" else [pytest.mark.nightly])
+        pytest.param(name, kind, id=f"{name}-{kind}", marks=[] if is_default(name, kind) else [pytest.mark.nightly])
         for name in METHODS
         for kind in ("mlp", "scan_stacked", "conv_2d", "experts", "tied_embedding")
     ],
@@ -101,7 +103,7 @@ def test_methods(name: str, kind: str) -> None:
     hold(BY_NAME[kind], [name, name])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", some("scale of zero", "lora", "dora", "ia3"))
 def test_a_scale_of_zero_is_the_base(name: str) -> None:
     """A member that lacks a weight has a scale of zero there, which is the base for every method."""
     kind = BY_NAME["mlp"]

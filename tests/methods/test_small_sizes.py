@@ -25,10 +25,16 @@ def tied(params: Any, x: jax.Array, rows: jax.Array) -> tuple[jax.Array, ...]:
     return w[rows] * x, row * x, x @ w.T, jnp.ones((2, w.shape[0])) @ w
 
 
+def is_default(name: str, shape: tuple[int, ...]) -> bool:
+    return drawn(name, str(shape), one_in=10)
+
+
 def cases() -> list[Any]:
-    """A third of the methods by default, another one every day; all at night."""
+    """A tenth of the methods by default, another one every day; all of them nightly."""
     return [
-        pytest.param(name, shape, id=f"{name}-{shape}", marks=[] if drawn(name, str(shape)) else [pytest.mark.nightly])
+        pytest.param(
+            name, shape, id=f"{name}-{shape}", marks=[] if drawn(name, str(shape), one_in=10) else [pytest.mark.nightly]
+        )
         for name in METHODS
         for shape in SHAPES
         if name != "hra" or shape[0] > 1  # two reflections of a line are the identity: all gradients are zero

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import pytest
 
 import jlora
+from tests.support.draw import drawn
 from tests.support.weight_uses import Kind
 
 Tree = Any
@@ -61,6 +63,14 @@ METHODS: dict[str, list[jlora.Method]] = {
     "shira": [jlora.SHiRA(1), jlora.FourierFT(2)],
     "vera": [jlora.VeRA(3)],
 }
+
+
+def some(label: str, *always: str) -> list[Any]:
+    """Every method as a case: those named `always` and a fifth of the others, drawn daily, and nightly the rest."""
+    return [
+        pytest.param(name, marks=[] if name in always or drawn(label, name, one_in=5) else [pytest.mark.nightly])
+        for name in METHODS
+    ]
 
 
 def fitting(name: str, site: jlora.Site) -> jlora.Method:
