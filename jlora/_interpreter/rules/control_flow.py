@@ -36,8 +36,10 @@ def jit(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     """
     p = _compat.jit_params(eqn)
     shardings, (jaxpr, consts) = (p.in_shardings, p.out_shardings), p.body
-    # A deferred equation is a part of the type of its weight, and another one in every trace.
-    if not ctx.keeps_compiled or any(isinstance(v, AdaptedWeight) and is_deferred(v.base) for v in values):
+    # A deferred equation is a part of the type of its weight, and another one in every trace. The axes along which
+    # operands differ from device to device are those of one call.
+    is_of_one_call = ctx.device_axes or any(isinstance(v, AdaptedWeight) and is_deferred(v.base) for v in values)
+    if is_of_one_call or not ctx.keeps_compiled:
         return _compile(p, functools.partial(_run_body, ctx.child(), shardings, jaxpr))(consts, values)
     by_options = _COMPILED.setdefault(jaxpr, {})
     options = p.name, shardings, p.inline, p.keep_unused, ctx.on_dense, ctx.where
