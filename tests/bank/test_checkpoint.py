@@ -13,7 +13,7 @@ import pytest
 import jlora
 from tests.support import kill_worker, toy_model
 
-KILLS = 6
+KILLS = 3
 
 
 def bank() -> jlora.bank.Bank:

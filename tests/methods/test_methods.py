@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jlora
 from tests.support import toy_model
 from tests.support.checkpoints import same
+from tests.support.draw import drawn
 from tests.support.methods import METHODS, fitting, shapes_of_adapter
 from tests.support.weight_uses import KINDS
 
@@ -23,7 +24,7 @@ KEY = jax.random.key(0)
 PATHS = ("embed", "layers/down", "layers/up", "mix/kernel")
 NAMES = sorted(METHODS)
 
-# One method of every form in the default run; the others in the nightly run.
+# One method of every form in the default run, with a third of the others; all in the nightly run.
 FORMS = {"lora", "additive", "delora", "dora", "full", "hadamard_sigmoid", "hra", "ia3_in", "lokr_both", "oft"}
 MULTIPLICATIVE = {"boft", "dora", "ia3", "ia3_in"}
 DEPENDS_ON_WEIGHT = {"boft", "delora", "dora", "hira", "hra", "oft"}
@@ -31,6 +32,11 @@ DEPENDS_ON_WEIGHT = {"boft", "delora", "dora", "hira", "hra", "oft"}
 
 def cases(names: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=[] if name in FORMS else [pytest.mark.nightly]) for name in sorted(names)]
+
+
+def drawn_cases(label: str) -> list[Any]:
+    marks = {name: [] if name in FORMS or drawn(label, name) else [pytest.mark.nightly] for name in NAMES}
+    return [pytest.param(name, marks=marks[name]) for name in NAMES]
 
 
 def targets_of(name: str, **changes: Any) -> dict[str, jlora.Method]:
@@ -72,7 +78,7 @@ def assert_close(got: Any, want: Any, tolerance: float) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance * scale, rtol=0), got, want)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", drawn_cases("new adapter"))
 def test_a_new_adapter_leaves_the_base_program_unchanged_and_gets_a_gradient(name):
     params, adapter = toy_model.params(), adapter_of(name)
     y, gradient = derivative(params, adapter)
@@ -102,7 +108,7 @@ def test_an_offset_subtracts_the_initial_factors(name):
     assert_close(run(toy_model.params(), moved), base(toy_model.params()), 2e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", drawn_cases("saved adapter"))
 def test_a_saved_adapter_is_loaded_to_the_bit(name, tmp_path):
     adapter = toy_model.nonzero(adapter_of(name))
     jlora.save(tmp_path / "adapter", adapter)
