@@ -40,7 +40,7 @@ def cheapest_block(
     sites = trace(fun, shapes, *row, **kwargs)
     flops = sum(site.flops for site in sites.values())
     moved = 2 * sum(a.nbytes for a in jax.tree.leaves(bank.adapter)) / len(bank)
-    kinds = len(bank) + 1
+    kinds = kinds_of_rows(bank)
 
     def cost(size: int) -> float:
         blocks = count_blocks(rows, size, kinds) if size > 1 else rows
@@ -65,13 +65,18 @@ def rows_of_blocks(ids: jax.Array, size: int, kinds: int) -> jax.Array:
     return jnp.broadcast_to(first[:, None], (first.size, size)).at[block, within % size].set(order)
 
 
+def kinds_of_rows(bank: Bank) -> int:
+    """How many kinds of rows a batch can have: one for each member, for the base, and for unknown ids under `jit`."""
+    return len(bank) + 2
+
+
 def count_blocks(rows: int, size: int, kinds: int) -> int:
     """How many blocks any ids need: a block that is not full for every kind of row, at most.
 
     Arguments:
         rows: of the batch.
         size: rows of a block.
-        kinds: the number of members, and one for the base.
+        kinds: how many kinds of rows there can be, `kinds_of_rows`.
     """
     kinds = min(kinds, rows)
     return (rows - kinds) // size + kinds

@@ -11,7 +11,7 @@ import numpy as np
 from jlora import _compat
 from jlora._adapter.adapt import adapt
 from jlora.bank.bank import Bank
-from jlora.bank.blocks import cheapest_block, rows_of_blocks
+from jlora.bank.blocks import cheapest_block, kinds_of_rows, rows_of_blocks
 from jlora.methods._base import Adapter, Update
 from jlora.methods._common.factor_axes import expand
 
@@ -42,7 +42,7 @@ def apply(
         makes them. All rows share the keywords.
 
     Raises:
-        ValueError: from `g`, if `ids` does not fit the rows, or holds a number that is no member. Under `jit` the rows
+        ValueError: from `g`, if `ids` does not fit the rows, or holds an unknown id. Under `jit` the rows
             of such an id are NaN.
 
     Example:
@@ -69,7 +69,7 @@ def apply(
         leaves = jax.tree.leaves(args)
         if size == 1:
             return _map_rows(of_block, bank.adapter, ids, leaves, axes, out_axes)
-        places = rows_of_blocks(ids, size, len(bank) + 1)
+        places = rows_of_blocks(ids, size, kinds_of_rows(bank))
         members, member_axes = _gather(bank.adapter, ids[places[:, 0]])
         taken = [_take_rows(leaf, places, axis) for leaf, axis in zip(leaves, axes, strict=True)]
         mapped = jax.vmap(of_block, (member_axes, *(None if axis is None else 0 for axis in axes)))
@@ -93,7 +93,7 @@ def select(bank: Bank, ids: Any) -> tuple[Adapter, Any]:
         a factor of stacked layers, which a scan takes along the first.
 
     Raises:
-        ValueError: if `ids` are not integers, or hold a number that is no member. Under `jit` the rows of such an id
+        ValueError: if `ids` are not integers, or hold an unknown id. Under `jit` the rows of such an id
             are NaN.
 
     Example:
@@ -180,7 +180,7 @@ def _without_axis_of_one(leaf: jax.Array, axis: int) -> jax.Array:
 def _gather(stacked: Adapter, ids: jax.Array) -> tuple[Adapter, Any]:
     """The members of some ids, and the axis of each of their arrays that runs along ids.
 
-    -1 has scale 0, and an id that is no member has scale NaN. In a factor of a stack of layers the ids are the second
+    -1 has scale 0, and an unknown id has scale NaN. In a factor of a stack of layers the ids are the second
     axis: a scan takes its first axis, and a copy with the axes in another order would be as large as all factors.
     """
 

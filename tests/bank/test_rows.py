@@ -229,3 +229,14 @@ def test_rows_that_the_program_maps_itself() -> None:
     np.testing.assert_allclose(out[:, 0], want, rtol=3e-5, atol=3e-5)
     with pytest.raises(ValueError, match="ids 0 to 1"):
         jlora.bank.select(bank, np.array([2]))
+
+
+def test_an_unknown_id_harms_no_other_row() -> None:
+    """Under `jit` rows of an unknown id need a block of their own beside those of all members and of the base."""
+    bank, x = bank_of(jlora.LoRA(2)), np.random.default_rng(3).normal(size=(5, 6)).astype(np.float32)
+    ids = np.array([2, 7, 0, -1, 1])
+    out = jax.jit(jlora.bank.apply(mlp, block=4))(PARAMS, bank, ids, x)
+    rows = [0, 2, 3, 4]
+    want = by_row(mlp, PARAMS, bank, ["member 2", "member 0", None, "member 1"], x[np.array(rows)])
+    np.testing.assert_allclose(out[np.array(rows)], want, rtol=1e-4, atol=1e-4)
+    assert np.isnan(out[1]).all()

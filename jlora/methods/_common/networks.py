@@ -71,7 +71,7 @@ def add_network(
         update: the update, with its dropout key and rank mask.
         terms: factors, each with its declared axes, `(a, "*stack *in rank")`. A factor has one array axis for each axis
             of the weight, or one for each group (except for `*stack`).
-        scale: a multiplier; if it is an array, it multiplies the rank mask, or the first factor if there is none.
+        scale: a multiplier; if it is an array, it multiplies the rank mask, or without one the first factor.
         labels: the indices of every group, from `group_labels`, with more entries for parts of the weight's axes that
             the declarations name. By default `group_labels(w, update)`.
 

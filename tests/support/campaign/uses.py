@@ -1,4 +1,4 @@
-"""How a random program uses a weight: products, convolutions, lookups, experts, loops, and what is none of them."""
+"""How a random program uses a weight: products, convolutions, lookups, experts, loops, and other uses."""
 
 from __future__ import annotations
 
