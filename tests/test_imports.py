@@ -1,4 +1,4 @@
-"""Imports run from later packages to earlier ones, and only documented JAX is used outside of `_compat.py`."""
+"""Imports run from later packages to earlier ones, on few floors, and public names are listed."""
 
 import ast
 import importlib.metadata
@@ -6,83 +6,71 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 import jlora
 import jlora.methods
-from jlora._compat import bodies
-
-ROOT = Path(jlora.__file__).parent
-FILES = sorted(ROOT.rglob("*.py"))
+from tests.support.source_files import FILES, ROOT, imported_modules, imports, module_name, package_of
 
 # A package imports those before it. `_plan` stands apart: it knows nothing about LoRA.
 PACKAGES = [
     "_compat",
-    "_pretty",
     "_tree",
     "_plan",
     "_ir",
     "_ops",
     "_interpreter",
     "methods",
-    "extend",
     "_trace",
     "optim",
     "_adapter",
     "quantized",
     "io",
-    "loralib",
-    "peft",
     "bank",
-    "",
 ]
-ONLY = {"_plan": {"_compat", "_pretty", "_tree"}}
+ONLY = {"_plan": {"_compat", "_tree"}}
+
+# Modules of public names alone. They define nothing, and only the root, whose name is empty, imports them.
+PUBLIC_NAMES = ["extend", "loralib", "peft"]
+ORDER = [*PACKAGES, *PUBLIC_NAMES, ""]
 
 
-def module_name(file: Path) -> str:
-    parts = list(file.relative_to(ROOT).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def package_of(module: str) -> str:
-    return module.partition(".")[0]
-
-
-def imports(file: Path) -> set[str]:
-    """Full names of all that a file imports."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-def imported_modules(file: Path) -> set[str]:
-    """Which modules of jlora a file imports."""
-    modules, out = {module_name(f) for f in FILES}, set()
-    for full in imports(file):
-        if full == "jlora" or full.startswith("jlora."):
-            module = full.removeprefix("jlora").removeprefix(".")
-            while module not in modules:
-                module = module.rpartition(".")[0]
-            out.add(module)
-    return out
+def imported_packages(package: str) -> set[str]:
+    """Which other packages of jlora the files of one import."""
+    files = [file for file in FILES if package_of(module_name(file)) == package]
+    return {package_of(module) for file in files for module in imported_modules(file)} - {package}
 
 
 def test_every_package_has_a_place():
-    assert {package_of(module_name(file)) for file in FILES} == set(PACKAGES)
+    assert {package_of(module_name(file)) for file in FILES} == set(ORDER)
+
+
+def test_packages_are_few():
+    assert len(PACKAGES) <= 14
+
+
+def test_floors_are_few():
+    floors: dict[str, int] = {}
+    for package in ORDER:
+        floors[package] = 1 + max((floors[target] for target in imported_packages(package)), default=0)
+    assert floors[""] == max(floors.values()) <= 10, floors
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)
 def test_packages_import_earlier_packages_only(file: Path):
     package = package_of(module_name(file))
-    allowed = ONLY.get(package, set(PACKAGES[: PACKAGES.index(package)])) | {package}
+    earlier = set(PACKAGES[: PACKAGES.index(package)]) if package in PACKAGES else set(PACKAGES)
+    allowed = ONLY.get(package, earlier) | {package} | (set(PUBLIC_NAMES) if not package else set())
     wrong = {module for module in imported_modules(file) if package_of(module) not in allowed}
     assert not wrong, f"{module_name(file)} imports {wrong}"
+
+
+@pytest.mark.parametrize("name", PUBLIC_NAMES)
+def test_modules_of_public_names_define_nothing(name: str):
+    docstring, *statements = ast.parse((ROOT / f"{name}.py").read_text()).body
+    assert isinstance(docstring, ast.Expr)
+    assigned = [node for node in statements if not isinstance(node, ast.ImportFrom)]
+    assert [ast.unparse(node).partition(" =")[0] for node in assigned] == ["__all__", "__docformat__"]
 
 
 def test_no_import_cycle():
@@ -90,132 +78,6 @@ def test_no_import_cycle():
     while free := {module for module, targets in edges.items() if not targets & set(edges)}:
         edges = {module: targets for module, targets in edges.items() if module not in free}
     assert not edges, f"imported in a circle: {sorted(edges)}"
-
-
-# Modules without a promise of stability, and those of `jax.experimental` that JAX documents as usable.
-UNDOCUMENTED = ("jax._src", "jax.core", "jax.interpreters", "jax.extend", "jax.experimental", "jaxlib")
-DOCUMENTED = ("jax.experimental.mesh_utils", "jax.experimental.multihost_utils")
-ELSEWHERE = [file for file in FILES if file != ROOT / "_compat.py"]
-
-
-def is_in(name: str, modules: tuple[str, ...]) -> bool:
-    return any(name == module or name.startswith(module + ".") for module in modules)
-
-
-def dotted(node: ast.AST) -> str:
-    """The name that a chain of attributes spells, empty if it does not start with a name."""
-    if isinstance(node, ast.Attribute):
-        start = dotted(node.value)
-        return start and f"{start}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def undocumented(source: str) -> set[str]:
-    """Undocumented names of JAX that a program imports or reaches by attributes, under whatever alias."""
-    tree = ast.parse(source)
-    names, full_names = set(), {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-            full_names |= {
-                a.asname or a.name.partition(".")[0]: a.name if a.asname else a.name.partition(".")[0]
-                for a in node.names
-            }
-        elif isinstance(node, ast.ImportFrom):
-            imported = {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-            names |= set(imported.values())
-            full_names |= imported
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and (chain := dotted(node)):
-            first, _, rest = chain.partition(".")
-            names.add(f"{full_names.get(first, first)}.{rest}")
-    return {
-        name
-        for name in names
-        if is_in(name, UNDOCUMENTED) and not is_in(name, DOCUMENTED) and name != "jax.experimental"
-    }
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "from jax._src import core",
-        "import jax.extend.core as c",
-        "import jax\njax.core.Tracer",
-        "import jax as j\nj.interpreters.ad.Zero",
-        "from jax import core\ncore.Jaxpr",
-        "from jax import experimental\nexperimental.topologies.get_topology_desc",
-    ],
-)
-def test_undocumented_names_are_seen(source: str):
-    assert undocumented(source)
-    assert not undocumented(
-        "import jax\nfrom jax import lax\nfrom jax.experimental import mesh_utils\njax.jit(lax.add)"
-    )
-
-
-@pytest.mark.parametrize("file", ELSEWHERE, ids=module_name)
-def test_only_documented_jax(file: Path):
-    assert not undocumented(file.read_text())
-
-
-def control_flow_parameters() -> set[str]:
-    """The names of the parameters of all equations that hold programs."""
-
-    @jax.custom_jvp
-    def jvp(x):
-        return x
-
-    @jax.custom_vjp
-    def vjp(x):
-        return x
-
-    @jax.custom_batching.custom_vmap
-    def vmap(x):
-        return x
-
-    jvp.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
-    vjp.defvjp(lambda x: (x, None), lambda _, g: (g,))
-    vmap.def_vmap(lambda size, batched, x: (x, batched[0]))
-    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-
-    def program(x):
-        x, _ = jax.lax.scan(lambda c, _: (c + 1, None), x, length=2)
-        x = jax.lax.while_loop(lambda c: c < 3, lambda c: c + 1, x)
-        x = jax.lax.cond(x > 0, lambda: x, lambda: x + 1)
-        spec = jax.sharding.PartitionSpec()
-        x = jax.shard_map(jnp.sin, mesh=mesh, in_specs=spec, out_specs=spec)(x)
-        return vmap(vjp(jvp(jax.checkpoint(jnp.sin)(jax.jit(jnp.sin)(x)))))
-
-    eqns = [eqn for eqn in jax.make_jaxpr(program)(1.0).eqns if bodies(eqn)]
-    names = {eqn.primitive.name for eqn in eqns}
-    assert {"jit", "scan", "while", "cond", "shard_map", "custom_jvp_call", "custom_vmap_call"} <= names
-    return {name for eqn in eqns for name in eqn.params}
-
-
-PARAMETERS = control_flow_parameters()
-
-
-def read_parameters(source: str) -> set[str]:
-    """Parameters of control-flow equations that a program reads by name, if it reads parameters of equations at all."""
-    tree = ast.parse(source)
-    if not any(isinstance(node, ast.Attribute) and node.attr == "params" for node in ast.walk(tree)):
-        return set()
-    keys: list[ast.expr] = [node.slice for node in ast.walk(tree) if isinstance(node, ast.Subscript)]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "pop"):
-            keys += node.args[:1]
-    return {key.value for key in keys if isinstance(key, ast.Constant) and key.value in PARAMETERS}
-
-
-def test_reads_of_parameters_are_seen():
-    assert read_parameters("p = eqn.params\nx = p['jaxpr']") == {"jaxpr"}
-    assert read_parameters("eqn.params.get('branches')") == {"branches"}
-
-
-@pytest.mark.parametrize("file", ELSEWHERE, ids=module_name)
-def test_parameters_of_control_flow_are_read_in_one_place(file: Path):
-    assert not read_parameters(file.read_text())
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)

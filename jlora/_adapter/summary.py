@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jlora._ir.materialize import accumulation_dtype, dense
-from jlora._pretty import Table, Tabular, fold_layers, short_bytes
 from jlora._tree.leaves import as_array
 from jlora._tree.paths import is_array, named_leaves
+from jlora._tree.repeated_layers import fold_layers
+from jlora._tree.short_forms import short_bytes
+from jlora._tree.tables import Table, Tabular
 from jlora.methods._base import Adapter, Method, Update
 from jlora.methods._lowering import as_single, check_fits, lower_updates
 

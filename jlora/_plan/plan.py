@@ -15,8 +15,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Singl
 from jlora._plan import hlo as _hlo
 from jlora._plan import topology as _topology
 from jlora._plan.hlo import Collective
-from jlora._pretty import Table, short_bytes
 from jlora._tree.paths import is_array, named_leaves
+from jlora._tree.short_forms import short_bytes
+from jlora._tree.tables import Table
 
 _OVER = re.compile(r"\(([\d.]+)([KMGTP]?)\) exceeds available HBM \(([\d.]+)([KMGTP]?)\)")
 _USED = re.compile(r"Used ([\d.]+)([KMGTP]?) of ([\d.]+)([KMGTP]?) hbm")

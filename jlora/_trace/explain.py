@@ -6,9 +6,11 @@ from typing import Any
 
 from jlora._interpreter.context import Use
 from jlora._interpreter.flops import flops
-from jlora._pretty import Table, Tabular, fold_layers, short_count, short_integer, short_share
 from jlora._trace.stage import stage
 from jlora._trace.trace import collect_uses
+from jlora._tree.repeated_layers import fold_layers
+from jlora._tree.short_forms import short_count, short_integer, short_share
+from jlora._tree.tables import Table, Tabular
 from jlora.methods._lowering import Adapters, as_adapters, check_fits
 
 

@@ -6,8 +6,10 @@ import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 from jlora._interpreter.site import Site
-from jlora._pretty import Table, Tabular, fold_layers, short_count, short_share
 from jlora._tree.patterns import select_by_pattern
+from jlora._tree.repeated_layers import fold_layers
+from jlora._tree.short_forms import short_count, short_share
+from jlora._tree.tables import Table, Tabular
 
 Roles = Mapping[str, Sequence[str]]  # from patterns for paths to one role for each axis
 

@@ -1,1 +1,1 @@
-"""Parameter trees: the names of their leaves, and quantised leaves."""
+"""Parameter trees: the names of their leaves, quantised leaves, and how trees and tables are shown."""

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jlora._interpreter.context import Role
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
-from jlora._pretty import short_arrays, short_call
+from jlora._tree.short_forms import short_arrays, short_call
 from jlora.methods import _registry
 from jlora.methods._common import factor_axes, hyperparameters, networks
 from jlora.methods._common.factor_axes import WeightAxes
