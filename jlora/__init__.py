@@ -61,6 +61,7 @@ if typing.TYPE_CHECKING:
     from jlora.io.checkpoint.orbax import load as load
     from jlora.io.checkpoint.orbax import load_state as load_state
     from jlora.io.checkpoint.orbax import save as save
+    from jlora.io.info import info as info
     from jlora.optim.adalora import orthogonality as orthogonality
     from jlora.optim.adalora import rank_budget as rank_budget
     from jlora.optim.gradients import lora_fa_gradient as lora_fa_gradient
@@ -76,6 +77,7 @@ _LAZY_MODULES = {"bank", "extend", "io", "loralib", "peft", "quantized"}
 _LAZY = {
     "combine": "jlora.bank.combine",
     "extract": "jlora.bank.extract",
+    "info": "jlora.io.info",
     "checkpoint_args": "jlora.io.checkpoint.orbax",
     "load": "jlora.io.checkpoint.orbax",
     "load_state": "jlora.io.checkpoint.orbax",

@@ -32,7 +32,7 @@ ONLY = {"_plan": {"_compat", "_tree"}}
 
 # Modules of public names alone. They define nothing, and only the root, whose name is empty, imports them.
 PUBLIC_NAMES = ["extend", "loralib", "peft"]
-ORDER = [*PACKAGES, *PUBLIC_NAMES, ""]
+ORDER = [*PACKAGES, *PUBLIC_NAMES, "__main__", ""]
 
 
 def imported_packages(package: str) -> set[str]:

@@ -9,12 +9,9 @@ from typing import Any
 
 from jlora._tree.paths import closest_matches
 from jlora.bank.bank import Bank, stack
-from jlora.io.checkpoint import orbax
+from jlora.io.checkpoint import bank_index, orbax
 from jlora.io.checkpoint.errors import CheckpointError
 from jlora.methods._base import Adapter
-
-INDEX = "bank.json"
-FORMAT = 1
 
 
 def save(path: str | os.PathLike[str], bank: Bank, *, params: Any = None) -> None:
@@ -44,8 +41,8 @@ def save(path: str | os.PathLike[str], bank: Bank, *, params: Any = None) -> Non
             places[name] = f"{written.name}/{k}" if member else None  # a member may adapt no weight at all
             if member:
                 orbax.save(written / str(k), member, params=params)
-        index = {"format": FORMAT, "members": places}
-        _write_durably(folder / INDEX, json.dumps(index, indent=1))
+        index = {"format": bank_index.FORMAT, "members": places}
+        _write_durably(folder / bank_index.FILE, json.dumps(index, indent=1))
     except (OSError, CheckpointError) as error:
         shutil.rmtree(written, ignore_errors=True)
         raise CheckpointError(f"The bank could not be written to {folder}: {error}") from error
@@ -117,27 +114,12 @@ def names(path: str | os.PathLike[str]) -> list[str]:
 
 def _is_bank(folder: Path) -> bool:
     """Whether a folder holds a bank, or what is left of one whose first save was killed."""
-    return (folder / INDEX).is_file() or all(entry.name.startswith("members-") for entry in folder.iterdir())
+    return (folder / bank_index.FILE).is_file() or all(entry.name.startswith("members-") for entry in folder.iterdir())
 
 
 def _open(path: str | os.PathLike[str]) -> tuple[Path, dict[str, str | None]]:
     folder = Path(os.path.abspath(os.path.expanduser(path)))
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no saved bank at {folder}; jlora.bank.save(path, bank) writes one.")
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        version, members = index["format"], index["members"]
-        is_valid = isinstance(members, dict) and all(isinstance(place, str | None) for place in members.values())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder} holds no complete bank: its index {INDEX} is missing or damaged ({error}). Folders inside it "
-            "are adapters that jlora.load reads."
-        ) from error
-    if version != FORMAT or not is_valid:
-        raise CheckpointError(
-            f"{folder / INDEX} has the format {version!r}; this release reads {FORMAT}. Upgrade jlora, or save again."
-        )
-    return folder, members
+    return folder, bank_index.read(folder)
 
 
 def _write_durably(file: Path, text: str) -> None:

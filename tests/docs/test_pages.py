@@ -67,8 +67,9 @@ def test_commands_name_scripts_and_options(page: Path):
             for command in re.split(r"&&|\n", block.text.replace("\\\n", " ")):
                 words = [word for word in shlex.split(command, comments=True) if "=" not in word.split("/")[0]]
                 if words[:1] == ["python"]:
-                    script = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
-                    text = (ROOT / script).read_text()
+                    script = ROOT / (words[2].replace(".", "/") if words[1] == "-m" else words[1])
+                    script = script / "__main__.py" if script.is_dir() else script.with_suffix(".py")
+                    text = script.read_text()
                     options = {word for word in words[2:] if word.startswith("--")}
                     assert not {option for option in options if option not in text}, f"{page}: {command}"
 
