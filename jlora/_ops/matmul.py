@@ -6,6 +6,10 @@ CPU device this product is a primitive that flattens them when it is lowered. In
 `jax.lax.dot_general`: no primitive is bound if the default device is a GPU or a TPU, or if there is a mesh, and no
 sharded axis is ever joined with another. A program that is traced on a CPU host and lowered for another platform
 (`jax.export`) is not flattened either.
+
+Under `jax.vmap` over activations and factors, as for a bank of adapters, the product has axes of a batch. It flattens
+to (members, batch * time, in), and the product with the weight, which is not mapped, to (members * batch * time, in).
+XLA's CPU backend fuses each of the two reshapes into what computes the activation, and would store it twice.
 """
 
 import math
@@ -13,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jlora import _compat
@@ -22,35 +27,59 @@ from jlora._ir.sizes import is_static
 Dims = tuple[tuple[int, ...], tuple[int, ...]]  # the contracted axes of both operands, pairwise
 
 
-def rank_matmul(x: jax.Array, w: jax.Array, contracted: Dims, *, precision: Any, dtype: Any) -> jax.Array:
-    """Contracts axes of `x` with axes of `w`; the result has the free axes of `x`, then those of `w`."""
-    if not _compat.is_for_cpu(x, w):
-        return lax.dot_general(x, w, (contracted, ((), ())), precision=precision, preferred_element_type=dtype)
-    return rank_matmul_p.bind(x, w, contracted=contracted, precision=precision, dtype=dtype)
+def rank_matmul(
+    x: jax.Array, w: jax.Array, contracted: Dims, *, precision: Any, dtype: Any, batch: int = 0
+) -> jax.Array:
+    """Contracts axes of `x` with axes of `w`.
+
+    Arguments:
+        x, w: the operands.
+        contracted: the axes that are contracted, of both operands.
+        precision: as in `jax.lax.dot_general`.
+        dtype: of the result.
+        batch: how many leading axes the operands share.
+
+    Returns:
+        an array with the axes of the batch, the free axes of `x`, and those of `w`.
+    """
+    product = rank_matmul_p.bind if _compat.is_for_cpu(x, w) else _plain
+    return product(x, w, contracted=contracted, batch=batch, precision=precision, dtype=dtype)
 
 
-def _plain(x: jax.Array, w: jax.Array, *, contracted: Dims, precision: Any, dtype: Any) -> jax.Array:
-    return lax.dot_general(x, w, (contracted, ((), ())), precision=precision, preferred_element_type=dtype)
+def _plain(x: jax.Array, w: jax.Array, *, contracted: Dims, batch: int, precision: Any, dtype: Any) -> jax.Array:
+    dims = contracted, (tuple(range(batch)), tuple(range(batch)))
+    return lax.dot_general(x, w, dims, precision=precision, preferred_element_type=dtype)
 
 
-def _flattened(x: jax.Array, w: jax.Array, *, contracted: Dims, precision: Any, dtype: Any) -> jax.Array:
+def _flattened(x: jax.Array, w: jax.Array, *, contracted: Dims, batch: int, **options: Any) -> jax.Array:
     """The same with one free and one contracted axis for each operand, if these are contiguous."""
-    if not all(_at_one_end(a.ndim, c) for a, c in zip((x, w), contracted, strict=True)):
-        return _plain(x, w, contracted=contracted, precision=precision, dtype=dtype)
-    free = [[n for k, n in enumerate(a.shape) if k not in c] for a, c in zip((x, w), contracted, strict=True)]
-    flat, inner = [], []
-    for a, c, sizes in zip((x, w), contracted, free, strict=True):
-        two = [math.prod(a.shape[k] for k in c), math.prod(sizes)]
-        inner.append((0,) if c[0] == 0 else (1,))
-        flat.append(a.reshape(two if c[0] == 0 else two[::-1]))
-    if inner == [(0,), (0,)] and _is_taller(*(a.shape[1] for a in flat)):
+    if not all(_at_one_end(a.ndim, c, batch) for a, c in zip((x, w), contracted, strict=True)):
+        return _plain(x, w, contracted=contracted, batch=batch, **options)
+    shape = _result_shape(x, w, contracted, batch)
+    x, w = (_with_two_axes(a, c, batch) for a, c in zip((x, w), contracted, strict=True))
+    inner: Any = tuple((batch + (c[0] != batch),) for c in contracted)
+    if inner == ((batch,), (batch,)) and _is_taller(x.shape[-1], w.shape[-1]):
         # The gradient of a factor onto the rank. XLA's product of a tall, thin result takes four times as long as that
         # of the transposed one, and without the barrier it turns the latter into the former.
-        y = _plain(*flat[::-1], contracted=(inner[1], inner[0]), precision=precision, dtype=dtype)
-        y = lax.optimization_barrier(y).T
+        y = _plain(w, x, contracted=inner, batch=batch, **options)
+        y = lax.optimization_barrier(y).swapaxes(-1, -2)
     else:
-        y = _plain(*flat, contracted=(inner[0], inner[1]), precision=precision, dtype=dtype)
-    return y.reshape([*free[0], *free[1]])
+        y = _plain(x, w, contracted=inner, batch=batch, **options)
+    return y.reshape(shape)
+
+
+def _with_two_axes(a: jax.Array, contracted: tuple[int, ...], batch: int) -> jax.Array:
+    """An operand with one contracted and one free axis after those of the batch."""
+    size = math.prod(a.shape[k] for k in contracted)
+    rows = math.prod(n for k, n in enumerate(a.shape) if k >= batch and k not in contracted)
+    shape = (*a.shape[:batch], size, rows) if contracted[0] == batch else (*a.shape[:batch], rows, size)
+    return _compat.reshape_apart(a, shape) if batch and all(map(is_static, shape)) else a.reshape(shape)
+
+
+def _result_shape(x: Any, w: Any, contracted: Dims, batch: int) -> tuple[Any, ...]:
+    operands = zip((x, w), contracted, strict=True)
+    free = (n for a, c in operands for k, n in enumerate(a.shape) if k >= batch and k not in c)
+    return (*x.shape[:batch], *free)
 
 
 def _is_taller(rows: int, columns: int) -> bool:
@@ -58,29 +87,32 @@ def _is_taller(rows: int, columns: int) -> bool:
     return is_static(rows) and is_static(columns) and rows > columns
 
 
-def _at_one_end(ndim: int, axes: tuple[int, ...]) -> bool:
-    """Whether axes are the first or the last of an array, in order."""
-    return bool(axes) and axes in (tuple(range(len(axes))), tuple(range(ndim - len(axes), ndim)))
+def _at_one_end(ndim: int, axes: tuple[int, ...], batch: int) -> bool:
+    """Whether axes are the first after the batch, or the last of an array, in order."""
+    count = len(axes)
+    return bool(axes) and axes in (tuple(range(batch, batch + count)), tuple(range(ndim - count, ndim)))
 
 
-def _transpose_x(g: jax.Array, x: Any, w: jax.Array, *, contracted: Dims, precision: Any, dtype: Any) -> jax.Array:
+def _transpose_x(g: jax.Array, x: Any, w: jax.Array, *, contracted: Dims, batch: int, **options: Any) -> jax.Array:
     xc, wc = contracted
     shape = x.aval.shape
-    w_free = tuple(k for k in range(w.ndim) if k not in wc)
+    w_free = tuple(k for k in range(batch, w.ndim) if k not in wc)
     g_free = tuple(range(g.ndim - len(w_free), g.ndim))
-    y = rank_matmul(g, w, (g_free, w_free), precision=precision, dtype=x.aval.dtype)
-    # The axes of y: the free ones of x, then the contracted ones in the order of w.
+    y = rank_matmul(g, w, (g_free, w_free), batch=batch, **options | {"dtype": x.aval.dtype})
+    # The axes of y: the others of x, then the contracted ones in the order of w.
     order = [k for k in range(len(shape)) if k not in xc] + [xc[wc.index(k)] for k in sorted(wc)]
     return _arrange(y, order)
 
 
-def _transpose_w(g: jax.Array, x: jax.Array, w: Any, *, contracted: Dims, precision: Any, dtype: Any) -> jax.Array:
+def _transpose_w(g: jax.Array, x: jax.Array, w: Any, *, contracted: Dims, batch: int, **options: Any) -> jax.Array:
     xc, wc = contracted
     shape = w.aval.shape
-    x_free = tuple(k for k in range(x.ndim) if k not in xc)
-    y = rank_matmul(x, g, (x_free, tuple(range(len(x_free)))), precision=precision, dtype=w.aval.dtype)
-    order = [wc[xc.index(k)] for k in sorted(xc)] + [k for k in range(len(shape)) if k not in wc]
-    return _arrange(y, order)
+    x_free = tuple(k for k in range(batch, x.ndim) if k not in xc)
+    g_free = tuple(range(batch, batch + len(x_free)))
+    y = rank_matmul(x, g, (x_free, g_free), batch=batch, **options | {"dtype": w.aval.dtype})
+    # The axes of y: those of the batch, the contracted ones in the order of x, then the free ones of w.
+    order = [*range(batch), *(wc[xc.index(k)] for k in sorted(xc))]
+    return _arrange(y, order + [k for k in range(batch, len(shape)) if k not in wc])
 
 
 def _arrange(y: jax.Array, order: list[int]) -> jax.Array:
@@ -88,13 +120,20 @@ def _arrange(y: jax.Array, order: list[int]) -> jax.Array:
     return y if order == sorted(order) else y.transpose([order.index(k) for k in range(len(order))])
 
 
-def _batched(args: tuple[Any, Any], axes: tuple[Any, Any], **params: Any) -> tuple[jax.Array, int]:
-    return jax.vmap(lambda x, w: _plain(x, w, **params), in_axes=axes)(*args), 0
+def _batched(args: Any, axes: Any, *, contracted: Dims, batch: int, **options: Any) -> tuple[jax.Array, int]:
+    """The mapped axis is one of the batch if both operands have it, and a free axis if one has it."""
+    both = None not in axes
+    place = 0 if both else batch
+    x, w = (a if axis is None else jnp.moveaxis(a, axis, place) for a, axis in zip(args, axes, strict=True))
+    shifted: Any = tuple(
+        c if axis is None else tuple(k + 1 for k in c) for c, axis in zip(contracted, axes, strict=True)
+    )
+    y = rank_matmul(x, w, shifted, batch=batch + both, **options)
+    return y, place if axes[0] is not None else args[0].ndim - len(contracted[0])
 
 
-def _abstract(x: Any, w: Any, *, contracted: Dims, precision: Any, dtype: Any) -> Any:
-    free = [n for a, c in zip((x, w), contracted, strict=True) for k, n in enumerate(a.shape) if k not in c]
-    return jax.typeof(jax.ShapeDtypeStruct(free, dtype))
+def _abstract(x: Any, w: Any, *, contracted: Dims, batch: int, precision: Any, dtype: Any) -> Any:
+    return jax.typeof(jax.ShapeDtypeStruct(_result_shape(x, w, contracted, batch), dtype))
 
 
 def _lowered(ctx: Any, x: Any, w: Any, **params: Any) -> Any:
@@ -114,7 +153,7 @@ def eager(primitive: Primitive, plain: Callable[..., Any], static: Sequence[str]
 
 
 rank_matmul_p = Primitive("jlora_product")
-rank_matmul_p.def_impl(eager(rank_matmul_p, _plain, ("contracted", "precision", "dtype")))
+rank_matmul_p.def_impl(eager(rank_matmul_p, _plain, ("contracted", "batch", "precision", "dtype")))
 rank_matmul_p.def_abstract_eval(_abstract)
 ad.defbilinear(rank_matmul_p, _transpose_x, _transpose_w)
 batching.primitive_batchers[rank_matmul_p] = _batched

@@ -52,6 +52,49 @@ def test_it_is_dot_general(left, right, dims):
     close(all_of(ours), all_of(plain), 1e-5)
 
 
+@pytest.mark.parametrize(("left", "right", "dims"), [SHAPES[0], SHAPES[3]])
+def test_mapped_products_are_mapped_dot_general(left, right, dims):
+    """Both operands mapped, along axes that are not the first ones; one after the other; and once more over both."""
+    x, w = (jax.random.normal(jax.random.key(k), (2, *s, 3)) for k, s in enumerate((left, right)))
+
+    def all_of(product):
+        def loss(x, w):
+            return jnp.sum(jnp.square(jnp.sin(jax.vmap(jax.vmap(product), (-1, -1))(x, w))))
+
+        x_then_w = jax.vmap(jax.vmap(product, (None, 0)), (0, None))(x[..., 0], w[..., 0])
+        w_then_both = jax.vmap(jax.vmap(product, (None, -1)), (-1, 0), 1)(x[0, ..., :2], w)
+        return jax.value_and_grad(loss, (0, 1))(x, w), x_then_w, w_then_both
+
+    def ours(x, w):
+        return rank_matmul(x, w, dims, precision=None, dtype=jnp.dtype(jnp.float32))
+
+    def plain(x, w):
+        return lax.dot_general(x, w, (dims, ((), ())))
+
+    results = [jax.jit(lambda f=f: all_of(f))() for f in (ours, plain)]
+    close(results[0], results[1], 1e-5)
+
+
+def test_members_of_a_bank_store_an_activation_once():
+    """The base product and the members' products read it in two shapes; one adapter on all rows needs as much."""
+    members, shape, width, hidden = 4, (2, 16, 64), 64, 256
+    params = {"up": jax.ShapeDtypeStruct((width, hidden), "f4"), "down": jax.ShapeDtypeStruct((hidden, width), "f4")}
+
+    def f(p, x):
+        return jax.nn.gelu(x @ p["up"]) @ p["down"]
+
+    adapted, x = jlora.adapt(f), jax.ShapeDtypeStruct(shape, "f4")
+    sites = jlora.trace(f, params, x)
+    one = jax.eval_shape(lambda: jlora.init(jax.random.key(0), sites, jlora.LoRA(rank=4)))
+    many, rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((members, *a.shape), a.dtype), (one, x))
+
+    def temporary(f, *args):
+        return report.memory(jax.jit(f).lower(params, *args).compile()).temp_size_in_bytes
+
+    joined = jax.ShapeDtypeStruct((members * shape[0], *shape[1:]), "f4")
+    assert temporary(jax.vmap(adapted, (None, 0, 0)), many, rows) < 1.02 * temporary(adapted, one, joined)
+
+
 def step():
     """The gradient of one adapted layer, and its abstract arguments."""
     params = {"w": jax.ShapeDtypeStruct((64, 32), jnp.float32)}
