@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import matplotlib
 import numpy as np
-from flax import linen as nn
 from tqdm import tqdm
 
 import assets
@@ -66,21 +65,6 @@ METHODS: dict[str, tuple[jlora.Method, float]] = {
 }
 
 
-class Upper(nn.Module):
-    """The layers of the encoder from `first` on, with their names in the encoder, and the mean of their outputs."""
-
-    encoder: minilm.MiniLM
-    first: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        encoder = self.encoder
-        for i in range(self.first, encoder.layers):
-            x = minilm.Layer(encoder.heads, encoder.hidden, encoder.epsilon, name=f"layer_{i}")(x, mask > 0)
-        weights = mask.astype(x.dtype)[..., None]
-        return (x * weights).sum(axis=1) / weights.sum(axis=1)
-
-
 class Task:
     """The upper half of the encoder, and the outputs of the lower half for every sentence."""
 
@@ -88,16 +72,11 @@ class Task:
         folder = assets.minilm()
         encoder, variables = minilm.load(folder)
         first = encoder.layers // 2
-        self.width, self.model = encoder.width, Upper(encoder, first)
+        self.width, self.model = encoder.width, minilm.Upper(encoder, first)
         self.variables = {
             "params": {f"layer_{i}": variables["params"][f"layer_{i}"] for i in range(first, encoder.layers)}
         }
-        last = f"layer_{first - 1}"
-
-        @jax.jit
-        def lower(variables: Any, ids: jax.Array, mask: jax.Array) -> Any:
-            _, state = encoder.apply(variables, ids, mask, capture_intermediates=lambda m, _: m.name == last)
-            return state["intermediates"][last]["__call__"][0]
+        lower = minilm.lower(encoder, first)
 
         def encode(split: reviews.Split, length: int = 32, batch: int = 100) -> reviews.Split:
             ids, mask = split.ids[:, :length], split.mask[:, :length]

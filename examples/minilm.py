@@ -94,6 +94,33 @@ class MiniLM(nn.Module):
         return (x * weights).sum(axis=1) / weights.sum(axis=1)
 
 
+class Upper(nn.Module):
+    """The layers of the encoder from `first` on, with their names in the encoder, and the mean of their outputs."""
+
+    encoder: MiniLM
+    first: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        encoder = self.encoder
+        for i in range(self.first, encoder.layers):
+            x = Layer(encoder.heads, encoder.hidden, encoder.epsilon, name=f"layer_{i}")(x, mask > 0)
+        weights = mask.astype(x.dtype)[..., None]
+        return (x * weights).sum(axis=1) / weights.sum(axis=1)
+
+
+def lower(encoder: MiniLM, first: int) -> Callable[..., Any]:
+    """What `Upper` takes, as a jitted function (variables, ids, mask) -> states (batch, length, width)."""
+    last = f"layer_{first - 1}"
+
+    @jax.jit
+    def states(variables: Any, ids: jax.Array, mask: jax.Array) -> Any:
+        _, state = encoder.apply(variables, ids, mask, capture_intermediates=lambda module, _: module.name == last)
+        return state["intermediates"][last]["__call__"][0]
+
+    return states
+
+
 def load(folder: Path) -> tuple[MiniLM, dict[str, Any]]:
     """The model that `config.json` describes, and its variables from `model.safetensors`."""
     config = json.loads((folder / "config.json").read_text())

@@ -61,3 +61,18 @@ def test_variables_are_what_the_model_would_initialise(folder: Path) -> None:
     described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), variables)
     assert described == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), expected)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == 22_565_376
+
+
+@pytest.mark.nightly
+def test_the_layers_below_and_the_upper_part_compute_what_the_encoder_computes() -> None:
+    encoder = minilm.MiniLM(vocabulary=9, positions=6, types=2, width=8, layers=3, heads=2, hidden=12, epsilon=1e-6)
+    ids = jnp.arange(12).reshape(2, 6) % 9
+    mask = jnp.ones((2, 6), jnp.int32).at[1, 4:].set(0)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        variables = jax.jit(encoder.init)(jax.random.key(0), ids, mask)
+        expected = jax.jit(encoder.apply)(variables, ids, mask)
+        for first in (1, 2):
+            states = minilm.lower(encoder, first)(variables, ids, mask)
+            params = {"params": {f"layer_{i}": variables["params"][f"layer_{i}"] for i in range(first, 3)}}
+            upper = jax.jit(minilm.Upper(encoder, first).apply)(params, states, mask)
+            np.testing.assert_allclose(upper, expected, rtol=0, atol=1e-6)
