@@ -6,13 +6,11 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from tests.support.compiler import FLAGS
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight simulated devices. Compiling takes most of the time here, so the most expensive passes are left out.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-)
+# Eight simulated devices.
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {FLAGS}")
 
 import jax
 import pytest

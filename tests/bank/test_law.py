@@ -9,7 +9,6 @@ import pytest
 
 import jlora
 from tests.law.test_law import BOUNDS, EIGHT
-from tests.support.agreement import OPTIONS
 from tests.support.draw import drawn
 from tests.support.methods import METHODS, fitting, some
 from tests.support.weight_uses import KINDS, Kind
@@ -49,7 +48,7 @@ def hold(kind: Kind, methods: list[Any]) -> None:
         own = {name: jax.value_and_grad(alone, has_aux=True)(adapter) for name, adapter in adapters.items()}
         return out, gradient, own
 
-    out, gradient, own = jax.jit(both).lower(bank).compile(compiler_options=OPTIONS)(bank)
+    out, gradient, own = jax.jit(both)(bank)
     bound = BOUNDS["bfloat16" if kind.coarse else "float32"]
     for k, name in enumerate(bank):
         (_, want), own_gradient = own[name]

@@ -15,6 +15,7 @@ import jlora
 from jlora.io.checkpoint import checksums
 from tests.support import processes, toy_model
 from tests.support.checkpoints import same
+from tests.support.compiler import FLAGS
 from tests.support.methods import METHODS, fitting
 
 SHAPES = {"4x2": (4, 2), "2x4": (2, 4), "8x1": (8, 1)}
@@ -214,7 +215,7 @@ def test_many_pieces_and_shards(tmp_path, monkeypatch):
 def test_two_processes_read_their_own_shards(tmp_path):
     """Each loads from a copy that lacks the chunks of the other, and refuses one that lacks a chunk of its own."""
     command = [sys.executable, "-m", processes.__name__, str(tmp_path), str(processes.free_port())]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {FLAGS}"}
     options = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen([*command, str(rank)], **options) for rank in range(2)]
     ended = [process.communicate(timeout=120) for process in started]

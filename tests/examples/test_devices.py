@@ -20,11 +20,11 @@ import train_multiprocess
 import train_pmap
 import train_sharded
 import training
+from tests.support.compiler import FLAGS
 from tests.support.processes import free_port
 
 TINY = ["--tiny", "--steps=6", "--batch=16", "--lr=0.03"]
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-ENV = {**os.environ, "XLA_FLAGS": FLAGS, "PYTHONUNBUFFERED": "1"}
+ENV = {**os.environ, "XLA_FLAGS": FLAGS, "PYTHONUNBUFFERED": "1"}  # one device
 
 
 def run(script: Any, *more: str) -> list[float]:

@@ -34,13 +34,8 @@ Tree = Any
 BOUNDS = {"float32": 2e-5, "bfloat16": 8 * 2**-7}
 FREE = "bfloat16 of free reflections"
 
-# These tests ask what a program means, not how fast it runs: the compiler's dearest passes are left out.
-OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-if jax.__version_info__ < (0, 11):
-    OPTIONS |= {"xla_cpu_parallel_codegen_split_count": 1, "xla_cpu_use_fusion_emitters": False}
-else:  # there this pass makes bfloat16 products that the CPU's emitter refuses (dot_op_emitter.cc, a failed RET_CHECK)
-    OPTIONS |= {"xla_disable_hlo_passes": "algsimp"}
-
+# From JAX 0.11 on this pass makes bfloat16 products that the CPU's emitter refuses (a failed check in its source).
+OPTIONS: dict[str, Any] = {"xla_disable_hlo_passes": "algsimp"} if jax.__version_info__ >= (0, 11) else {}
 
 # Programs that are a second form of another one: nightly.
 VARIANTS = {

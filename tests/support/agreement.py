@@ -13,15 +13,6 @@ import jlora
 
 F32 = 2e-5  # relative to the largest entry of a tree
 
-# Tests ask what a program means, not how fast it runs: the compiler's dearest passes are left out.
-OPTIONS: dict[str, Any] = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-if jax.__version_info__ < (0, 11):
-    OPTIONS["xla_cpu_use_fusion_emitters"] = False
-
 
 def adapter_for(
     sites: jlora.Sites, targets: Any, rng: np.random.Generator, *, positive: bool = False, size: float = 1.0
@@ -67,7 +58,7 @@ def sides(f: Callable[..., Any], params: Any, adapter: Any, *args: Any, on_dense
         params = jax.tree.unflatten(treedef, [arrays.get(k, leaf) for k, leaf in enumerate(leaves)])
         return side(adapted, params, adapter, args), side(merged, params, adapter, args)
 
-    return jax.jit(both).lower(arrays, adapter, args).compile(compiler_options=OPTIONS)(arrays, adapter, args)
+    return jax.jit(both)(arrays, adapter, args)
 
 
 def project(out: Any) -> jax.Array:

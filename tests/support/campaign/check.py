@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from tests.support.agreement import OPTIONS
 from tests.support.campaign.compare import Results, compare
 from tests.support.campaign.draw import Built, build
 from tests.support.campaign.numbers import adapters, mesh_of, noisy, values
@@ -158,7 +157,7 @@ def _run(built: Built, params: Tree, adapter: Tree, x: Tree) -> tuple[list[Any],
 def _compile(fun: Any, *args: Tree) -> tuple[Any, Any, Any]:
     """The lowered function, the compiled one, and its results; some backends refuse a product only as it runs."""
     lowered = jax.jit(fun).lower(*args)
-    run = lowered.compile(compiler_options=OPTIONS)
+    run = lowered.compile()
     return lowered, run, jax.block_until_ready(run(*args))
 
 
