@@ -30,8 +30,8 @@ def join_modules(parts: Parts, location: WeightLocation) -> ModuleFactors:
     present = [part for part in parts if part is not None]
     if len(parts) == 1:
         return present[0]
-    width = location.count("out") // location.num_joined
-    sizes = [width if part is None else part.size("out") or width for part in parts]
+    widths = location.sizes_joined or (location.count("out") // location.num_joined,) * location.num_joined
+    sizes = [width if part is None else part.size("out") or width for part, width in zip(parts, widths, strict=True)]
     if not _can_share_factors(parts) and _are_groups(parts, sizes, location):
         return _as_groups(parts, location)
     return concatenate_out_axis(parts, sizes, location.path)

@@ -10,11 +10,13 @@ from jlora._tree.paths import closest_matches
 Kind = Literal["linear", "conv1d", "conv", "embedding", "parameter"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-_INDEX = r"\{(\w+)\}"
+_INDEX = r"\{(\w+)\}"  # in a path
+_EXPRESSION = r"\{([\w*+-]+)\}"  # in a name: `{i}`, `{i-1}`, `{6*i+j}`
+_TERM = r"((\d+\*)?[A-Za-z_]\w*|\d+)"
 
 
 @final
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Module:
     """The torch module that holds a weight, for the maps of `jlora.peft` and `jlora.loralib`.
 
@@ -27,7 +29,8 @@ class Module:
 
     Arguments:
         name: the name of the module, with `{i}` for an index. An index absent from the path enumerates the stacked axis
-            of the weight: `layers/mlp/kernel` of shape (layers, in, out) and `encoder.layer.{i}.mlp`.
+            of the weight: `layers/mlp/kernel` of shape (layers, in, out) and `encoder.layer.{i}.mlp`. Whole multiples
+            and sums are allowed too: `{2*i+1}` if every other layer is in the stack.
         kind: "linear" (torch holds (out, in)), "conv1d" (a linear layer that holds (in, out), PEFT's
             `fan_in_fan_out`), "conv", "embedding" or "parameter". A "parameter" is named in full: a bias, the scale of
             a norm, or the three-dimensional weight of experts. List the experts' parameters of one module in the order
@@ -36,6 +39,8 @@ class Module:
             weight, from 0 on.
         tied: for an embedding, the module that uses the same weight as the output head. None states that there is no
             such module; `jlora.peft.load` checks this against the program.
+        size: if a weight concatenates several modules of different widths (grouped-query attention), the size of this
+            one along the weight's out axes. None divides the weight evenly.
 
     Raises:
         ValueError: if `kind` is not one of those five.
@@ -45,20 +50,27 @@ class Module:
     kind: Kind = "linear"
     part: int | None = None
     tied: str | None = None
+    size: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"The kind of {self.name} must be one of {', '.join(KINDS)}; it is {self.kind!r}.")
 
+    def __repr__(self) -> str:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given = [f"{n}={v!r}" for n, v in fields.items() if v is not None and n not in ("name", "kind")]
+        kind = [] if self.kind == "linear" else [repr(self.kind)]
+        return f"Module({', '.join([repr(self.name), *kind, *given])})"
 
-Names = Mapping[str, str | Module | Sequence[str]]
+
+Entry = str | Module | Sequence[str | Module]
+Names = Mapping[str, str | Module | Sequence[str | Module]]
 
 
-def modules_of(entry: str | Module | Sequence[str]) -> tuple[Module, ...]:
+def modules_of(entry: Entry) -> tuple[Module, ...]:
     """The modules of one entry of a map; a plain name is a linear layer."""
-    if isinstance(entry, Module):
-        return (entry,)
-    return tuple(Module(name) for name in ([entry] if isinstance(entry, str) else entry))
+    entries = [entry] if isinstance(entry, (str, Module)) else entry
+    return tuple(one if isinstance(one, Module) else Module(one) for one in entries)
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
@@ -75,12 +87,27 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 def index_names(template: str) -> tuple[str, ...]:
     """The names of the indices in a template, in order, each once."""
-    return tuple(dict.fromkeys(re.findall(_INDEX, template)))
+    terms = [term for expression in re.findall(_EXPRESSION, template) for term in _terms(expression)]
+    return tuple(dict.fromkeys(index for _, index in terms if index))
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """A template with its indices replaced: `fill("h.{i}", {"i": "3"})` is `"h.3"`."""
-    return re.sub(_INDEX, lambda match: values[match[1]], template)
+    """A template with its indices replaced: `fill("h.{2*i+1}", {"i": "3"})` is `"h.7"`."""
+
+    def number(match: re.Match[str]) -> str:
+        if match[1] in values:
+            return values[match[1]]
+        return str(sum(factor * (int(values[index]) if index else 1) for factor, index in _terms(match[1])))
+
+    return re.sub(_EXPRESSION, number, template)
+
+
+def _terms(expression: str) -> list[tuple[int, str]]:
+    """The factors of a sum and their indices; a constant has the index ""."""
+    if not re.fullmatch(rf"{_TERM}([+-]{_TERM})*", expression):
+        raise ValueError(f"{{{expression}}} is no sum of indices and numbers, such as {{i}} or {{2*i+1}}.")
+    matches = re.findall(r"([+-]?)(?:(\d+)\*)?(?:([A-Za-z_]\w*)|(\d+))", expression)
+    return [(int(sign + (factor or number or "1")), index) for sign, factor, index, number in matches]
 
 
 def no_match_error(

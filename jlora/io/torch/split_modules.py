@@ -30,7 +30,7 @@ def split_modules(update: Update, location: WeightLocation) -> ByIndex:
         ValueError: if the modules are not the groups of the update, or no factor can be cut between two modules.
     """
     arrays, axes, num_joined = _flat_arrays(update, location), flat_axes(update.method, location), location.num_joined
-    sizes = [location.count("out") // num_joined] * num_joined
+    sizes = location.out_sizes if num_joined > 1 else ()
     by_index: ByIndex = {}
     for index in location.modules:
         at_index = {name: array[index] for name, array in arrays.items()}
@@ -62,10 +62,11 @@ def _split_groups(
     """Each group as a LoRA of its own; all groups as one LoRA if one module holds the whole weight."""
     first = location.axes("out")[0]
     axis = method.axis(*location.weight)
-    if axis != first or location.num_joined not in (1, method.groups):
+    is_uneven = location.num_joined > 1 and len(set(location.out_sizes)) > 1
+    if axis != first or location.num_joined not in (1, method.groups) or is_uneven:
         raise ValueError(
             f"{location.path} has {method.groups} groups along axis {axis}, and names give it {location.num_joined} "
-            f"modules along its first out axis, {first}: name one module for each group."
+            f"modules along its first out axis, {first}: name one module of equal size for each group."
         )
     lora = LoRA(method.rank, method.alpha, method.rank_stabilized, method.dropout, freeze_a=method.freeze_a)
     axes, a, b = flat_axes(lora, location), factors.arrays["a"], factors.arrays["b"]

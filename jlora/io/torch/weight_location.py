@@ -30,6 +30,7 @@ class WeightLocation:
         module: its entry in the map, with the indices that the path specifies filled in; of several modules the first.
         loop_axes: the number of stack axes that the modules' names enumerate.
         modules: for every index of those axes, the names of the modules that are concatenated in the weight.
+        sizes_joined: the sizes that the map gives those modules along the out axes; None if it gives none.
     """
 
     path: str
@@ -37,6 +38,7 @@ class WeightLocation:
     module: Module
     loop_axes: int
     modules: dict[Index, tuple[str, ...]]
+    sizes_joined: tuple[int, ...] | None = None
 
     @property
     def first_modules(self) -> tuple[str, ...]:
@@ -47,6 +49,22 @@ class WeightLocation:
     def num_joined(self) -> int:
         """The number of modules that are concatenated along the weight's out axis."""
         return len(self.first_modules)
+
+    @property
+    def out_sizes(self) -> tuple[int, ...]:
+        """The out sizes of the modules that are concatenated in the weight.
+
+        Raises:
+            ValueError: if they do not add up to that of the weight.
+        """
+        total, count = self.count("out"), self.num_joined
+        sizes = self.sizes_joined or (total // count,) * count
+        if sum(sizes) != total:
+            raise ValueError(
+                f"{self.path} has {total} outputs, and its modules {self.first_modules} have {sizes}: give each its "
+                "size, Module(name, size=...)."
+            )
+        return sizes
 
     def axes(self, role: Role) -> tuple[int, ...]:
         """The axes with a role. Without roles, the axes that names enumerate are the stack, and all others are out."""
@@ -173,7 +191,11 @@ def _locate(
         all_values = {**values, **dict(zip(enumerated, map(str, index), strict=True))}
         names[index] = tuple(fill(module.name, all_values) for module in modules)
     tied = None if first.tied is None else fill(first.tied, values)
-    return dataclasses.replace(location, module=dataclasses.replace(first, tied=tied), modules=names)
+    given = tuple(module.size for module in modules if module.size is not None)
+    if given and len(given) < len(modules):
+        raise ValueError(f"{path}: give a size to each of its modules, or to none.")
+    module = dataclasses.replace(first, tied=tied)
+    return dataclasses.replace(location, module=module, modules=names, sizes_joined=given or None)
 
 
 def _check_stack(location: WeightLocation, enumerated: list[str]) -> None:
