@@ -13,6 +13,7 @@ from jlora.io.peft.completeness import check_complete, tied_heads
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, scaled_bias, scaled_biases, to_delta
 from jlora.io.peft.full_weights import check_stored_base, read_full, read_token_rows
+from jlora.io.peft.infer.result import for_weights
 from jlora.io.peft.layouts import SUFFIXES, layout_of
 from jlora.io.peft.method_fields import is_unscaled, method_of
 from jlora.io.peft.targets import is_target_parameter
@@ -63,6 +64,7 @@ def read_adapter(config: Config, tensors: Tensors, sites: Sites, names: Names, p
     """
     base = BaseParams(params)
     weights = {path: Weight(site.shape, site.roles) for path, site in sites.items()}
+    names = for_weights(names, weights)
     locations = locate_weights(names, weights, assume_experts=True)
     sites = sites.with_roles(
         {re.escape(path): at.weight.roles for path, at in locations.items() if at.weight.roles != weights[path].roles}

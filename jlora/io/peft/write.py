@@ -8,6 +8,7 @@ from jlora._adapter.to_lora import to_lora
 from jlora.io.peft.config import PEFT_TYPES, PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, to_absolute, without_scaled_biases
 from jlora.io.peft.full_weights import add_tokens, add_trained, only_tokens
+from jlora.io.peft.infer.result import for_weights
 from jlora.io.peft.method_fields import ia3_fields, rank_fields
 from jlora.io.peft.module_entry import ModuleEntry
 from jlora.io.peft.module_parts import complete_biases, complete_modules, module_entries
@@ -64,6 +65,7 @@ def _locate(adapter: Adapter, names: Names, base: BaseParams) -> dict[str, Weigh
     """The locations of the adapted weights, and of all other parameters that the map knows."""
     weights = {path: Weight(tuple(leaf.shape), ()) for path, leaf in (base.leaves or {}).items()}
     weights |= {path: Weight(update.shape, update.roles) for path, update in adapter.items()}
+    names = for_weights(names, weights, adapter)
     locations = locate_weights(names, weights)
     unnamed = {path: names for path in adapter if path not in locations}
     if unnamed:

@@ -1,0 +1,1 @@
+"""Names of weights from their values: `jlora.peft.infer_names`."""
