@@ -47,6 +47,11 @@ from jlora.optim.labels import labels as labels
 from jlora.optim.labels import mask as mask
 from jlora.quantized.loftq import loftq as loftq
 from jlora.quantized.quantize import quantize as quantize
+from jlora.starts.calibrate import calibrate as calibrate
+from jlora.starts.corda import corda as corda
+from jlora.starts.eva import eva as eva
+from jlora.starts.inputs import Inputs as Inputs
+from jlora.starts.lora_ga import lora_ga as lora_ga
 
 if typing.TYPE_CHECKING:
     from jlora import bank as bank

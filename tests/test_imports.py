@@ -24,6 +24,7 @@ PACKAGES = [
     "_trace",
     "optim",
     "_adapter",
+    "starts",
     "quantized",
     "io",
     "bank",

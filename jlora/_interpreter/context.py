@@ -13,7 +13,9 @@ from jlora._compat import Body, Eqn, Jaxpr
 from jlora._interpreter.device_axes import Axes, OperandAxes, operand_axes
 from jlora._interpreter.flops import equation_flops
 from jlora._ir.materialize import dense
+from jlora._ir.probe import probes, refuse
 from jlora._ir.weight import AdaptedWeight, TensorNetwork
+from jlora._ops.inputs import record_lookup
 
 # A "window" is a spatial axis of a convolution: it is contracted as "in" is, and most methods do not distinguish them.
 Role = Literal["in", "window", "out", "stack"]
@@ -199,7 +201,18 @@ class Context:
             warning = self.on_dense(f, eqn.primitive.name if eqn else "", self.where) if f.paths else None
             if warning is not None:
                 self.warnings[warning] = None
-        return dense(f)
+        value = dense(f)
+        return value + record_lookup(f).astype(value.dtype) if probes([f]) else value
+
+    def refuse_parts(self, f: AdaptedWeight, contracted: str) -> None:
+        """Raises if a weight has a probe, and a product with these contracted indices does not show its inputs.
+
+        Raises:
+            ValueError: with the path and the line.
+        """
+        for probe in probes([f]):
+            if reason := probe.refusal(contracted):
+                refuse(probe.path, f"{reason}, at {self.where}")
 
     def to_array(self, eqn: Eqn | None, value: Value) -> jax.Array:
         """The value as an array: a weight is materialised, an array is returned as it is."""

@@ -10,6 +10,7 @@ from jax import lax
 from jlora._ir.algebra import align_axes
 from jlora._ir.explicit_mesh import under_auto_axes
 from jlora._ir.lazy import materialize
+from jlora._ir.probe import Probe
 from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork
 
 
@@ -61,6 +62,8 @@ def delta(f: AdaptedWeight, dtype: jnp.dtype) -> jax.Array:
     """The sum of the networks, in the shape of the weight."""
     total = jnp.zeros(f.shape, dtype)
     for network in f.networks:
+        if isinstance(network, Probe):  # it adds nothing
+            continue
         total = total + broadcast_network(network, f, dtype)
     return total
 

@@ -238,7 +238,7 @@ def contract_pair(
     if groups and groups.name in ts:
         if _label_pair(xs, ts, keep).contracted:
             return _contract_ragged(x, xs, t, ts, keep, groups, dtype=dtype, precision=precision)
-        t, ts = _by_row(t, ts, groups, x.shape[xs.index(groups.row)])
+        t, ts = by_row(t, ts, groups, x.shape[xs.index(groups.row)])
     pair = _label_pair(xs, ts, keep)
     if not pair.contracted and not pair.t_free:
         return x * align_axes(t, ts, xs), xs
@@ -264,8 +264,8 @@ def _sum_lone(x: jax.Array, labels: str, keep: str) -> Factor:
     return (x.sum(lone), "".join(c for c in labels if c in keep)) if lone else (x, labels)
 
 
-def _by_row(t: jax.Array, ts: str, groups: Groups, rows: int) -> Factor:
-    """The entries of a factor for the group of every row; zero for the rows after the last group."""
+def by_row(t: jax.Array, ts: str, groups: Groups, rows: int) -> Factor:
+    """The entries of a factor `t` with the indices `ts` for the group of every row; zero after the last group."""
     group = jnp.repeat(jnp.arange(len(groups.sizes)), groups.sizes, total_repeat_length=rows)
     axis = ts.index(groups.name)
     is_in_group = align_axes(jnp.arange(rows) < groups.sizes.sum(), groups.row, ts.replace(groups.name, groups.row))

@@ -18,8 +18,10 @@ from jlora._ir import lazy
 from jlora._ir.algebra import align_axes, merge_indices, split_index
 from jlora._ir.explicit_mesh import under_auto_axes
 from jlora._ir.materialize import einsum, fold_full_rank
+from jlora._ir.probe import Probe, by_path
 from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork, fresh_indices
 from jlora._ops.contraction import apply_dropout, contract_pair, name_intermediate
+from jlora._ops.inputs import compute_dtype, record_rows
 
 
 @register_rule("conv_general_dilated")
@@ -39,9 +41,11 @@ def conv_general_dilated(ctx: Context, eqn: Eqn, x: Value, f: Value) -> list[Val
     if kernel is None:
         return None
     f = kernel.f
-    stages = [s for s in (_divide_factors(n, kernel) for n in f.networks) if s is not None]
+    ctx.refuse_parts(f, kernel.spatial + kernel.inner)
+    networks = [n for n in f.networks if not isinstance(n, Probe)]
+    stages = [s for s in (_divide_factors(n, kernel) for n in networks) if s is not None]
     scales = _channel_scales(kernel)
-    if len(stages) < len(f.networks) or scales is None:
+    if len(stages) < len(networks) or scales is None:
         return None
     (y,) = lazy.consume(eqn, _scale_channels(x, scales[0], p["dimension_numbers"].lhs_spec[1]), f.base)
     y = _scale_channels(y, scales[1], p["dimension_numbers"].out_spec[1])
@@ -51,8 +55,10 @@ def conv_general_dilated(ctx: Context, eqn: Eqn, x: Value, f: Value) -> list[Val
         x = apply_dropout(x, fresh_indices([f.used()], x.ndim), n)
         return _apply_stages(x, n, kernel, stages, eqn, y.dtype)
 
-    for n, stage in zip(f.networks, stages, strict=True):
+    for n, stage in zip(networks, stages, strict=True):
         y = y + under_auto_axes(functools.partial(branch, stages=stage), y)(x, n)
+    for group in by_path(f.networks):
+        y = y + under_auto_axes(lambda x, group: _record_windows(x, group, kernel, eqn, y), y)(x, group)
     return [y]
 
 
@@ -169,6 +175,21 @@ def _divide_factors(n: TensorNetwork, kernel: _Kernel) -> _Stages | None:
         kernel_in=rank_in if before else kernel.inner,
         kernel_out=rank_out if after else kernel.outer if core & outer else "",
     )
+
+
+def _record_windows(x: jax.Array, group: list[Probe], kernel: _Kernel, eqn: Eqn, y: jax.Array) -> jax.Array:
+    """Records the windows of the input, of which each is a row: zeros, to add to the output."""
+    dtype, first = compute_dtype(x, group[0]), group[0]
+    x = lax.stop_gradient(x).astype(dtype)
+    total: Any = 0
+    for probe in group:
+        after = _having(probe, kernel.group + kernel.outer)  # multipliers of output channels are no part of the input
+        core = sorted(set(range(len(probe.terms))) - after - {1})
+        stages = _Stages([], core, [], kernel_in=kernel.inner, kernel_out=probe.terms[0][-1])
+        total = total + _apply_stages(x, probe, kernel, stages, eqn, dtype)
+    h = jnp.moveaxis(total, eqn.params["dimension_numbers"].out_spec[1], -1).reshape(-1, first.width)
+    zero = record_rows(h, fresh_indices([kernel.f.used()]), first.factors[1], first.terms[1])
+    return jnp.broadcast_to(zero.astype(y.dtype), y.shape)
 
 
 def _kernel_factors(n: TensorNetwork, kernel: _Kernel) -> set[int]:

@@ -13,9 +13,11 @@ from jlora._interpreter.context import Context, Role, Value
 from jlora._ir import lazy
 from jlora._ir.algebra import align_axes
 from jlora._ir.explicit_mesh import under_auto_axes
+from jlora._ir.probe import probes
 from jlora._ir.sizes import is_wide
 from jlora._ir.weight import AdaptedWeight, TensorNetwork
 from jlora._ops.contraction import apply_axis_scales, apply_network, name_intermediate
+from jlora._ops.inputs import record_lookup
 
 Bounds = tuple[jax.Array, str]  # which rows are within bounds, and the indices of its axes
 
@@ -56,6 +58,8 @@ def finish_lookup(
 def _evaluate(rows: AdaptedWeight, mask: jax.Array | None, *, mask_term: str) -> jax.Array:
     """The base's rows times the axis scales, plus what the networks add to the rows within bounds."""
     value = apply_axis_scales(lazy.materialize(rows.base), rows.labels, rows.sizes, rows.axis_scales)
+    if probes([rows]):
+        return value + record_lookup(rows).astype(value.dtype)
     for n in rows.networks:
         y = _evaluate_network(rows, n, value.dtype)
         if mask is not None:

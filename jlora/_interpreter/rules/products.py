@@ -20,8 +20,10 @@ from jlora._interpreter.context import Context, Role, Value
 from jlora._ir import lazy
 from jlora._ir.explicit_mesh import under_auto_axes
 from jlora._ir.materialize import accumulation_dtype
+from jlora._ir.probe import Probe, by_path
 from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork, fresh_indices
 from jlora._ops.contraction import Groups, apply_axis_scales, apply_network
+from jlora._ops.inputs import record_product
 
 AxisPairs = tuple[Sequence[int], Sequence[int]]  # axes of the activation and those of the weight that they meet
 
@@ -119,6 +121,7 @@ def multiply(
         x_is_left: whether the activation is the left operand.
         group_sizes: of a ragged product.
     """
+    ctx.refuse_parts(f, labels.contracted)
     rank_flops = sum(a.size for n in f.networks for a in n.factors) // max(f.size(labels.group), 1)
     rows = math.prod(labels.sizes[c] for c in labels.x if c not in labels.contracted)
     added = f.base.size if folded else 2 * rows * rank_flops
@@ -213,23 +216,27 @@ def _evaluate(
     (y,) = product(*operands, *(() if group_sizes is None else (group_sizes,)))
     y = _scale(y, form.out, scales[1], sizes)
 
-    def branch(x: jax.Array, n: TensorNetwork, group_sizes: jax.Array | None) -> jax.Array:
+    def branch(x: jax.Array, n: TensorNetwork | Sequence[Probe], group_sizes: jax.Array | None) -> jax.Array:
+        x = x.reshape([sizes[c] for c in form.x])
+        groups = None if group_sizes is None else Groups(form.group, form.row, group_sizes)
+        if not isinstance(n, TensorNetwork):
+            return jnp.broadcast_to(record_product(x, form.x, n, form.out, groups).astype(y.dtype), y.shape)
         z = apply_network(
-            x.reshape([sizes[c] for c in form.x]),
+            x,
             form.x,
             n,
             form.out,
             dtype=y.dtype,
             first=form.x_is_left,
             precision=form.precision,
-            groups=None if group_sizes is None else Groups(form.group, form.row, group_sizes),
+            groups=groups,
         )
         return jnp.broadcast_to(z, [sizes[c] for c in form.out]).reshape(y.shape)
 
     if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != base.dtype:
         # A mixed product is as exact as its wider operand.
         x = x.astype(max(map(accumulation_dtype, (x.dtype, base.dtype)), key=lambda dtype: dtype.itemsize))
-    for n in networks:
+    for n in (*(n for n in networks if not isinstance(n, Probe)), *by_path(networks)):
         y = y + under_auto_axes(branch, y)(x, n, group_sizes)
     return y
 

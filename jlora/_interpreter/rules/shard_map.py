@@ -16,6 +16,7 @@ from jlora._ir.explicit_mesh import explicit_axes, under_auto_axes
 from jlora._ir.lazy import LazyArray
 from jlora._ir.materialize import with_dense_base
 from jlora._ir.partition import index_axes, specs_like
+from jlora._ir.probe import probes, refuse
 from jlora._ir.weight import AdaptedWeight
 from jlora._tree.pieces import num_shards
 
@@ -35,6 +36,10 @@ def shard_map(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     device_axes = [outer | spec_axes(spec) for outer, spec in zip(outer_axes, p.in_specs, strict=True)]
     inner = ctx.child_on_devices(p.body, device_axes, values)
     axes = [_mesh_axes(v, spec, p.mesh) for v, spec in zip(values, p.in_specs, strict=True)]
+    for v, cut in zip(values, axes, strict=True):
+        for probe in probes([v]):
+            if any((cut or {}).get(name) for name in probe.inputs):
+                refuse(probe.path, f"the shard_map at {ctx.where} cuts its in axes, so no device has a whole input")
     operands: list[Value] = [
         ctx.to_array(eqn, v) if cut is None else _with_base_in_pieces(v, spec, p.mesh)
         for v, spec, cut in zip(values, p.in_specs, axes, strict=True)

@@ -20,6 +20,7 @@ from jlora._ir import lazy
 from jlora._ir.algebra import align_axes, concatenate_ranks, merge_indices, rename_indices, split_index
 from jlora._ir.explicit_mesh import explicit_axes
 from jlora._ir.materialize import accumulation_dtype, einsum, fold_full_rank
+from jlora._ir.probe import probes, refuse
 from jlora._ir.weight import AdaptedWeight, Index, TensorNetwork, fresh_indices
 
 Factor = tuple[jax.Array, str]  # an array and the indices of its axes
@@ -31,6 +32,8 @@ def multiply_weights(ctx: Context, eqn: Eqn, left: AdaptedWeight, right: Adapted
 
     As in `x @ (w @ v)`, the left weight's contracted axes are "out", and the right one's are "in".
     """
+    for probe in probes((left, right)):
+        refuse(probe.path, f"it is multiplied with another parameter, at {ctx.where}")
     contracted, batch = eqn.params["dimension_numbers"]
     if not (_is_supported(left) and _is_supported(right)):
         return None
