@@ -1,5 +1,6 @@
 """Statistics of the inputs of a weight, as the gradient of its probes."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,18 +63,18 @@ def record_product(
     kept = "".join(dict.fromkeys([*(c for c in labels if c in out), *(c for c in first.terms[1] if c != group)]))
     dtype = compute_dtype(x, first)
     x = lax.stop_gradient(x).astype(dtype)
-    total: Any = 0
+    parts = []
     for probe in probes:
         pairs = zip(probe.factors, probe.terms, strict=True)
         # Multipliers along out axes are no part of the input.
         used = [pair for k, pair in enumerate(pairs) if k != 1 and (not k or set(pair[1]) <= set(labels + kept))]
         network = TensorNetwork(tuple(a for a, _ in used), tuple(t for _, t in used), probe.scale)
         options: Any = {"dtype": dtype, "precision": lax.Precision.HIGHEST, "groups": groups}
-        total = total + apply_network(x, labels, network, kept + probe.terms[0][-1], **options)
+        parts.append(apply_network(x, labels, network, kept + probe.terms[0][-1], **options))
     rows, term = first.factors[1], first.terms[1]
     if groups and group in term:
         rows, term = by_row(rows, term, groups, x.shape[labels.index(groups.row)])
-    return record_rows(total, kept, rows, term)
+    return record_rows(functools.reduce(jnp.add, parts), kept, rows, term)
 
 
 def record_lookup(rows: AdaptedWeight) -> jax.Array:
@@ -87,7 +88,8 @@ def record_lookup(rows: AdaptedWeight) -> jax.Array:
     for group in by_path(rows.networks):
         labels, first = group[0].terms[0][:-1], group[0]
         if set(labels) <= looked_up | set(first.terms[1]):
-            h = sum(align_axes(n.factors[0], n.terms[0][:-1] + "?", labels + "?") for n in group)
+            parts = [align_axes(n.factors[0], n.terms[0][:-1] + "?", labels + "?") for n in group]
+            h = functools.reduce(jnp.add, parts)
             exists = jnp.any(h != 0, -1).astype(h.dtype)  # rows out of bounds are zero
             exists = exists * align_axes(first.factors[1].astype(h.dtype), first.terms[1], labels)
             zero = zero + record_rows(h, labels, exists, labels).astype(zero.dtype)

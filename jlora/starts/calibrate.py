@@ -1,7 +1,7 @@
 """Records the inputs of weights while a program runs."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import jax
@@ -86,10 +86,11 @@ def calibrate(fun: Callable[..., Any], adapter: Adapter) -> Callable[..., dict[s
 class _Recorder(Method):
     """Adds a probe to the weight."""
 
-    factors = {"probe": "*stack *in width", "rows": "*stack"}
+    def factors_for(self, axes: WeightAxes) -> Mapping[str, str]:
+        return {"probe": "*stack *in width", "rows": "*stack"}
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        terms = [(update[name], declared) for name, declared in self.factors.items()]
+        terms = [(update[name], declared) for name, declared in update.declared.items()]
         *networks, last = add_network(w, update, terms, 1.0).networks
         fields = {field.name: getattr(last, field.name) for field in dataclasses.fields(last)}
         return dataclasses.replace(w, networks=(*networks, Probe(**fields, path=w.paths[0])))

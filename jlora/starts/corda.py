@@ -74,9 +74,7 @@ def _start(path: str, update: Update, inputs: dict[str, Inputs], leaf: Any, mode
     return with_pair(update, a / root, b / np.copysign(root, method.scale), is_zero=False)
 
 
-def _decompose(
-    x: Inputs, weight: np.ndarray, cut: slice, damping: float, path: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _decompose(x: Inputs, weight: np.ndarray, cut: slice, damping: float, path: str) -> tuple[np.ndarray, np.ndarray]:
     """A and B of one layer, for scale 1."""
     diagonal = x.total if x.second is None else np.diag(x.second)
     scaled = (x.total if x.second is None else x.second) / diagonal.mean()

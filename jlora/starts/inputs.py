@@ -41,7 +41,7 @@ def layer(inputs: Inputs, index: tuple[int, ...], path: str) -> Inputs:
         ValueError: if no input was recorded, or a number is not finite.
     """
     second, total, rows = (
-        None if a is None else np.asarray(a[index], np.float64) for a in (inputs.second, inputs.total, inputs.rows)
+        None if a is None else np.asarray(a, np.float64)[index] for a in (inputs.second, inputs.total, inputs.rows)
     )
     where = path + (f", at {index} of its stack" if index else "")
     if rows == 0:

@@ -57,8 +57,9 @@ def conv_general_dilated(ctx: Context, eqn: Eqn, x: Value, f: Value) -> list[Val
 
     for n, stage in zip(networks, stages, strict=True):
         y = y + under_auto_axes(functools.partial(branch, stages=stage), y)(x, n)
+    record = functools.partial(_record_windows, kernel=kernel, eqn=eqn)
     for group in by_path(f.networks):
-        y = y + under_auto_axes(lambda x, group: _record_windows(x, group, kernel, eqn, y), y)(x, group)
+        y = y + under_auto_axes(record, y)(x, group)
     return [y]
 
 
@@ -177,17 +178,19 @@ def _divide_factors(n: TensorNetwork, kernel: _Kernel) -> _Stages | None:
     )
 
 
-def _record_windows(x: jax.Array, group: list[Probe], kernel: _Kernel, eqn: Eqn, y: jax.Array) -> jax.Array:
+def _record_windows(x: jax.Array, group: list[Probe], kernel: _Kernel, eqn: Eqn) -> jax.Array:
     """Records the windows of the input, of which each is a row: zeros, to add to the output."""
-    dtype, first = compute_dtype(x, group[0]), group[0]
+    dtype, first, (y,) = compute_dtype(x, group[0]), group[0], map(_compat.aval, eqn.outvars)
     x = lax.stop_gradient(x).astype(dtype)
-    total: Any = 0
+    parts = []
     for probe in group:
         after = _having(probe, kernel.group + kernel.outer)  # multipliers of output channels are no part of the input
         core = sorted(set(range(len(probe.terms))) - after - {1})
         stages = _Stages([], core, [], kernel_in=kernel.inner, kernel_out=probe.terms[0][-1])
-        total = total + _apply_stages(x, probe, kernel, stages, eqn, dtype)
-    h = jnp.moveaxis(total, eqn.params["dimension_numbers"].out_spec[1], -1).reshape(-1, first.width)
+        parts.append(_apply_stages(x, probe, kernel, stages, eqn, dtype))
+    h = jnp.moveaxis(functools.reduce(jnp.add, parts), eqn.params["dimension_numbers"].out_spec[1], -1).reshape(
+        -1, first.width
+    )
     zero = record_rows(h, fresh_indices([kernel.f.used()]), first.factors[1], first.terms[1])
     return jnp.broadcast_to(zero.astype(y.dtype), y.shape)
 
