@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
@@ -93,6 +94,29 @@ def test_statistics_of_narrow_inputs_are_as_exact_as_the_inputs() -> None:
     holds(got, x.astype(np.float32))
 
 
+@pytest.mark.nightly
+def test_on_a_mesh_with_explicit_axes() -> None:
+    """A kernel that is cut along both axes, a table, and a table of matrices; the batch is cut too."""
+    axes = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    rng = np.random.default_rng(0)
+    arrays = {"w": rng.normal(size=(8, 12)), "t": rng.normal(size=(16, 8)), "h": rng.normal(size=(16, 2, 4))}
+    arrays = {name: a.astype(np.float32) for name, a in arrays.items()}
+    ids = np.arange(8) % 5
+
+    def fun(p: Tree, ids: jax.Array) -> list[jax.Array]:
+        x, y = (p[name].at[ids].get(out_sharding=P("data")) for name in ("t", "h"))
+        return [jnp.einsum("bi,io->bo", x, p["w"], out_sharding=P("data")), y]
+
+    with jax.set_mesh(axes):
+        specs = {"w": P("data", "model"), "t": P(), "h": P()}
+        params = {name: jax.device_put(a, NamedSharding(axes, specs[name])) for name, a in arrays.items()}
+        cut_ids = jax.device_put(ids, NamedSharding(axes, P("data")))
+        got = jax.jit(jlora.calibrate(fun, shapes_of_adapter(fun, params, cut_ids)))(params, cut_ids)
+    holds(got["w"], arrays["t"][ids])
+    for name in ("t", "h"):
+        assert (np.asarray(got[name].total) == np.bincount(ids, minlength=16)).all()
+
+
 @jax.custom_vjp
 def opaque(x: jax.Array, w: jax.Array) -> jax.Array:
     return x @ w
@@ -154,9 +178,9 @@ PARTS |= {"weights_multiplied_by_experts"}
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.name not in UNLIKE], ids=lambda kind: kind.name)
 def test_every_kind_of_weight(kind: Kind) -> None:
     """The Jacobian of an output y = x w has the input x, once for every out axis."""
-    params, inputs = kind.values(np.random.default_rng(0))
+    params, inputs = jax.tree.map(jnp.asarray, kind.values(np.random.default_rng(0)))
     if {"rows", "row"} & inputs.keys():
-        inputs["x"] = np.ones_like(inputs["x"])  # it multiplies what is looked up
+        inputs["x"] = jnp.ones_like(inputs["x"])  # it multiplies what is looked up
     sites = jlora.trace(kind.use, params, inputs)
     adapter = jlora.init(jax.random.key(0), sites, {path: jlora.LoRA(1) for path in kind.weights}, params=params)
     record = jax.jit(jlora.calibrate(kind.use, adapter))

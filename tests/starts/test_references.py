@@ -79,7 +79,7 @@ def test_lora_ga() -> None:
     """The directions. PEFT has A unscaled and multiplies B by the singular values, which the paper does not."""
 
     def loss(params: Any) -> jax.Array:
-        return jnp.mean((model(params, draw("x")) - draw("y")) ** 2)
+        return jnp.mean((model(params, jnp.asarray(draw("x"))) - draw("y")) ** 2)
 
     started = jlora.lora_ga(jax.random.key(1), adapter(), products_with(jax.jit(jax.grad(loss))(PARAMS)))
     for name, update in started.items():
