@@ -85,7 +85,7 @@ def test_a_weight_under_a_transformation_is_adapted_the_same(wrap):
     sites = (
         jlora.trace(f, params, x) if wrap != "custom_vjp" else jlora.trace(lambda p, x: product(p["w"], x), params, x)
     )
-    adapter = toy_model.nonzero(jlora.init(jax.random.key(0), sites, {"w": jlora.LoRA(rank=2)}))
+    adapter = toy_model.random_adapter(sites, {"w": jlora.LoRA(rank=2)})
     apply = jlora.adapt(f, on_dense="allow" if wrap == "custom_vjp" else "error")
     value, grads = jax.jit(jax.value_and_grad(lambda a: toy_model.loss(apply(params, a, x))))(adapter)
     want, want_grads = jax.jit(jax.value_and_grad(lambda a: toy_model.loss(f(jlora.merge(params, a), x))))(adapter)
@@ -120,7 +120,7 @@ def test_a_dense_fallback_is_reported_and_right():
     def f(p, x):
         return x @ p["w"] + jnp.linalg.norm(p["w"])
 
-    adapter = toy_model.nonzero(jlora.init(jax.random.key(0), jlora.trace(f, params, x), jlora.LoRA(rank=2)))
+    adapter = toy_model.random_adapter(jlora.trace(f, params, x), jlora.LoRA(rank=2))
     with pytest.warns(jlora.DenseWarning, match="w: "):
         ours = jlora.adapt(f)(params, adapter, x)
     close(ours, f(jlora.merge(params, adapter), x))

@@ -23,7 +23,7 @@ def model(params, x, double=False):
 
 def parts(fun=model):
     params = {"w": jnp.asarray(np.random.default_rng(1).normal(size=(6, 6)).astype(np.float32))}
-    return params, toy_model.nonzero(jlora.init(jax.random.key(0), jlora.trace(fun, params, X), jlora.LoRA(rank=2)))
+    return params, toy_model.random_adapter(jlora.trace(fun, params, X), jlora.LoRA(rank=2))
 
 
 def variadic(*args, **kwargs):

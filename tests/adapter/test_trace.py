@@ -44,7 +44,7 @@ def test_a_weight_that_is_handed_out_is_formed_there_alone():
     x = jnp.ones((2, 4))
     sites = jlora.trace(f, params, x)
     assert [use.primitive for use in sites["w"].uses] == ["dot_general", "output"]
-    adapter = toy_model.nonzero(jlora.init(jax.random.key(0), sites, jlora.LoRA(rank=1, dropout=0.5)))
+    adapter = toy_model.random_adapter(sites, jlora.LoRA(rank=1, dropout=0.5))
     explained = jlora.explain(f, params, adapter, x)
     assert [(use.primitive, use.bytes) for use in explained.dense] == [("output", 4 * 3 * 4)]
     with pytest.warns(jlora.DenseWarning, match="w: the program's output"):

@@ -69,7 +69,7 @@ def on_one_device(layout: Layout, method: jlora.Method) -> tuple[Tree, Tree]:
     """An adapter without zeros, and what the merged program and its gradients are."""
     params, x = layout.values()
     sites = jlora.trace(layout.plain, params, x)
-    adapter = toy_model.nonzero(jax.eval_shape(lambda: jlora.init(jax.random.key(0), sites, method)))
+    adapter = toy_model.random_adapter(sites, method)
     merged = jax.jit(step(lambda params, adapter, x: layout.plain(jlora.merge(params, adapter), x)))
     return adapter, jax.device_get(merged(adapter, params, x))
 

@@ -37,8 +37,9 @@ def cut_by_two(weight: Any, axis: int, *, before: Callable[[jax.Array], jax.Arra
 
 def law(fun: Any, params: Tree, x: jax.Array) -> None:
     sites = jlora.trace(fun, params, x)
-    adapter = toy_model.nonzero(jlora.init(jax.random.key(1), sites, jlora.LoRA(3)))
-    close(jax.jit(jlora.adapt(fun))(params, adapter, x), fun(jlora.merge(params, adapter), x))
+    adapter = toy_model.random_adapter(sites, jlora.LoRA(3))
+    sides = jax.jit(lambda *args: (jlora.adapt(fun)(*args), fun(jlora.merge(*args[:2]), *args[2:])))
+    close(*sides(params, adapter, x))
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def on_mesh(tree, name):
 
 def adapter(method=None):
     sites = jlora.trace(model, params(), jnp.ones((3, 16)))
-    return toy_model.nonzero(jlora.init(jax.random.key(0), sites, method or jlora.DoRA(rank=2)))
+    return toy_model.random_adapter(sites, method or jlora.DoRA(rank=2))
 
 
 def test_factors_follow_their_weight():

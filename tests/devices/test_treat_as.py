@@ -92,7 +92,7 @@ def law(fun: Any, mesh: Any, format_: str | None, *, method: jlora.Method | None
     """Value and gradients, with respect to the adapter and to the input, are those of the merged plain program."""
     params = weights()
     sites = jlora.trace(plain, params, X)
-    adapter = toy_model.nonzero(jlora.init(jax.random.key(2), sites, method or jlora.LoRA(3)))
+    adapter = toy_model.random_adapter(sites, method or jlora.LoRA(3))
     base = jlora.quantize(params, sites, {".*": format_}) if format_ else params
     expected = step(lambda p, adapter, x: plain(jlora.merge(p, adapter), x))(adapter, base, X)
     with jax.set_mesh(mesh):

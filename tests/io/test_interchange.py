@@ -23,7 +23,7 @@ from tests.support.methods import fitting, some
 def adapter_of(name):
     sites = toy_model.sites()
     targets = {path: fitting(name, sites[path]) for path in ("mix/kernel", "layers/up")}
-    return toy_model.nonzero(jlora.init(jax.random.key(0), sites, targets, params=toy_model.params()))
+    return toy_model.random_adapter(sites, targets, params=toy_model.params())
 
 
 @pytest.mark.parametrize("name", some("interchange", "lora", "dora"))

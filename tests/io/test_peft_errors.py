@@ -187,7 +187,7 @@ def test_a_folder_that_exists_and_files_that_are_damaged(given_files):
 )
 def test_what_peft_cannot_hold(tmp_path, model, targets, message):
     params, sites, _ = program(model)
-    adapter = toy_model.nonzero(jlora.init(jax.random.key(0), sites, targets))
+    adapter = toy_model.random_adapter(sites, targets)
     with pytest.raises(ValueError, match=message):
         jlora.peft.save(tmp_path / "a", adapter, MODELS[model].names, params=params)
     assert not list(tmp_path.iterdir())

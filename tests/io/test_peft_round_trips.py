@@ -33,7 +33,7 @@ def test_a_stack_whose_layers_differ_in_rank(tmp_path, alphas, dtype, stored):
     _, sites, _ = program("llama")
     methods = [jlora.LoRA(rank, alpha) for rank, alpha in zip(ranks, alphas, strict=True)]
     targets = {f"layers/{k}/attention/query/kernel": method for k, method in enumerate(methods)}
-    given = toy_model.nonzero(jlora.init(jax.random.key(0), sites, targets, dtype=dtype))
+    given = toy_model.random_adapter(sites, targets, dtype=dtype)
     jlora.peft.save(tmp_path / "a", given, model.names)
 
     scanned = MODELS["llama_scanned"]
@@ -66,7 +66,7 @@ def test_vllm(tmp_path):
     params, sites, _ = program("llama")
     names = MODELS["llama"].names
     targets = {".*/query/kernel": jlora.LoRA(2, 3.0), ".*/up/kernel": jlora.LoRA(4, 8.0)}
-    adapter = toy_model.nonzero(jlora.init(jax.random.key(0), sites, targets))
+    adapter = toy_model.random_adapter(sites, targets)
     notes = jlora.peft.save(tmp_path / "a", adapter, names, target="vllm")
     assert len(notes) == 2
     assert "rank 2 padded to 4, B times 0.75" in notes[0]
@@ -75,7 +75,7 @@ def test_vllm(tmp_path):
     again = jlora.peft.load(tmp_path / "a", sites, names)
     close(jlora.merge(params, again), jlora.merge(params, adapter))
     for method in (jlora.DoRA(2), jlora.IA3("in")):
-        other = toy_model.nonzero(jlora.init(jax.random.key(0), sites, {".*/up/kernel": method}))
+        other = toy_model.random_adapter(sites, {".*/up/kernel": method})
         with pytest.raises(ValueError, match="no LoRA is smaller"):
             jlora.peft.save(tmp_path / "b", other, names, params=params, target="vllm")
     with_full = jlora.init(jax.random.key(0), sites, targets | {"norm/scale": jlora.Full()})
@@ -134,7 +134,7 @@ def round_trip(folder, case, make, rank, alpha, dtype):
     x = jnp.ones((shape[0], 1, shape[1]) if stacked else (1, shape[0]))
     sites = jlora.trace(use, params, x)
     assume(not method.unsupported_reason(sites["w"]))
-    adapter = toy_model.nonzero(jlora.init(jax.random.key(0), sites, {"w": method}, dtype=dtype))
+    adapter = toy_model.random_adapter(sites, {"w": method}, dtype=dtype)
     jlora.peft.save(folder / "one", adapter, names)
     again = jlora.peft.load(folder / "one", sites, names)
     jlora.peft.save(folder / "two", again, names)

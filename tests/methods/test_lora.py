@@ -144,7 +144,7 @@ def test_the_order_of_patterns_decides():
 
 def test_full_trains_whatever_the_program_uses():
     params = toy_model.params()
-    adapter = toy_model.nonzero(jlora.init(jax.random.key(0), toy_model.sites(), {".*": jlora.Full()}))
+    adapter = toy_model.random_adapter(toy_model.sites(), {".*": jlora.Full()})
     apply = jax.jit(jlora.adapt(toy_model.model, on_dense="error"))
     close(apply(params, adapter, toy_model.tokens()), toy_model.model(jlora.merge(params, adapter), toy_model.tokens()))
 

@@ -52,7 +52,7 @@ def made(sizes: dict[str, tuple[int, ...]], fun: Callable[..., Any]) -> tuple[Tr
     rng = np.random.default_rng(0)
     params = {k: jnp.asarray(rng.normal(size=n), jnp.float32) for k, n in sizes.items()}
     x = jnp.asarray(rng.normal(size=(BATCH, TIME, 8)), jnp.float32)
-    return params, toy_model.nonzero(jlora.init(jax.random.key(0), jlora.trace(fun, params, x), jlora.LoRA(RANK))), x
+    return params, toy_model.random_adapter(jlora.trace(fun, params, x), jlora.LoRA(RANK)), x
 
 
 @pytest.mark.parametrize("fun", PROGRAMS, ids=lambda fun: fun.__name__)

@@ -58,7 +58,7 @@ def test_a_stack_that_is_changed_before_the_loop(before: Callable) -> None:
 
     first = (8, 6, 8) if before is BEFORE_THE_LOOP["transposed"] else (6, 8, 8)
     params, x = {"w": rounded(weight(*first))}, jnp.ones((4, 8))
-    adapter = toy_model.nonzero(jlora.init(jax.random.key(0), jlora.trace(model, params, x), {"w": jlora.LoRA(2)}))
+    adapter = toy_model.random_adapter(jlora.trace(model, params, x), {"w": jlora.LoRA(2)})
     actual = jlora.adapt(model, on_dense="error")(params, adapter, x)
     np.testing.assert_allclose(actual, model(jlora.merge(params, adapter), x), rtol=1e-5, atol=1e-5)
 
@@ -88,7 +88,7 @@ def test_a_lookup_in_a_transposed_table() -> None:
     weights = {"w": in_blocks(weight(64, 64), transposed=True)}
     ids = jnp.array([3, 0, 63])
     sites = jlora.trace(lambda params, ids: params["w"][ids], weights, ids)
-    adapter = toy_model.nonzero(jlora.init(jax.random.key(1), sites, {"w": jlora.LoRA(4)}))
+    adapter = toy_model.random_adapter(sites, {"w": jlora.LoRA(4)})
     adapted = jlora.adapt(lambda params, ids: params["w"][ids])(weights, adapter, ids)
     assert np.allclose(adapted, jlora.merge(weights, adapter)["w"][ids], atol=1e-6)
 

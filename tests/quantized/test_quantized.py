@@ -21,7 +21,7 @@ from tests.support.quantized import FORMS, quantized, weight
 def test_law(form: str, method: jlora.Method) -> None:
     """Stacked, tied and plain weights in each format, under methods that depend on the base and methods that do not."""
     params = quantized(form)
-    adapter = toy_model.nonzero(jlora.init(jax.random.key(0), toy_model.sites(), method, params=params))
+    adapter = toy_model.random_adapter(toy_model.sites(), method, params=params)
     adapted = jlora.adapt(toy_model.model, on_dense="allow")
 
     @jax.jit
@@ -103,7 +103,7 @@ def test_eight_devices_hold_parts_of_a_quantized_weight() -> None:
         return jnp.tanh(x @ p["w"])
 
     x = jnp.asarray(weight(4, 128))
-    adapter = toy_model.nonzero(jlora.init(jax.random.key(0), jlora.trace(model, one, x), jlora.DoRA(2)))
+    adapter = toy_model.random_adapter(jlora.trace(model, one, x), jlora.DoRA(2))
     sharded = jax.device_put(adapter, jlora.shardings(adapter, eight))
     assert sharded["w"].factors["a"].sharding.spec == jax.sharding.PartitionSpec("x", None)
     assert sharded["w"].factors["b"].sharding.spec == jax.sharding.PartitionSpec(None, "y")

@@ -1,6 +1,7 @@
 """A small program with a matrix, a bias, a stacked kernel and a tied embedding, for tests of everything around it."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,12 @@ def sites() -> jlora.Sites:
 def adapter(method: jlora.Method | None = None, seed: int = 3) -> dict:
     """An adapter of every weight that a product uses, all its factors non-zero."""
     method = jlora.LoRA(rank=2, alpha=3.0) if method is None else method
-    return nonzero(jax.eval_shape(lambda: jlora.init(jax.random.key(seed), sites(), method)), seed)
+    return random_adapter(sites(), method, seed)
+
+
+def random_adapter(of: jlora.Sites, targets: Any, seed: int = 3, **options: Any) -> dict:
+    """An adapter as `jlora.init` makes it of sites, with random numbers in every array."""
+    return nonzero(jax.eval_shape(lambda: jlora.init(jax.random.key(0), of, targets, **options)), seed)
 
 
 def nonzero(tree: dict, seed: int = 3) -> dict:
