@@ -18,6 +18,7 @@ from jax import export, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jlora
+from tests.support import toy_model
 from tests.support.draw import drawn
 from tests.support.int8_rows import rounded
 from tests.support.weight_uses import KINDS, Kind, mesh
@@ -75,14 +76,17 @@ def free_axes(kind: Kind, params: Tree, inputs: dict[str, np.ndarray]) -> Iterat
                 yield chosen
 
 
+def on_merged_weights(fun: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda params, adapter, x: fun(jlora.merge(params, adapter), x)
+
+
 def hold(kind: Kind, base: Callable[[np.ndarray], Any] = lambda w: w, *, every_axis: bool) -> None:
     arrays, inputs = kind.values(np.random.default_rng(0))
     params = {name: base(w) if name in kind.weights else w for name, w in arrays.items()}
     sites = jlora.trace(kind.use, params, inputs)
-    adapter = jlora.init(jax.random.key(0), sites, dict.fromkeys(kind.weights, jlora.LoRA(rank=1)))
-    adapter = jax.tree.map(lambda a: a + 0.3, adapter)
+    adapter = toy_model.random_adapter(sites, dict.fromkeys(kind.weights, jlora.LoRA(rank=1)))
     adapted = jlora.adapt(kind.use, on_dense="error")
-    expected = np.asarray(kind.use(jlora.merge(params, adapter), jax.tree.map(jnp.asarray, inputs)))
+    expected = np.asarray(jax.jit(on_merged_weights(kind.use))(params, adapter, inputs))
     free = list(itertools.islice(free_axes(kind, arrays, inputs), None if every_axis else 1))
     assert free or kind.name in NO_FREE_AXIS
     for axes in [(), *free] if every_axis else free:
@@ -169,10 +173,10 @@ def test_batches_and_sequences_of_symbolic_sizes(fun: Callable[..., Any], method
     params = {name: np.asarray(rng.normal(size=(4, 4)), np.float32) for name in ("w", "u")}
     x = jnp.asarray(rng.normal(size=(3, 2, 4)), jnp.float32)
     symbolic = jax.ShapeDtypeStruct(export.symbolic_shape("b, s, 4"), jnp.float32)
-    adapter = jlora.init(jax.random.key(0), jlora.trace(fun, params, symbolic), dict.fromkeys(params, method))
-    adapter = jax.tree.map(lambda a: a + 0.2, adapter)
+    adapter = toy_model.random_adapter(jlora.trace(fun, params, symbolic), dict.fromkeys(params, method))
     value = call(exported(jlora.adapt(fun), params, adapter, symbolic), params, adapter, x)
-    np.testing.assert_allclose(value, fun(jlora.merge(params, adapter), x), rtol=2e-5, atol=2e-5)
+    expected = jax.jit(on_merged_weights(fun))(params, adapter, x)
+    np.testing.assert_allclose(value, expected, rtol=2e-5, atol=2e-5)
 
 
 def gradients_of(fun: Callable[..., Any]) -> Callable[..., list[jax.Array]]:

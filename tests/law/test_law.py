@@ -80,10 +80,10 @@ def case(*values: Any, default: bool) -> Any:
 
 
 def in_default_run(program: Program, kind: Kind) -> bool:
-    """Every kind of weight on its own, five kinds in every program, and an eighth of the other pairs, drawn daily."""
+    """Every kind of weight on its own, five kinds in every program, and one of 16 other pairs, drawn daily."""
     if program.name == "bare":
         return True
-    return program.name not in VARIANTS and (kind.name in FEW or drawn(program.name, kind.name, one_in=8))
+    return program.name not in VARIANTS and (kind.name in FEW or drawn(program.name, kind.name, one_in=16))
 
 
 PAIRS = [case(program, kind, default=in_default_run(program, kind)) for program in PROGRAMS for kind in KINDS]
