@@ -205,13 +205,10 @@ def _gather(stacked: Adapter, ids: jax.Array) -> tuple[Adapter, Any]:
 
 def _id_axes(update: Update) -> Update:
     declared = {name: expand(text, update.axes) for name, text in update.declared.items()}
+    stack = update.axes.axes("*stack")  # empty for a weight that no product uses, such as a bias
 
     def axes(arrays: dict[str, Any]) -> dict[str, int]:
-        is_stacked = {name: declared.get(name, ())[:1] for name in arrays}
-        return {
-            name: int(any(isinstance(entry, int) and update.roles[entry] == "stack" for entry in is_stacked[name]))
-            for name in arrays
-        }
+        return {name: int(any(entry in stack for entry in declared.get(name, ())[:1])) for name in arrays}
 
     groups = {group: axes(getattr(update, group)) for group in ("factors", "frozen", "initial")}
     return dataclasses.replace(jax.tree.map(lambda _: 0, update), **groups)

@@ -216,6 +216,16 @@ def test_kinds_of_weights(name: str) -> None:
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_biases_under_full() -> None:
+    """A bias that no product uses, and a stack of them that a scan runs through, have rows too."""
+    params, tokens = toy_model.params(), jnp.arange(20).reshape(4, 5) % 11
+    shapes = jax.eval_shape(lambda: jlora.init(jax.random.key(0), toy_model.sites(), {".*bias": jlora.Full()}))
+    members = {name: toy_model.nonzero(shapes, seed) for name, seed in {"a": 1, "b": 2}.items()}
+    bank, names = jlora.bank.stack(members), ["b", None, "a", "b"]
+    out = jax.jit(jlora.bank.apply(toy_model.model))(params, bank, bank.ids(names), tokens)
+    np.testing.assert_allclose(out, by_row(toy_model.model, params, bank, names, tokens), rtol=1e-4, atol=1e-4)
+
+
 def test_rows_that_the_program_maps_itself() -> None:
     """`select` with `jax.vmap` is `apply`; factors of stacked layers have their rows on the second axis."""
     params, tokens = toy_model.params(), jnp.arange(20).reshape(4, 5) % 11
