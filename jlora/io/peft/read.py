@@ -19,18 +19,14 @@ from jlora.io.peft.method_fields import is_unscaled, method_of
 from jlora.io.peft.targets import is_target_parameter
 from jlora.io.peft.tensors import Tensors, from_file, sizes_of
 from jlora.io.peft.vera import PROJECTIONS, read_vera
+from jlora.io.torch.collected import Collected, add_module, check_updates, new_collection, update_of
 from jlora.io.torch.factor_layout import ModuleFactors, flat_axes, own_sizes
-from jlora.io.torch.join_modules import join_modules, stack_modules
 from jlora.io.torch.module_names import Names, no_match_error
-from jlora.io.torch.split_modules import split_out_axis
-from jlora.io.torch.weight_location import Index, Owners, Weight, WeightLocation, locate_weights, owners_of
-from jlora.methods import Full, LoKr, VeRA
-from jlora.methods._base import Adapter, Method, Update
-from jlora.methods._common.factor_axes import WeightAxes
+from jlora.io.torch.weight_location import Owners, Weight, WeightLocation, locate_weights, owners_of
+from jlora.methods import LoKr, VeRA
+from jlora.methods._base import Adapter
 
 _TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
-# For every weight, by the index of its stack and the position of a module in it, the module's factors.
-_Collected = dict[str, dict[Index, dict[int, ModuleFactors]]]
 
 
 class FileContent(NamedTuple):
@@ -79,8 +75,8 @@ def read_adapter(config: Config, tensors: Tensors, sites: Sites, names: Names, p
     collected = _collect(config, content, owners, heads, tensors, sites, base)
     # The configuration has named every layer that has an adapter, unless it leaves that to torch's classes.
     are_named = config["target_modules"] != "all-linear"
-    adapter = {path: _update(by_index, locations[path], are_named) for path, by_index in collected.items()}
-    _check_updates(adapter, sites)
+    adapter = {path: update_of(by_index, locations[path], are_named) for path, by_index in collected.items()}
+    check_updates(adapter, sites)
     adapter = {path: to_delta(path, update, base) for path, update in adapter.items()}
     adapter |= _implied_biases(adapter, sites, locations, base)
     factors = jax.device_put({path: adapter[path].factors for path in sites if path in adapter})
@@ -140,12 +136,12 @@ def _collect(
     tensors: Tensors,
     sites: Sites,
     base: BaseParams,
-) -> _Collected:
+) -> Collected:
     """The factors of every module in the file, by the weights that they belong to."""
-    collected: _Collected = collections.defaultdict(lambda: collections.defaultdict(dict))
+    collected = new_collection()
     for name, by_suffix in content.adapters.items():
         if name not in heads:
-            _add(collected, name, _adapted_module(config, name, by_suffix, owners, tensors), owners)
+            add_module(collected, name, _adapted_module(config, name, by_suffix, owners, tensors), owners)
     for name, tensor in content.trained.items():
         site = sites[owners[name][0].location.path]
         if site.is_lookup and site.is_product:
@@ -153,25 +149,13 @@ def _collect(
                 f"{site.path} is an embedding and the output head at once, and the file trains {name} alone: untie "
                 "them in the program."
             )
-        _add(collected, name, read_full(name, tensor, owners[name]), owners)
+        add_module(collected, name, read_full(name, tensor, owners[name]), owners)
     for name, tensor in content.tokens.items():
-        _add(collected, name, read_token_rows(name, tensor, config, owners[name], base), owners)
+        add_module(collected, name, read_token_rows(name, tensor, config, owners[name], base), owners)
     for name, tensor in content.bases.items():
         if name not in heads:
             check_stored_base(name, tensor, owners[name], base)
     return collected
-
-
-def _add(collected: _Collected, name: str, factors: ModuleFactors, owners: Owners) -> None:
-    """Adds a module's factors to those of its weight, or of its several weights."""
-    weights = owners[name]
-    parts = [factors]
-    if weights[0].location.module.part is not None:
-        parts = split_out_axis(factors, [owner.location.count("out") for owner in weights], name)
-    for (location, index, position), part in zip(weights, parts, strict=True):
-        if position in collected[location.path][index]:
-            raise ValueError(f"The file trains {name} in two ways, and jlora one way a weight: train it in one.")
-        collected[location.path][index][position] = part
 
 
 def _adapted_module(config: Config, name: str, by_suffix: Tensors, owners: Owners, tensors: Tensors) -> ModuleFactors:
@@ -206,31 +190,3 @@ def _adapted_module(config: Config, name: str, by_suffix: Tensors, owners: Owner
     if isinstance(method, LoKr) and is_unscaled(factors):
         return dataclasses.replace(factors, scale=(method.alpha or 0) / (method.rank or 1))
     return factors
-
-
-def _update(
-    by_index: Mapping[Index, Mapping[int, ModuleFactors]], location: WeightLocation, zeros_if_missing: bool
-) -> Update:
-    positions = range(location.num_joined)
-    joined = {
-        index: join_modules([factors.get(position) for position in positions], location)
-        for index, factors in by_index.items()
-    }
-    return stack_modules(joined, location, zeros_if_missing=zeros_if_missing)
-
-
-def _check_updates(adapter: Adapter, sites: Sites) -> None:
-    """Raises unless the factors of each update are those that its method has for the site."""
-    templates: dict[tuple[Method, WeightAxes], Mapping[str, tuple[int, ...]]] = {}  # layers that are alike share one
-    for path, update in adapter.items():
-        site, method = sites[path], update.method
-        if not isinstance(method, Full) and site.unsupported_reason:
-            raise ValueError(f"{type(method).__name__} cannot adapt {path} {site.shape}: {site.unsupported_reason}.")
-        axes = WeightAxes.of(site)
-        if (method, axes) not in templates:
-            templates[method, axes] = method.shapes(axes)
-        shapes = {name: array.shape for name, array in update.factors.items()}
-        if shapes != templates[method, axes]:
-            raise ValueError(
-                f"{path}: the file's factors have the shapes {shapes}; {method} has {templates[method, axes]}."
-            )
