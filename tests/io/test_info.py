@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from safetensors.numpy import save_file
 
 import jlora
 from jlora.__main__ import main
+from jlora.io.torch.pickled import load_state
 from tests.support import toy_model
 from tests.support.peft_exports import EXPORTS
 from tests.support.peft_files import change_configuration, change_tensors, golden, program, unpack
 from tests.support.peft_models import MODELS
 
+LORALIB = Path(__file__).parents[1] / "golden" / "loralib.pt"
 FILES = [f"adapter/{name}" for name in golden()["adapter"]] + [f"export/{name}" for name in EXPORTS]
 DEFAULT = ("adapter/mixtral experts", "adapter/bert lokr_whole", "adapter/bert loha", "export/convolution_lokr")
 
@@ -114,6 +117,21 @@ def test_tensors_without_their_configuration(given_files):
     (given_files / "adapter_config.json").unlink()
     report = jlora.info(given_files / "adapter_model.safetensors")
     assert "adapter_config.json is not beside the file" in report.refused[0]
+
+
+def test_a_state_dict_of_loralib():
+    """`golden/loralib.pt` was written by torch: a linear layer, and one with two of three groups, each of rank 2."""
+    report = jlora.info(LORALIB)
+    rows = [(u.path, u.rank, u.shape, u.numbers) for u in report.adapters[""].updates]
+    assert (report.format, rows) == ("loralib", [("0", 2, (6, 4), 20), ("1", 2, (4, 4), 24)])
+    state = load_state(LORALIB)
+    norm = report.adapters[""].updates[0].norm
+    assert norm is not None
+    np.testing.assert_allclose(norm, np.linalg.norm(state["0.lora_B"] @ state["0.lora_A"]), 1e-5)
+    assert "1 is a MergedLinear with 2 enabled groups." in report.notes
+    for name, value in state.items():  # as golden/kohya.py draws them
+        rng = np.random.RandomState(zlib.crc32(name.encode()))
+        np.testing.assert_array_equal(value, np.asarray(0.3 * rng.normal(size=value.shape), np.float32))
 
 
 @pytest.mark.parametrize(

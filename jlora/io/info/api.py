@@ -1,20 +1,22 @@
 """`info`: which format a file has, and what it holds."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 from jlora._adapter.summary import Summary
 from jlora.io.checkpoint import bank_index
-from jlora.io.info import checkpoints, loralib, peft
+from jlora.io.info import checkpoints, kohya, loralib, peft
 from jlora.io.info.report import Content, Info
 from jlora.io.peft.api import CONFIG, TENSORS
 from jlora.io.peft.config import PREFIX
-from jlora.io.peft.safetensors_file import load_tensors
+from jlora.io.peft.safetensors_file import load_metadata, load_tensors
 from jlora.io.torch.pickled import load_state
 
 _SINGLE_FILES = ("*.safetensors", "*.gguf")
-_FORMATS = "a checkpoint or a bank of jlora, a folder of PEFT, a state dict of loralib"
+_FORMATS = (
+    "a checkpoint or a bank of jlora, a folder of PEFT, a state dict of loralib, a file of kohya, LyCORIS or diffusers"
+)
 
 
 def info(path: str | os.PathLike[str]) -> Info:
@@ -22,7 +24,8 @@ def info(path: str | os.PathLike[str]) -> Info:
 
         print(jlora.info("lora.safetensors"))        # in a shell: python -m jlora info lora.safetensors
 
-    It reads every format that jlora reads: a checkpoint, a bank, a folder of PEFT, a state dict of loralib.
+    It reads every format that jlora reads: a checkpoint, a bank, a folder of PEFT, a state dict of loralib, a file of
+    kohya, LyCORIS or diffusers.
 
     Arguments:
         path: a file, or the folder of a checkpoint, of a bank or of PEFT.
@@ -63,25 +66,24 @@ def _of_file(file: Path) -> Info:
     with file.open("rb") as stream:
         start = stream.read(9)
     if start[:4] == b"PK\x03\x04":
-        return _of_tensors(file, load_state(file))
+        return _of_tensors(file, load_state(file), {})
     if start[8:] == b"{":
-        return _of_tensors(file, load_tensors(file))
+        return _of_tensors(file, load_tensors(file, integers=True), load_metadata(file))
     raise _unknown(file)
 
 
-def _of_tensors(file: Path, tensors: peft.Tensors) -> Info:
+def _of_tensors(file: Path, tensors: peft.Tensors, metadata: Mapping[str, str]) -> Info:
     """The report on tensors by name, whose names tell the format."""
     if any(name.startswith(PREFIX) for name in tensors):
         if (file.parent / CONFIG).is_file():
             return _report(file, "PEFT", peft.read(file.parent))
         refused = [f"{CONFIG} is not beside the file: PEFT keeps the method, the rank and alpha in it."]
         return _report(file, "PEFT", peft.content(None, tensors, refused))
-    readers: dict[str, tuple[Callable[[list[str]], bool], Callable[[peft.Tensors], Content]]] = {
-        "loralib": (loralib.is_state, loralib.read),
-    }
-    for name, (is_format, read) in readers.items():
-        if is_format(list(tensors)):
-            return _report(file, name, read(tensors))
+    names = list(tensors)
+    if loralib.is_state(names):
+        return _report(file, "loralib", loralib.read(tensors))
+    if kohya.is_file(names):
+        return _report(file, kohya.format_name(names), kohya.read(tensors, metadata))
     raise _unknown(file, f"Its tensors are {', '.join(list(tensors)[:3]) or 'none'}, ...: no adapter's.")
 
 

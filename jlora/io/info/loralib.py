@@ -10,6 +10,7 @@ from jlora.io.peft.layouts import FactorInFile
 from jlora.methods import LoRA
 
 _LAYOUT = {"a": FactorInFile("lora_A", "rank in"), "b": FactorInFile("lora_B", "out rank")}
+_MERGED = {**_LAYOUT, "a": FactorInFile("lora_A", "(groups rank) in")}
 _ALPHA = (
     "loralib records neither alpha nor the enabled groups of a MergedLinear: the norms are those for a scale of 1, and "
     "jlora.loralib.load takes both as arguments."
@@ -55,4 +56,5 @@ def _factors(pair: dict[str, np.ndarray]) -> FileFactors[LoRA]:
     a, b = pair["A"], pair["B"]
     if a.ndim != 2 or b.ndim != 2 or not b.shape[1] or len(a) % b.shape[1]:
         raise ValueError(f"lora_A {a.shape} and lora_B {b.shape} do not fit.")
-    return FileFactors(LoRA(b.shape[1]), _LAYOUT, {"a": a, "b": b}, has_norm=len(a) == b.shape[1])
+    is_plain = len(a) == b.shape[1]
+    return FileFactors(LoRA(b.shape[1]), _LAYOUT if is_plain else _MERGED, {"a": a, "b": b}, has_norm=is_plain)

@@ -84,6 +84,19 @@ def read_config(path: str | os.PathLike[str]) -> Config:
             config = json.load(file)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    return check_config(path, config)
+
+
+def check_config(path: str | os.PathLike[str], config: Any) -> Config:
+    """The same configuration, checked.
+
+    Arguments:
+        path: where it comes from, for errors.
+        config: what JSON gave.
+
+    Raises:
+        ValueError: if it is no configuration, lacks a field, or has a field that jlora does not implement.
+    """
     peft_type = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(peft_type, str) or peft_type not in _READ:
         raise ValueError(f"{path} has the peft_type {peft_type!r}; jlora reads {', '.join(_READ)}.")

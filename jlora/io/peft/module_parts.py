@@ -6,12 +6,36 @@ from collections.abc import Mapping
 import numpy as np
 
 from jlora._interpreter.context import Role
+from jlora.io.peft.deltas import BaseParams
+from jlora.io.peft.infer.result import for_weights
 from jlora.io.peft.module_entry import ModuleEntry
 from jlora.io.torch.join_modules import concatenate_out_axis
+from jlora.io.torch.module_names import Names, no_match_error
 from jlora.io.torch.split_modules import split_modules
-from jlora.io.torch.weight_location import ModuleOwner, WeightLocation, owners_of
+from jlora.io.torch.weight_location import ModuleOwner, Weight, WeightLocation, locate_weights, owners_of
 from jlora.methods import Full
 from jlora.methods._base import Adapter, Update
+
+
+def locate_adapter(adapter: Adapter, names: Names, base: BaseParams) -> dict[str, WeightLocation]:
+    """The locations of the adapted weights, and of all other parameters that the map knows.
+
+    Arguments:
+        adapter: the adapter.
+        names: the map.
+        base: the base parameters.
+
+    Raises:
+        ValueError: if the map has no module for an adapted weight.
+    """
+    weights = {path: Weight(tuple(leaf.shape), ()) for path, leaf in (base.leaves or {}).items()}
+    weights |= {path: Weight(update.shape, update.roles) for path, update in adapter.items()}
+    names = for_weights(names, weights, adapter)
+    locations = locate_weights(names, weights)
+    unnamed = {path: names for path in adapter if path not in locations}
+    if unnamed:
+        raise no_match_error("The names have no module for these:", unnamed, names, adapter)
+    return locations
 
 
 def complete_modules(adapter: Adapter, locations: Mapping[str, WeightLocation]) -> Adapter:

@@ -4,11 +4,13 @@ import os
 from collections.abc import Mapping
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from jlora.io.torch.tensor_files import read_header
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
+_INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
@@ -18,8 +20,12 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]
         file.write(safetensors.numpy.save(contiguous, metadata={"format": "pt"}))
 
 
-def load_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def load_tensors(path: str | os.PathLike[str], *, integers: bool = False) -> dict[str, np.ndarray]:
     """Reads tensors by name.
+
+    Arguments:
+        path: the file.
+        integers: whether to accept integers too: other libraries store some scalars so.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -27,6 +33,12 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     header = read_header(path)
     for name, entry in header.items():
-        if entry.code not in _DTYPES:
+        if entry.code not in (*_DTYPES, *(_INTEGERS if integers else ())):
             raise ValueError(f"{name} in {path} has the dtype {entry.code}; factors have {', '.join(_DTYPES)}.")
     return {name: header[name].read() for name in sorted(header)}
+
+
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Reads the metadata of a file that `load_tensors` reads."""
+    with safetensors.safe_open(path, "numpy") as file:
+        return file.metadata() or {}

@@ -8,15 +8,13 @@ from jlora._adapter.to_lora import to_lora
 from jlora.io.peft.config import PEFT_TYPES, PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, to_absolute, without_scaled_biases
 from jlora.io.peft.full_weights import add_tokens, add_trained, only_tokens
-from jlora.io.peft.infer.result import for_weights
 from jlora.io.peft.method_fields import ia3_fields, rank_fields
 from jlora.io.peft.module_entry import ModuleEntry
-from jlora.io.peft.module_parts import complete_biases, complete_modules, module_entries
+from jlora.io.peft.module_parts import complete_biases, complete_modules, locate_adapter, module_entries
 from jlora.io.peft.tensors import Tensors, module_tensors
 from jlora.io.peft.uniform import check_vllm, with_uniform_rank
 from jlora.io.peft.vera import add_vera
-from jlora.io.torch.module_names import Names, no_match_error
-from jlora.io.torch.weight_location import Weight, WeightLocation, locate_weights
+from jlora.io.torch.module_names import Names
 from jlora.methods import IA3, DoRA, Full, GroupedLoRA, LoRA, VeRA
 from jlora.methods._base import Adapter, Method, Update
 
@@ -49,7 +47,7 @@ def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) 
     if not adapter:
         raise ValueError("The adapter is empty: there is nothing to save.")
     base = BaseParams(params)
-    locations = _locate(adapter, names, base)
+    locations = locate_adapter(adapter, names, base)
     adapter = without_scaled_biases(adapter, base, locations)
     adapter, notes = _as_one_method(adapter, params, target)
     adapter = complete_modules(complete_biases(adapter, locations), locations)
@@ -59,18 +57,6 @@ def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) 
     adapted = {name: entry for name, entry in entries.items() if name not in trained}
     adapted = _for_target(adapted, trained, target, notes)
     return Files(*_config_and_tensors(adapted, trained, base), tuple(notes))
-
-
-def _locate(adapter: Adapter, names: Names, base: BaseParams) -> dict[str, WeightLocation]:
-    """The locations of the adapted weights, and of all other parameters that the map knows."""
-    weights = {path: Weight(tuple(leaf.shape), ()) for path, leaf in (base.leaves or {}).items()}
-    weights |= {path: Weight(update.shape, update.roles) for path, update in adapter.items()}
-    names = for_weights(names, weights, adapter)
-    locations = locate_weights(names, weights)
-    unnamed = {path: names for path in adapter if path not in locations}
-    if unnamed:
-        raise no_match_error("The names have no module for these:", unnamed, names, adapter)
-    return locations
 
 
 def _as_one_method(adapter: Adapter, params: Any, target: str | None) -> tuple[Adapter, list[str]]:
