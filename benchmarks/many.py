@@ -95,7 +95,6 @@ class Decoder:
         rng = np.random.default_rng(0)
         self.params = jax.tree.map(lambda a: jnp.asarray(0.02 * rng.standard_normal(a.shape, np.float32)), params)
         self.cache = smollm.empty_cache(SMOLLM, ROWS, POSITIONS)
-        self.rows = jax.tree.map(lambda a: a[:, :, None], self.cache)  # the cache of rows that are mapped
         token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         sites = jlora.trace(
             self.forward, shapes(self.params), token, shapes(smollm.empty_cache(SMOLLM, 1, POSITIONS)), 0
@@ -122,17 +121,8 @@ class Decoder:
         return run
 
     def many(self) -> Callable[..., Any]:
-        """A step whose rows use the adapters of a bank that `ids` name; the cache has an axis of one after the rows."""
-
-        def step(
-            params: Any, bank: Any, ids: Any, token: jax.Array, cache: Any, position: Any
-        ) -> tuple[jax.Array, Any]:
-            members, axes = jlora.bank.select(bank, ids)
-            mapped = jax.vmap(jlora.adapt(self.step), (None, axes, 0, 1, None), (0, 1))
-            token, cache = mapped(params, members, token[:, None], cache, position)
-            return token[:, 0], cache
-
-        return step
+        """A step whose rows use the adapters of a bank that `ids` name."""
+        return jlora.bank.apply(self.step, in_axes=(0, 1, None), out_axes=(0, 1))
 
     def single(self) -> Callable[..., Any]:
         """A step in which one adapter serves all rows."""
@@ -144,7 +134,7 @@ def decoding_costs(decoder: Decoder) -> tuple[dict[str, Any], list[Bar]]:
     """One step: temporary bytes beside the gathered factors, as a ratio to one adapter."""
     bank = jlora.bank.stack({str(k): decoder.like for k in range(64)})
     token, ids = np.zeros((ROWS, 1), np.int32), np.zeros(ROWS, np.int32)
-    many = _measure.compile(decoder.many(), decoder.params, bank, ids, token, decoder.rows, 3)
+    many = _measure.compile(decoder.many(), decoder.params, bank, ids, token, decoder.cache, 3)
     one = _measure.compile(decoder.single(), decoder.params, decoder.like, ids, token, decoder.cache, 3)
     gathered = ROWS * sum(a.nbytes for a in jax.tree.leaves(bank)) // 64
     value = (many.temp_bytes - gathered) / one.temp_bytes
@@ -205,11 +195,11 @@ def serving(decoder: Decoder, rounds: int, adapters: int, slots: int) -> tuple[d
         """A batch of requests, most of them for the adapters that are asked for most."""
         names = [str(k) for k in np.minimum(rng.zipf(1.3, ROWS) - 1, count - 1)]
         with pools[count].use(names) as (bank, ids):
-            return many(decoder.params, bank, ids, decoder.rows)
+            return many(decoder.params, bank, ids, decoder.cache)
 
     def same() -> Any:
         with pools[5].use(["0"] * ROWS) as (bank, ids):
-            return many(decoder.params, bank, ids, decoder.rows)
+            return many(decoder.params, bank, ids, decoder.cache)
 
     calls = {
         "5 adapters": lambda: serve(5),

@@ -81,9 +81,6 @@ def apply(
 def select(bank: Bank, ids: Any) -> tuple[Adapter, Any]:
     """The adapter of every row of a batch, for a program that maps rows by `jax.vmap` itself.
 
-    `apply` gives the program batches of one row, by a reshape. A decoder whose cache has an axis of rows and an axis of
-    one saves the copy that XLA makes of a reshaped cache in every step.
-
     Arguments:
         bank: the bank.
         ids: (rows,), integers, -1 for the base, as for `apply`.
@@ -169,7 +166,7 @@ def _with_axis_of_one(leaf: Any, axis: int) -> jax.Array:
     """The same array with an axis of size one after the axis of rows, without a copy."""
     leaf = jnp.asarray(leaf)
     axis %= leaf.ndim
-    return leaf.reshape(*leaf.shape[: axis + 1], 1, *leaf.shape[axis + 1 :])
+    return _compat.row_major(leaf.reshape(*leaf.shape[: axis + 1], 1, *leaf.shape[axis + 1 :]))
 
 
 def _without_axis_of_one(leaf: jax.Array, axis: int) -> jax.Array:

@@ -197,6 +197,28 @@ def test_the_form_is_chosen_by_cost() -> None:
     assert temporaries(8, 32) < 10 * factors
 
 
+def test_a_cache_is_not_copied() -> None:
+    """A step of decoding through a loop over layers, whose cache has its rows along the second axis."""
+    layers, rows, positions, width = 3, 4, 64, 32
+    params = {"w": jnp.ones((layers, width, width))}
+
+    def step(params: Any, x: Any, cache: Any, position: Any) -> tuple[Any, Any]:
+        def layer(x: Any, inputs: Any) -> tuple[Any, Any]:
+            w, cache = inputs
+            cache = jax.lax.dynamic_update_slice_in_dim(cache, (x @ w)[:, None], position, 1)
+            return x + cache.mean(1), cache
+
+        return jax.lax.scan(layer, x, (params["w"], cache))
+
+    x, cache = jnp.ones((rows, width)), jnp.ones((layers, rows, positions, width))
+    sites = jlora.trace(step, params, x, cache, 0)
+    adapter = jlora.init(jax.random.key(0), sites, jlora.LoRA(1))
+    bank = jlora.bank.stack({str(k): adapter for k in range(rows)})
+    apply = jlora.bank.apply(step, in_axes=(0, 1, None), out_axes=(0, 1))
+    compiled = jax.jit(apply).lower(params, bank, np.arange(rows), x, cache, 0).compile()
+    assert memory(compiled).temp_size_in_bytes < cache.nbytes
+
+
 @pytest.mark.parametrize("name", ["conv_2d", "experts", "scan_stacked", "tied_embedding"])
 def test_kinds_of_weights(name: str) -> None:
     """A row is a whole input of the kind."""
