@@ -80,6 +80,28 @@ def test_a_truncation_keeps_the_leading_ranks_at_the_same_scale():
         jlora.truncate(toy_model.adapter(jlora.Full()), 1)
 
 
+@pytest.mark.parametrize("shape", [(3, 9, 14), (3, 14, 9), (8, 8)])
+@pytest.mark.parametrize("cut", [{"rank": 4}, {"energy": 0.9}, {"energy": 1 - 1e-12}, {"rank": 9}, {}], ids=str)
+def test_a_truncation_and_its_error_are_those_of_an_svd(shape, cut):
+    """Of a matrix whose singular values fall to 1e-9, so that small errors are exact too."""
+    rng, count = np.random.default_rng(0), min(shape[-2:])
+    left, right = (np.linalg.qr(rng.normal(size=(*shape[:-2], n, count)))[0] for n in shape[-2:])
+    matrix = np.float32(left * np.geomspace(1, 1e-9, count) @ right.swapaxes(-1, -2))
+    sites = jlora.trace(lambda p, x: x @ p["w"], {"w": matrix}, np.zeros((*shape[:-2], 1, shape[-2]), np.float32))
+    update = dataclasses.replace(jlora.init(KEY, sites, jlora.Full())["w"], factors={"d": jnp.asarray(matrix)})
+    lora, errors = jlora.to_lora({"w": update}, **cut, tolerance=1e-2)
+
+    u, s, vt = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+    tails = np.sqrt(np.cumsum(s[..., ::-1] ** 2, -1)[..., ::-1] / (s**2).sum(-1, keepdims=True))
+    tails = np.append(tails.reshape(-1, count).max(0)[1:], 0)
+    allowed = np.sqrt(1 - cut["energy"]) if "energy" in cut else 1e-2
+    rank = min(cut["rank"], count) if "rank" in cut else int(np.argmax(tails <= allowed)) + 1
+    assert cast(jlora.LoRA, lora["w"].method).rank == rank
+    np.testing.assert_allclose(errors["w"], tails[rank - 1], rtol=1e-6, atol=0)
+    nearest = u[..., :rank] * s[..., None, :rank] @ vt[..., :rank, :]
+    np.testing.assert_allclose(jlora.merge({"w": 0 * matrix}, lora)["w"], nearest, atol=1e-6)
+
+
 def test_a_rank_is_drawn_for_every_step():
     params, x = toy_model.params(), toy_model.tokens()
     adapter = toy_model.adapter(jlora.LoRA(4, 3.0))
