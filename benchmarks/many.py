@@ -23,6 +23,7 @@ import optax
 from flax import nnx
 
 import jlora
+import serve_many
 import smollm
 from benchmarks import _measure, _transformer
 from benchmarks._measure import Bar
@@ -150,8 +151,8 @@ def jobs(rounds: int) -> tuple[dict[str, Any], list[Bar]]:
     tokens = jax.random.randint(jax.random.key(1), (JOBS, 1, 17), 0, sizes.vocabulary)
     sites = jlora.trace(loss, params, tokens[0])
     keys = jax.random.split(jax.random.key(2), JOBS)
-    adapters = [jlora.init(key, sites, {TARGETS: jlora.LoRA(RANK)}) for key in keys]
-    bank = jlora.bank.stack({str(k): adapter for k, adapter in enumerate(adapters)})
+    adapters: list[Any] = [jlora.init(key, sites, {TARGETS: jlora.LoRA(RANK)}) for key in keys]
+    bank: Any = jlora.bank.stack({str(k): adapter for k, adapter in enumerate(adapters)})
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     joint, single = jlora.bank.optimiser(tx), optax.masked(tx, jlora.mask)
 
@@ -183,18 +184,15 @@ def serving(decoder: Decoder, rounds: int, adapters: int, slots: int) -> tuple[d
     many = jax.jit(decoder.decode(decoder.many()))
     single = jax.jit(decoder.decode(decoder.single()))
     rng = np.random.default_rng(0)
-    base = jax.device_get(decoder.like)
     pools = {}
     for count in (5, adapters):
         pools[count] = jlora.bank.Pool(decoder.like, slots)
         for k in range(count):
-            member = jax.tree.map(lambda a: a + np.float32(0.01) * rng.standard_normal(a.shape, np.float32), base)
-            pools[count].put(str(k), member)
+            pools[count].put(str(k), serve_many.stand_in(decoder.like, str(k)))
 
     def serve(count: int) -> Any:
         """A batch of requests, most of them for the adapters that are asked for most."""
-        names = [str(k) for k in np.minimum(rng.zipf(1.3, ROWS) - 1, count - 1)]
-        with pools[count].use(names) as (bank, ids):
+        with pools[count].use(serve_many.skewed_names(rng, count, ROWS)) as (bank, ids):
             return many(decoder.params, bank, ids, decoder.cache)
 
     def same() -> Any:
