@@ -55,7 +55,8 @@ def arguments() -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="for report, curves, adapter and head (default: the first unused of runs/reviews, runs/reviews-2, ...)",
+        help="for report, curves, adapter, head and the merged model "
+        "(default: the first unused of runs/reviews, runs/reviews-2, ...)",
     )
     options = parser.parse_args()
     if options.rank < 1 or (options.steps is not None and options.steps < 1):
@@ -135,6 +136,9 @@ def main() -> int:
 
     merged = jlora.merge(variables, trained["adapter"])
     merged_logits = predict(jax.jit(plain_logits), trained["head"], merged, test)
+    if options.base == "float32":  # and in the files of the checkpoint, for transformers and serving engines
+        names = jlora.peft.infer_names(variables, folder)
+        jlora.hf.save_merged(options.out / "merged", merged, names, like=folder)
 
     runs = {"LoRA": history}
     result: dict[str, Any] = {

@@ -56,6 +56,7 @@ from jlora.starts.lora_ga import lora_ga as lora_ga
 if typing.TYPE_CHECKING:
     from jlora import bank as bank
     from jlora import extend as extend
+    from jlora import hf as hf
     from jlora import io as io
     from jlora import kohya as kohya
     from jlora import loralib as loralib
@@ -79,7 +80,7 @@ __docformat__ = "google"
 
 # Orbax, TensorStore, optax and safetensors take as long to import as JAX itself. The modules that import them are
 # imported when one of these names is first used, and so is all of `jlora.bank`.
-_LAZY_MODULES = {"bank", "extend", "io", "kohya", "loralib", "peft", "quantized"}
+_LAZY_MODULES = {"bank", "extend", "hf", "io", "kohya", "loralib", "peft", "quantized"}
 _LAZY = {
     "combine": "jlora.bank.combine",
     "extract": "jlora.bank.extract",
