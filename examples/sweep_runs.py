@@ -26,7 +26,7 @@ LAYERS = {
 TRAINED_LAYERS = 2
 CLASSES = ("It was a terrible film.", "It was a great film.")
 SHARPNESS = 3.0
-LENGTH, TRAIN, HELD_OUT = 16, 768, 600  # tokens; sentences
+LENGTH, TRAIN, HELD_OUT = 16, 768, 400  # tokens; sentences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,18 +93,13 @@ def on_device(split: reviews.Split) -> reviews.Split:
     return reviews.Split(*map(jnp.asarray, split))
 
 
-def adam(rate: Any, steps: Any) -> optax.GradientTransformation:
-    """Adam with a learning rate that falls linearly from `rate` to zero after `steps` steps."""
-    return optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda count: -rate * (1 - count / steps)))
-
-
 class Trainer:
     """Trains banks of runs on one task. Banks of one size, rank, batch size and kind of layers share one program."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
         self.sites = jlora.trace(task.apply, task.params, task.train.ids[:1], task.train.mask[:1])
-        tx = jlora.bank.optimiser(adam, rate=0.0, steps=1.0)  # the members' values are in the state
+        tx = jlora.bank.optimiser(optax.adam, learning_rate=0.0)  # the rates are in the state
 
         def losses(params: Any, states: Any, mask: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
             logits = task.apply(params, states, mask)
@@ -131,9 +126,9 @@ class Trainer:
         """The bank of runs, the state of its optimiser, and how many numbers each run trains."""
         adapters = [self._adapter(run) for run in runs]
         bank = jlora.bank.stack({str(k): adapter for k, adapter in enumerate(adapters)})
-        values = {"rate": jnp.array([run.rate for run in runs]), "steps": float(len(self.rows(runs[0])))}
+        rates = jnp.array([run.rate for run in runs])
         sizes = [sum(f.size for update in adapter.values() for f in update.factors.values()) for adapter in adapters]
-        return bank, jlora.bank.optimiser(adam, **values).init(cast(Any, bank)), sizes
+        return bank, jlora.bank.optimiser(optax.adam, learning_rate=rates).init(cast(Any, bank)), sizes
 
     def _adapter(self, run: Run) -> jlora.Adapter:
         targets = {".*": jlora.Full()} if run.rank is None else {LAYERS[run.layers]: jlora.LoRA(run.rank, ALPHA)}

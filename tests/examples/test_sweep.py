@@ -69,7 +69,7 @@ def separate_run(task, weights):
 
     @jax.jit
     def run(trained, rate, rows):
-        tx = optax.adam(optax.linear_schedule(rate, 0.0, len(rows)))
+        tx = optax.adam(rate)
 
         def step(carry, rows):
             trained, state = carry
