@@ -36,8 +36,8 @@ SEEDS = (0, 1, 2)
 RANKS = (1, 4, 20, 128)
 EQUAL = {"all": 20, "attention": 45, "MLP": 36}  # ranks at which each kind of layers trains 276,480 numbers
 BATCH, LARGE_BATCH = 8, 64
-LORA_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # the first four; of the large batch the last four
-FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+LORA_RATES = {BATCH: (1e-4, 3e-4, 1e-3, 3e-3), LARGE_BATCH: (3e-4, 1e-3, 3e-3, 1e-2)}
+FULL_RATES = {BATCH: (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), LARGE_BATCH: (3e-5, 1e-4, 3e-4, 1e-3)}
 SETTINGS = {
     "trained_layers": TRAINED_LAYERS,
     "classes": list(CLASSES),
@@ -54,29 +54,28 @@ def plan(ranks: Sequence[int], seeds: Sequence[int]) -> list[Run]:
     cells: list[tuple[int | None, str, int]] = [(rank, "all", BATCH) for rank in (None, *ranks)]
     cells += [(rank, layers, BATCH) for layers, rank in EQUAL.items()]
     cells += [(rank, "all", LARGE_BATCH) for rank in (None, EQUAL["all"])]
-    runs = []
-    for seed, (rank, layers, batch) in itertools.product(seeds, dict.fromkeys(cells)):
-        rates = FULL_RATES if rank is None else LORA_RATES
-        runs += [Run(rank, layers, batch, seed, rate) for rate in (rates[:-1] if batch == BATCH else rates[1:])]
-    return runs
+    return [
+        Run(rank, layers, batch, seed, rate)
+        for seed, (rank, layers, batch) in itertools.product(seeds, dict.fromkeys(cells))
+        for rate in (FULL_RATES if rank is None else LORA_RATES)[batch]
+    ]
 
 
 def banks(runs: Iterable[Run], members: int, mixed: bool = False) -> Iterator[list[Run]]:
-    """Divides runs into banks of at most `members`: of one kind of layers, one batch size, and one rank unless `mixed`.
+    """Divides runs into banks of at most `members`: the rates of one rank and seed, or of all if `mixed`.
 
-    A bank of mixed ranks is padded to the highest: fewer programs to compile, but more products.
+    Few large banks suit a machine with much memory. Mixed ranks are padded to the highest: fewer programs to compile,
+    but more products. Kinds of layers and batch sizes are never mixed.
     """
 
     def program(run: Run) -> tuple[Any, ...]:
-        return (run.rank is None, run.layers, run.batch, 0 if mixed else run.rank)
+        return (run.rank is None, run.layers, run.batch) + (() if mixed else (run.rank, run.seed))
 
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        group = groups.setdefault(program(run), [])
-        group.append(run)
-        if len(group) == members:
-            yield groups.pop(program(run))
-    yield from groups.values()
+        groups.setdefault(program(run), []).append(run)
+    for group in groups.values():
+        yield from (group[start : start + members] for start in range(0, len(group), members))
 
 
 def tflops(run: Run, highest: int | None = None) -> float:
@@ -132,8 +131,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="of LoRA on all layers")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--members", type=int, default=4, help="the most runs in one bank (default: 4)")
-    parser.add_argument("--mixed", action="store_true", help="ranks that differ in one bank, padded to the highest")
+    parser.add_argument("--members", type=int, default=5, help="the most runs in one bank (default: 5)")
+    parser.add_argument(
+        "--mixed", action="store_true", help="all ranks and seeds in one bank, padded to the highest rank"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/sweep/sweep.json"), help="results; the picture beside it"
     )

@@ -93,6 +93,8 @@ def draw(runs: Sequence[Record], frozen: float, path: Path) -> None:
         figure, (left, middle, right) = plt.subplots(
             1, 3, figsize=(12.5, 4), dpi=150, layout="constrained", sharey=True
         )
+        for axes in (left, middle, right):
+            axes.set_xscale("log")
         for cell, curve in cells.items():
             if cell.batch == small and cell.layers == "all":
                 band(left, curve, str(cell), colours[cell.rank])
@@ -102,13 +104,12 @@ def draw(runs: Sequence[Record], frozen: float, path: Path) -> None:
             best = {cell.batch: at_best(curve) for cell, curve in cells.items() if cell[:2] == (rank, "all")}
             if len(best) > 1:
                 band(right, best, str(Cell(rank, "all", small)), colour)
-                right.set_xticks(list(best), map(str, best))
+                right.set_xticks(list(best), map(str, best), minor=False)
+                right.set_xticks([], minor=True)
         for axes in (left, middle, right):
             axes.axhline(frozen, color=COLOURS["head alone"], linestyle=":", label="frozen encoder")
-            axes.set_xscale("log")
-            axes.legend(fontsize=8)
-        right.minorticks_off()
-        left.set(title="Ranks", xlabel="learning rate", ylabel="held-out loss (nats)", ylim=(None, frozen + 0.05))
+            axes.legend(fontsize=8, loc="upper left")
+        left.set(title="Ranks", xlabel="learning rate", ylabel="held-out loss (nats)", ylim=(None, frozen + 0.12))
         middle.set(title="Kinds of layers, equal parameters", xlabel="learning rate")
         right.set(title="Batch sizes, each at its best rate", xlabel="sentences in a step")
         figure.suptitle("MiniLM-L6 on film reviews: mean, lowest and highest of the seeds", fontweight="bold")
