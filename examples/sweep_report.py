@@ -1,4 +1,4 @@
-"""The report of sweep.py: the best learning rate of every curve with its loss, as a table, and a picture."""
+"""The report of sweep.py: good learning rates and the lowest loss of every curve, as a table, and a picture."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from report import COLOURS, STYLE, plt
+
+TOLERANCE = 0.015  # nats: differences below it are within the spread of seeds
 
 # One run as sweep.py records it: settings, losses and accuracy.
 Record = Mapping[str, Any]
@@ -37,17 +39,10 @@ def curves(runs: Sequence[Record]) -> dict[Cell, Curve]:
     return cells
 
 
-def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """The rate at the minimum of the parabola through the lowest loss and its neighbours, over the logarithm of rates.
-
-    If the lowest loss is at an end of the rates, that end.
-    """
-    lowest = int(np.argmin(losses))
-    if not 0 < lowest < len(rates) - 1:
-        return rates[lowest]
-    around = slice(lowest - 1, lowest + 2)
-    curvature, slope, _ = np.polyfit(np.log(rates[around]), losses[around], 2)
-    return float(np.exp(-slope / (2 * curvature)))
+def good_rates(curve: Curve) -> list[float]:
+    """The rates whose mean loss is within `TOLERANCE` of the lowest."""
+    lowest = min(map(mean, curve.values()))
+    return [rate for rate, runs in curve.items() if mean(runs) <= lowest + TOLERANCE]
 
 
 def mean(runs: Sequence[Record], key: str = "loss") -> float:
@@ -61,22 +56,26 @@ def at_best(curve: Curve) -> list[Record]:
 
 
 def table(runs: Sequence[Record]) -> str:
-    """A Markdown table: one row for each cell, compared with full fine-tuning at the same batch size."""
-    header = ["trained", "layers", "batch", "numbers", "best rate", "of full's", "loss", "over full's", "accuracy"]
+    """A Markdown table: one row for each cell, compared with full fine-tuning at the same batch size.
+
+    Losses are those at the best rate. "of full's" divides the middles of the good rates. "over full's" is the mean
+    difference of the seeds, with the lowest and the highest.
+    """
+    header = ["trained", "layers", "batch", "numbers", "good rates", "of full's", "loss", "over full's", "accuracy"]
     lines = [header, ["---"] * 2 + ["--:"] * 7]
     cells = curves(runs)
-    rates = {cell: best_rate(list(curve), [mean(part) for part in curve.values()]) for cell, curve in cells.items()}
     for cell, curve in cells.items():
         best, full = at_best(curve), Cell(None, "all", cell.batch)
+        rates = good_rates(curve)
+        good = f"{rates[0]:.0e} to {rates[-1]:.0e}" if len(rates) > 1 else f"{rates[0]:.0e}"
         ratio = over = ""
         if cell != full and full in cells:
-            ratio = f"{rates[cell] / rates[full]:.1f}"
+            ratio = f"{statistics.geometric_mean(rates) / statistics.geometric_mean(good_rates(cells[full])):.1f}"
             baseline = {run["seed"]: run["loss"] for run in at_best(cells[full])}
-            over = ", ".join(f"{run['loss'] - baseline[run['seed']]:+.3f}" for run in best if run["seed"] in baseline)
+            differences = [run["loss"] - baseline[run["seed"]] for run in best if run["seed"] in baseline]
+            over = f"{statistics.mean(differences):+.3f} ({min(differences):+.3f} to {max(differences):+.3f})"
         numbers, loss, accuracy = f"{best[0]['parameters']:,}", f"{mean(best):.3f}", f"{mean(best, 'accuracy'):.1%}"
-        lines.append(
-            [str(cell), cell.layers, str(cell.batch), numbers, f"{rates[cell]:.1e}", ratio, loss, over, accuracy]
-        )
+        lines.append([str(cell), cell.layers, str(cell.batch), numbers, good, ratio, loss, over, accuracy])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

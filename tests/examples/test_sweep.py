@@ -178,8 +178,17 @@ def test_kinds_of_layers_train_equally_many_numbers():
     assert sizes == [276_480] * 3
 
 
-def test_the_best_rate_is_the_minimum_of_a_parabola():
-    rates = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
-    losses = [0.4 + 0.05 * np.log(rate / 8e-4) ** 2 for rate in rates]
-    assert sweep_report.best_rate(rates, losses) == pytest.approx(8e-4, rel=1e-6)
-    assert sweep_report.best_rate(rates, rates) == 1e-4  # at an end of the rates
+def test_the_table_compares_with_full_fine_tuning():
+    def records(rank, losses):
+        settings = {"rank": rank, "layers": "all", "batch": 8, "parameters": 1000, "accuracy": 0.5}
+        return [
+            settings | {"seed": seed, "rate": rate, "loss": loss + 0.02 * seed}
+            for rate, loss in losses.items()
+            for seed in (0, 1)
+        ]
+
+    runs = records(1, {1e-4: 0.6, 1e-3: 0.45, 4e-3: 0.46}) + records(None, {1e-5: 0.5, 1e-4: 0.4, 1e-3: 0.42})
+    assert sweep_report.table(runs).splitlines()[2:] == [
+        "| full fine-tuning | all | 8 | 1,000 | 1e-04 |  | 0.410 |  | 50.0% |",
+        "| rank 1 | all | 8 | 1,000 | 1e-03 to 4e-03 | 20.0 | 0.460 | +0.050 (+0.050 to +0.050) | 50.0% |",
+    ]
