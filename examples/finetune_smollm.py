@@ -29,7 +29,6 @@ from tqdm import tqdm
 import assets
 import critic
 import jlora
-import names
 import report
 import reviews
 import smollm
@@ -180,7 +179,7 @@ def main() -> int:
     options.out.mkdir(parents=True)
     jlora.save(options.out / "adapter", adapter, params=params)
     adapter = jlora.load(options.out / "adapter", params=params)
-    maps = names.stacked(names.LLAMA_TIED)
+    maps = jlora.peft.names.LLAMA_TIED
     jlora.peft.save(options.out / "peft", adapter, maps)
     exported = jlora.peft.load(options.out / "peft", sites, maps)
     if not jax.tree.all(jax.tree.map(np.array_equal, adapter, exported)):

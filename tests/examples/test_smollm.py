@@ -14,7 +14,6 @@ from flax import nnx
 
 import assets
 import jlora
-import names
 import smollm
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "smollm.json").read_text())
@@ -105,6 +104,6 @@ def test_the_name_map_reaches_every_parameter(tmp_path: Path) -> None:
     forward, params, tokens = small()
     sites = jlora.trace(forward, params, tokens)
     adapter = jlora.init(jax.random.key(2), sites, {".*/kernel": jlora.LoRA(rank=2)})
-    jlora.peft.save(tmp_path / "peft", adapter, names.stacked(names.LLAMA_TIED))
-    again = jlora.peft.load(tmp_path / "peft", sites, names.stacked(names.LLAMA_TIED))
+    jlora.peft.save(tmp_path / "peft", adapter, jlora.peft.names.LLAMA_TIED)
+    again = jlora.peft.load(tmp_path / "peft", sites, jlora.peft.names.LLAMA_TIED)
     assert set(again) == {path for path in sites if path.endswith("kernel")}

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import jlora
-import names as maps
 from tests.support import toy_model
 from tests.support.peft_files import (
     FILES,
@@ -139,7 +138,7 @@ def test_names_under_a_prefix(given_files):
     sites = jlora.trace(
         lambda variables, ids: MODELS["bert"].apply(variables["params"], ids), {"params": params}, jnp.ones((1, 6), int)
     )
-    loaded = jlora.peft.load(given_files, sites, maps.under("params/", NAMES))
+    loaded = jlora.peft.load(given_files, sites, jlora.peft.names.under("params/", NAMES))
     assert list(loaded) == [f"params/{path}" for path in load_for_bert(given_files)]
 
 

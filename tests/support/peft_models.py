@@ -16,8 +16,8 @@ import numpy as np
 from jax import lax
 
 import minilm
-import names as maps
 from jlora.io.peft import Module, Names
+from jlora.io.peft import names as maps
 
 Array = jax.Array
 V, D, H, K, F, L, E, T = 30, 16, 2, 8, 24, 2, 3, 6  # words, width, heads, head size, hidden, layers, experts, length
@@ -252,7 +252,7 @@ CNN: Names = {
     "head/bias": Module("5.bias", "parameter"),
 }
 FUSED: Names = {
-    **maps.stacked(maps.LLAMA),
+    **maps.LLAMA,
     "layers/mlp/gate_up/kernel": ("model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"),
 }
 
@@ -285,9 +285,9 @@ MODELS = {
     "gpt2": Model("gpt2", gpt2, gpt2_params, maps.GPT2),
     "llama": of_llama("llama", gated, gated_params, maps.LLAMA),
     "llama_tied": of_llama("llama_tied", gated, gated_params, maps.LLAMA_TIED),
-    "llama_scanned": of_llama("llama", gated, gated_params, maps.stacked(maps.LLAMA), True),
+    "llama_scanned": of_llama("llama", gated, gated_params, maps.LLAMA, True),
     "llama_fused": of_llama("llama", gated_fused, gated_fused_params, FUSED, True),
     "mixtral": of_llama("mixtral", experts, experts_params, maps.MIXTRAL),
-    "mixtral_scanned": of_llama("mixtral", experts, experts_params, maps.stacked(maps.MIXTRAL), True),
+    "mixtral_scanned": of_llama("mixtral", experts, experts_params, maps.MIXTRAL, True),
     "cnn": Model("cnn", cnn, cnn_params, CNN),
 }

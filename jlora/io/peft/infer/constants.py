@@ -79,12 +79,15 @@ def _cover(parts: Sequence[Part], shape: tuple[int, ...]) -> bool:
 
 
 def _stack_size(place: Name, shape: tuple[int, ...], neighbours: Neighbours) -> int | None:
-    """The number of layers, if all that is known near a parameter is a stack of as many as its first axis has."""
-    for end in range(len(place) - 1, -1, -1):
+    """The number of layers, if what is known near a parameter is a stack of as many as its first axis has.
+
+    One neighbour that is a stack suffices; another may be in one layer only, as the position biases of T5 are.
+    """
+    for end in range(len(place) - 1, 0, -1):
         near = neighbours.below(place[:end])
         if near:
-            first = {unit.part.leaf.view[0] if _is_stacked(unit) else None for unit in near}
-            return shape[0] if shape and first == {shape[0]} else None
+            sizes = {unit.part.leaf.view[0] for unit in near if _is_stacked(unit)}
+            return shape[0] if shape and sizes == {shape[0]} else None
     return None
 
 

@@ -67,7 +67,7 @@ def exact_entry(path: str, pieces: Sequence[Piece], checkpoint: Checkpoint, role
     names = [{index: row[column] for index, row in by_index.items()} for column in range(len(columns))]
     templates = tuple(_template(column, kind, checkpoint) for column in names)
     modules = [_module(column, kind, checkpoint) for column in columns]
-    sizes = [_out_size(column[0], checkpoint) for column in columns]
+    sizes = [_out_size(column[0], checkpoint) for column in columns] if len(columns) > 1 else []
     if len(set(sizes)) > 1:
         modules = [dataclasses.replace(module, size=size) for module, size in zip(modules, sizes, strict=True)]
     tied = None
@@ -199,7 +199,7 @@ def _kind(path: str, piece: Piece, checkpoint: Checkpoint, roles: Sequence[Role]
         return "linear" if _first_is_out(piece, joined, roles) else in_first
     if words(path)[-1] in ("embedding", "embeddings"):
         return "embedding"
-    if max(joined[0], default=0) > max(joined[1], default=0):  # the program has (in, out), torch (out, in)
+    if not joined[0] or (joined[1] and joined[0][-1] > joined[1][-1]):  # the program has (in, out), torch (out, in)
         return "linear"
     if words(path)[-1] == "kernel" and has_bias:
         return "conv1d"

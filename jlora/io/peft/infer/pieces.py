@@ -24,7 +24,7 @@ class Block:
     def of(self, array: np.ndarray) -> np.ndarray:
         """The block; of an array that `reshape` need not copy it is a view, which may be written to."""
         index = tuple(entry if isinstance(entry, int) else slice(entry.start, entry.stop) for entry in self.index)
-        return array.reshape(self.view)[index]
+        return array.reshape(self.view)[(*index, ...)]  # the dots keep a view of a single number
 
     @property
     def shape(self) -> tuple[int, ...]:
