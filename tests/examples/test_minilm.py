@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import assets
+import jlora
 import minilm
 import reviews
 
@@ -76,3 +77,31 @@ def test_the_layers_below_and_the_upper_part_compute_what_the_encoder_computes()
             params = {"params": {f"layer_{i}": variables["params"][f"layer_{i}"] for i in range(first, 3)}}
             upper = jax.jit(minilm.Upper(encoder, first).apply)(params, states, mask)
             np.testing.assert_allclose(upper, expected, rtol=0, atol=1e-6)
+
+
+def test_the_names_are_found_in_the_file(folder: Path) -> None:
+    _, variables = minilm.load(folder)
+    names = jlora.peft.infer_names(variables, folder).check()
+    written = jlora.peft.names.under("params/", jlora.peft.names.BERT)
+    assert dict(names) == {pattern: written[pattern] for pattern in names}
+    assert names.unused == ("pooler.dense.bias", "pooler.dense.weight")
+    assert len(names.leaves) == len(jax.tree.leaves(variables))
+
+
+@pytest.mark.nightly
+def test_the_names_of_a_rounded_and_scanned_model_are_found(folder: Path) -> None:
+    """All layers in one array, query, key and value in one kernel, in bfloat16: no map exists for it."""
+    _, variables = minilm.load(folder)
+    params = dict(variables["params"])
+    layers = [params.pop(f"layer_{i}") for i in range(6)]
+    for layer in layers:
+        attention = layer["attention"]
+        heads = [attention.pop(name) for name in ("query", "key", "value")]
+        attention["qkv"] = jax.tree.map(lambda *parts: jnp.stack(parts, parts[0].ndim - 2), *heads)
+    params["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    names = jlora.peft.infer_names(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), folder).check()
+    assert names["layers/attention/qkv/kernel"] == tuple(
+        f"encoder.layer.{{i}}.attention.self.{name}" for name in ("query", "key", "value")
+    )
+    assert names["layers/feed_forward/up/kernel"] == "encoder.layer.{i}.intermediate.dense"
+    assert not names.inexpressible

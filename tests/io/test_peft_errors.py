@@ -198,10 +198,17 @@ def test_a_bias_without_a_name(tmp_path):
     params, sites, _ = program("bert")
     folder = unpack(golden()["adapter"]["bert ia3"], tmp_path / "a")
     adapter = jlora.init(jax.random.key(0), sites, {".*/query/kernel": jlora.IA3()})
-    with pytest.raises(ValueError, match="key/bias may be that of layer_0/attention/key/kernel"):
+    written = (
+        r"names\['layer_{i}/attention/key/bias'\] = Module\('encoder.layer.{i}.attention.self.key.bias', 'parameter'\)"
+    )
+    with pytest.raises(ValueError, match=f"key/bias may be that of layer_0/attention/key/kernel.*{written}"):
         load_for_bert(folder, names)
     with pytest.raises(ValueError, match="query/bias may be that of"):
         jlora.peft.save(tmp_path / "b", adapter, names, params=params)
+    adapter = jlora.init(jax.random.key(0), sites, {".*/query/kernel": jlora.LoRA(2), ".*/key/bias": jlora.Full()})
+    with pytest.raises(ValueError, match=f"(?s)no module for these.*layer_0/attention/key/bias.*write {written}"):
+        jlora.peft.save(tmp_path / "b", adapter, names, params=params)
+    adapter = jlora.init(jax.random.key(0), sites, {".*/query/kernel": jlora.IA3()})
     with pytest.raises(ValueError, match="Pass params="):
         jlora.peft.save(tmp_path / "b", adapter, NAMES)
     with pytest.raises(ValueError, match="empty"):

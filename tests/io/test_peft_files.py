@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora.io.peft import Module
+from tests.support.peft_files import FILES, NAMES, load_for_bert
 
 PREFIX = "base_model.model."
 BOUND = 1e-5
@@ -176,3 +177,42 @@ def test_trained_tokens_of_an_output_head(tmp_path, n_in):
     )
     with pytest.raises(ValueError, match=r"lm_head has trained rows of shape \(2, 5\)"):
         jlora.peft.load(wrong, sites, {"head": "lm_head"}, params=params)
+
+
+def test_the_base_model_and_the_task_are_in_the_configuration(given_files, tmp_path):
+    adapter = load_for_bert(given_files)
+    jlora.peft.save(tmp_path / "a", adapter, NAMES, base_model="org/model", task_type="FEATURE_EXTRACTION")
+    config = json.loads((tmp_path / "a" / FILES[0]).read_text())
+    assert (config["base_model_name_or_path"], config["task_type"]) == ("org/model", "FEATURE_EXTRACTION")
+    assert jax.tree.all(jax.tree.map(np.array_equal, load_for_bert(tmp_path / "a"), adapter))
+    jlora.peft.save(tmp_path / "b", adapter, NAMES)
+    config = json.loads((tmp_path / "b" / FILES[0]).read_text())
+    assert (config["base_model_name_or_path"], config["task_type"]) == (None, None)
+    with pytest.raises(ValueError, match=r"no task_type 'causal_lm'; it has SEQ_CLS, .*CAUSAL_LM"):
+        jlora.peft.save(tmp_path / "c", adapter, NAMES, task_type="causal_lm")
+    assert not (tmp_path / "c").exists()
+
+
+def test_fused_modules_of_several_widths(tmp_path):
+    """Query, key and value of 6, 2 and 2 in one kernel: each gets its rows of B, and they come back."""
+    names = {"qkv": [Module(f"{name}_proj", size=size) for name, size in (("q", 6), ("k", 2), ("v", 2))]}
+    params, x = {"qkv": draw(4, 10)}, draw(3, 4)
+    sites = jlora.trace(lambda p, x: x @ p["qkv"], params, x)
+    parts = [lora(f"{name}_proj", 4, size) for name, size in (("q", 6), ("k", 2), ("v", 2))]
+    folder = write(
+        tmp_path / "a",
+        {k: v for tensors, _ in parts for k, v in tensors.items()},
+        target_modules=["q_proj", "k_proj", "v_proj"],
+    )
+    adapter = jlora.peft.load(folder, sites, names)
+    expected = params["qkv"] + np.concatenate([delta for _, delta in parts], 1)
+    np.testing.assert_allclose(jlora.merge(params, adapter)["qkv"], expected, atol=BOUND)
+    jlora.peft.save(tmp_path / "b", adapter, names)
+    config = json.loads((tmp_path / "b" / FILES[0]).read_text())
+    tensors = load_file(tmp_path / "b" / FILES[1])
+    for (_, delta), name in zip(parts, "qkv", strict=True):
+        a, b = (tensors[f"{PREFIX}{name}_proj.lora_{factor}.weight"] for factor in "AB")
+        np.testing.assert_allclose((b @ a).T * config["lora_alpha"] / config["r"], delta, atol=BOUND)
+    for entry in (["q_proj", "k_proj", "v_proj"], [Module("q_proj", size=6), Module("k_proj", size=6)]):
+        with pytest.raises(ValueError, match=r"qkv has 10 outputs, and its modules .*give each its size"):
+            jlora.peft.save(tmp_path / "c", adapter, {"qkv": entry})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jlora._trace.sites import Sites
 from jlora._tree.paths import Tree
-from jlora.io.peft.config import read_config, write_config
+from jlora.io.peft.config import TASK_TYPES, read_config, write_config
 from jlora.io.peft.read import read_adapter
 from jlora.io.peft.safetensors_file import load_tensors, save_tensors
 from jlora.io.peft.write import peft_files
@@ -57,6 +57,8 @@ def save(
     *,
     params: Tree = None,
     target: str | None = None,
+    base_model: str | None = None,
+    task_type: str | None = None,
 ) -> tuple[str, ...]:
     """Writes an adapter to a new folder as PEFT reads it. Nothing is left behind if it fails.
 
@@ -74,14 +76,20 @@ def save(
         names: as for `load`.
         params: the base parameters, as for `load`.
         target: "vllm" for a serving engine that takes plain LoRA of one rank and one scale.
+        base_model: the name or the folder of the base model, for readers that load it by themselves, as
+            `AutoPeftModelForCausalLM` does.
+        task_type: what PEFT is told that the model does, "CAUSAL_LM" for example. PEFT adds methods such as `generate`
+            by it.
 
     Returns:
         a sentence for each update that was written in another form.
 
     Raises:
         FileExistsError: if the folder exists.
-        ValueError: if PEFT has no equal, with the path and what to do.
+        ValueError: if PEFT has no equal, with the path and what to do; or if it has no such task type.
     """
+    if task_type not in (None, *TASK_TYPES):
+        raise ValueError(f"PEFT has no task_type {task_type!r}; it has {', '.join(TASK_TYPES)}.")
     path = Path(os.path.abspath(folder))
     if path.exists():
         raise FileExistsError(f"{path} exists. Save to another path, or remove it first.")
@@ -91,7 +99,9 @@ def save(
     unfinished.mkdir(parents=True)
     try:
         save_tensors(unfinished / TENSORS, files.tensors)
-        write_config(unfinished / CONFIG, files.config)
+        write_config(
+            unfinished / CONFIG, files.config | {"base_model_name_or_path": base_model, "task_type": task_type}
+        )
         unfinished.rename(path)
     finally:
         for file in unfinished.glob("*"):

@@ -21,6 +21,8 @@ PEFT_TYPES: dict[type[Method], str] = {
     IA3: "IA3",
 }
 
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
 # Fields that do not change what a trained adapter computes.
 _IGNORED = {
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),

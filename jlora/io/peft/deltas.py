@@ -9,6 +9,7 @@ import numpy as np
 from jlora._interpreter.context import Role, matrix_side
 from jlora._tree.leaves import as_array
 from jlora._tree.paths import is_array, named_leaves
+from jlora.io.torch.module_names import Names, bias_hint
 from jlora.io.torch.weight_location import WeightLocation, bias_of, owners_of
 from jlora.methods import IA3, DoRA, Full
 from jlora.methods._base import Adapter, Update
@@ -144,7 +145,7 @@ def _scales_output(update: Update) -> bool:
 
 
 def scaled_biases(
-    adapter: Adapter, leaves: Mapping[str, Any], locations: Mapping[str, WeightLocation]
+    adapter: Adapter, leaves: Mapping[str, Any], locations: Mapping[str, WeightLocation], names: Names
 ) -> dict[str, str]:
     """The biases that PEFT's IA3 scales: from the path of the weight to that of its bias.
 
@@ -152,9 +153,10 @@ def scaled_biases(
         adapter: the adapter.
         leaves: the parameters, or sites, by path.
         locations: of the weights that the map knows.
+        names: the map.
 
     Raises:
-        ValueError: if a weight seems to have a bias that is not in the map.
+        ValueError: if a weight seems to have a bias that is not in the map; the message says what to write.
     """
     owners, biases = owners_of(locations), {}
     for path, update in adapter.items():
@@ -163,13 +165,18 @@ def scaled_biases(
         bias = bias_of(locations[path], owners)
         unnamed = _unnamed_bias(path, update, leaves, locations)
         if bias is None and unnamed is not None:
-            raise ValueError(f"{_BIAS}, and {unnamed} may be that of {path}: add it to names, as a 'parameter'.")
+            raise ValueError(
+                f"{_BIAS}, and {unnamed} may be that of {path}: add it to names, as a 'parameter': "
+                f"{bias_hint(unnamed, names)}."
+            )
         if bias in leaves:
             biases[path] = bias
     return biases
 
 
-def without_scaled_biases(adapter: Adapter, base: BaseParams, locations: Mapping[str, WeightLocation]) -> Adapter:
+def without_scaled_biases(
+    adapter: Adapter, base: BaseParams, locations: Mapping[str, WeightLocation], names: Names
+) -> Adapter:
     """The adapter without those updates of biases that PEFT's IA3 implies.
 
     Raises:
@@ -179,7 +186,7 @@ def without_scaled_biases(adapter: Adapter, base: BaseParams, locations: Mapping
         if _scales_output(update):
             base.leaf(path, update.shape, f"{_BIAS}, so the file depends on whether there is one")
     remaining = dict(adapter)
-    for path, bias in scaled_biases(adapter, base.leaves or {}, locations).items():
+    for path, bias in scaled_biases(adapter, base.leaves or {}, locations, names).items():
         expected = scaled_bias(path, adapter[path], bias, base).factors["d"]
         actual = remaining.pop(bias, None)
         delta = 0 if actual is None else np.asarray(actual.factors["d"]) * np.float32(actual.scale)

@@ -117,10 +117,8 @@ def only_tokens(embeddings: Mapping[str, ModuleEntry], base: BaseParams) -> tupl
         "peft_type": "TRAINABLE_TOKENS",
         "target_modules": sorted(embeddings),
         "token_indices": tokens,
-        "base_model_name_or_path": None,
         "inference_mode": True,
         "init_weights": True,
-        "task_type": None,
     }
     return config, {f"{PREFIX}{name}.trainable_tokens_delta": value for name, (_, value) in changed.items()}
 

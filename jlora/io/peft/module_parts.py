@@ -10,7 +10,7 @@ from jlora.io.peft.deltas import BaseParams
 from jlora.io.peft.infer.result import for_weights
 from jlora.io.peft.module_entry import ModuleEntry
 from jlora.io.torch.join_modules import concatenate_out_axis
-from jlora.io.torch.module_names import Names, no_match_error
+from jlora.io.torch.module_names import Names, bias_hint, no_match_error
 from jlora.io.torch.split_modules import split_modules
 from jlora.io.torch.weight_location import ModuleOwner, Weight, WeightLocation, locate_weights, owners_of
 from jlora.methods import Full
@@ -34,7 +34,8 @@ def locate_adapter(adapter: Adapter, names: Names, base: BaseParams) -> dict[str
     locations = locate_weights(names, weights)
     unnamed = {path: names for path in adapter if path not in locations}
     if unnamed:
-        raise no_match_error("The names have no module for these:", unnamed, names, adapter)
+        hints = [hint for path in unnamed if path.endswith("bias") and (hint := bias_hint(path, names))]
+        raise no_match_error("The names have no module for these:", unnamed, names, adapter, hints)
     return locations
 
 

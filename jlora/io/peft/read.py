@@ -13,7 +13,7 @@ from jlora.io.peft.completeness import check_complete, tied_heads
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, scaled_bias, scaled_biases, to_delta
 from jlora.io.peft.full_weights import check_stored_base, read_full, read_token_rows
-from jlora.io.peft.infer.result import for_weights
+from jlora.io.peft.infer.result import for_weights, unnamed_weights
 from jlora.io.peft.layouts import SUFFIXES, layout_of
 from jlora.io.peft.method_fields import is_unscaled, method_of
 from jlora.io.peft.targets import is_target_parameter
@@ -60,7 +60,7 @@ def read_adapter(config: Config, tensors: Tensors, sites: Sites, names: Names, p
     """
     base = BaseParams(params)
     weights = {path: Weight(site.shape, site.roles) for path, site in sites.items()}
-    names = for_weights(names, weights)
+    inferred, names = names, for_weights(names, weights)
     locations = locate_weights(names, weights, assume_experts=True)
     sites = sites.with_roles(
         {re.escape(path): at.weight.roles for path, at in locations.items() if at.weight.roles != weights[path].roles}
@@ -70,7 +70,8 @@ def read_adapter(config: Config, tensors: Tensors, sites: Sites, names: Names, p
     heads = tied_heads(content.adapters, locations, sites, config)
     unplaced = {name: owners for part in content for name in part if name not in owners and name not in heads}
     if unplaced:
-        raise no_match_error("These in the file have no weight in the program:", unplaced, names, sites)
+        hints = unnamed_weights(inferred, unplaced)
+        raise no_match_error("These in the file have no weight in the program:", unplaced, names, sites, hints)
     check_complete(config, set(content.adapters) - heads, set(content.trained), set(content.tokens), owners)
     collected = _collect(config, content, owners, heads, tensors, sites, base)
     # The configuration has named every layer that has an adapter, unless it leaves that to torch's classes.
@@ -78,17 +79,17 @@ def read_adapter(config: Config, tensors: Tensors, sites: Sites, names: Names, p
     adapter = {path: update_of(by_index, locations[path], are_named) for path, by_index in collected.items()}
     check_updates(adapter, sites)
     adapter = {path: to_delta(path, update, base) for path, update in adapter.items()}
-    adapter |= _implied_biases(adapter, sites, locations, base)
+    adapter |= _implied_biases(adapter, sites, locations, base, names)
     factors = jax.device_put({path: adapter[path].factors for path in sites if path in adapter})
     return {path: dataclasses.replace(adapter[path], factors=arrays) for path, arrays in factors.items()}
 
 
 def _implied_biases(
-    adapter: Adapter, sites: Sites, locations: Mapping[str, WeightLocation], base: BaseParams
+    adapter: Adapter, sites: Sites, locations: Mapping[str, WeightLocation], base: BaseParams, names: Names
 ) -> Adapter:
     """Updates for the biases that PEFT's IA3 scales with their weights."""
     biases = {}
-    for path, bias in scaled_biases(adapter, sites, locations).items():
+    for path, bias in scaled_biases(adapter, sites, locations, names).items():
         if bias in adapter:
             raise ValueError(f"The file trains the bias {bias} and scales it by IA3; jlora does one of the two.")
         biases[bias] = scaled_bias(path, adapter[path], bias, base)

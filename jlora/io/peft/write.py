@@ -48,7 +48,7 @@ def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) 
         raise ValueError("The adapter is empty: there is nothing to save.")
     base = BaseParams(params)
     locations = locate_adapter(adapter, names, base)
-    adapter = without_scaled_biases(adapter, base, locations)
+    adapter = without_scaled_biases(adapter, base, locations, names)
     adapter, notes = _as_one_method(adapter, params, target)
     adapter = complete_modules(complete_biases(adapter, locations), locations)
     absolute = {path: to_absolute(path, update, base) for path, update in adapter.items()}
@@ -127,12 +127,10 @@ def _adapted_modules(adapted: Entries) -> tuple[Config, Tensors]:
     method = next(iter(adapted.values())).factors.method
     config: Config = {
         "auto_mapping": None,
-        "base_model_name_or_path": None,
         "inference_mode": True,
         "peft_type": PEFT_TYPES[type(method)],
         "revision": None,
         "target_modules": sorted(modules),
-        "task_type": None,
     }
     match method:
         case IA3():

@@ -12,6 +12,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _INDEX = r"\{(\w+)\}"  # in a path
 _EXPRESSION = r"\{([\w*+-]+)\}"  # in a name: `{i}`, `{i-1}`, `{6*i+j}`
+_MAX_LISTED = 12  # unused patterns in an error; a ready map has many
 _TERM = r"((\d+\*)?[A-Za-z_]\w*|\d+)"
 
 
@@ -110,8 +111,30 @@ def _terms(expression: str) -> list[tuple[int, str]]:
     return [(int(sign + (factor or number or "1")), index) for sign, factor, index, number in matches]
 
 
+def bias_hint(path: str, names: Names) -> str:
+    """What to add to a map for the bias of a layer whose weight it knows; empty if it knows none beside the path.
+
+    Arguments:
+        path: of the bias.
+        names: the map.
+    """
+    parent, _, last = path.rpartition("/")
+    for pattern, entry in names.items():
+        layer = pattern.rpartition("/")[0]
+        modules = modules_of(entry)
+        if modules[0].kind not in ("parameter", "embedding") and compile_pattern(layer).fullmatch(parent):
+            biases = [dataclasses.replace(m, name=f"{m.name}.bias", kind="parameter") for m in modules]
+            written = biases[0] if len(biases) == 1 else tuple(biases)
+            return f"names[{layer + '/' + last!r}] = {written!r}"
+    return ""
+
+
 def no_match_error(
-    heading: str, candidates: Mapping[str, Iterable[str]], names: Names, paths: Iterable[str]
+    heading: str,
+    candidates: Mapping[str, Iterable[str]],
+    names: Names,
+    paths: Iterable[str],
+    hints: Iterable[str] = (),
 ) -> ValueError:
     """The error for names without a counterpart.
 
@@ -119,11 +142,13 @@ def no_match_error(
         heading: the first line of the message.
         candidates: for each name without a counterpart, the names that it could have been.
         names: the map.
-        paths: of the program; the message lists the patterns of the map that match none of them.
+        paths: of the program; the message lists the patterns of the map that match none of them, if they are few.
+        hints: what to write.
     """
     paths = list(paths)
     lines = [f"{name}: {closest_matches(name, options)}" for name, options in candidates.items()]
     unused = [pattern for pattern in names if not any(compile_pattern(pattern).fullmatch(path) for path in paths)]
-    if unused:
+    lines += [f"write {hint}" for hint in dict.fromkeys(hints)]
+    if 0 < len(unused) <= _MAX_LISTED:
         lines.append(f"patterns of names that match no path: {', '.join(unused)}")
     return ValueError(heading + "\n  " + "\n  ".join(lines))

@@ -47,12 +47,12 @@ class _Scope:
     Arguments:
         prefix: the beginning of the names there.
         others: the beginnings of what belongs to parts of the scope, by the next component of their paths.
-        is_module: whether all anchors belong to one module of torch.
+        module: the module of torch that all anchors belong to; None if they belong to several.
     """
 
     prefix: Name
     others: Mapping[str, Name]
-    is_module: bool
+    module: Name | None
 
 
 class Neighbours:
@@ -127,9 +127,10 @@ class Neighbours:
             if scope is None:
                 continue
             is_anchored = True
+            if scope.module is not None and end == len(unit.place) - 1 and unit.part.constant is not None:
+                return [s for s in candidates if _is_below(s.tensor, scope.module)]
             below = [s for s in candidates if _is_in_scope(s.tensor, scope, unit.place[end])]
-            is_own_module = scope.is_module and end == len(unit.place) - 1
-            if below or (is_own_module and unit.part.constant is not None):
+            if below:
                 return below
         return [] if is_anchored and unit.part.constant is not None else candidates
 
@@ -143,15 +144,15 @@ class Neighbours:
     def _scope_of(self, place: Name, anchors: list[Unit]) -> _Scope:
         modules = [self._module(unit) for unit in anchors]
         prefix = _common_prefix(modules)
-        is_module = all(module == prefix for module in modules)
+        module = prefix if all(module == prefix for module in modules) else None
         within = set(self._below[place])
-        while not is_module and prefix and not prefix[-1].isdigit() and self._under[prefix[:-1]] <= within:
+        while prefix and not prefix[-1].isdigit() and self._under[prefix[:-1]] <= within:
             prefix = prefix[:-1]
         by_component = collections.defaultdict(list)
-        for unit, module in zip(anchors, modules, strict=True):
-            by_component[unit.place[len(place)]].append(module)
+        for unit, name in zip(anchors, modules, strict=True):
+            by_component[unit.place[len(place)]].append(name)
         others = {component: _common_prefix(found) for component, found in by_component.items()}
-        return _Scope(prefix, others, is_module)
+        return _Scope(prefix, others, module)
 
     def _module(self, unit: Unit) -> Name:
         """The torch module that an anchor's tensor belongs to."""

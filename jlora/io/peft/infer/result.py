@@ -12,6 +12,7 @@ from jlora.io.peft.infer.entries import Checkpoint, NoEntryError, exact_entry
 from jlora.io.peft.infer.patterns import ExactEntry, templates_of
 from jlora.io.peft.infer.pieces import Piece, assemble_parameter, assemble_tensor
 from jlora.io.peft.infer.templates import LETTERS
+from jlora.io.peft.infer.words import words
 from jlora.io.torch.module_names import Entry, Names
 from jlora.io.torch.weight_location import Weight
 
@@ -115,11 +116,31 @@ class InferredNames(Mapping[str, Any]):
     def inexpressible(self) -> dict[str, str]:
         return self._exact({})[1]
 
+    @functools.cached_property
+    def _ordered(self) -> list[str]:
+        """The paths in the order of their tensors in the checkpoint.
+
+        The parameters of experts have to be in the order in which their module defines them, and a file may have them
+        in alphabetical order: gate and up come before down.
+        """
+        position = {name: number for number, name in enumerate(self.checkpoint.shapes)}
+        first: dict[str, int] = {}
+        for name, number in position.items():
+            first.setdefault(name.rpartition(".")[0], number)
+
+        def key(path: str) -> tuple[int, bool, int]:
+            name = self.leaves[path][0].tensor
+            module, _, last = name.rpartition(".")
+            return first[module], "down" in words(last), position[name]
+
+        return sorted(self.leaves, key=key)
+
     def _exact(self, weights: Mapping[str, Weight]) -> tuple[dict[str, ExactEntry], dict[str, str]]:
         """The entry of every parameter that has one, and why the others have none."""
         entries: dict[str, ExactEntry] = {}
         reasons: dict[str, str] = {}
-        for path, pieces in self.leaves.items():
+        for path in self._ordered:
+            pieces = self.leaves[path]
             if path in self.shared:
                 reasons[path] = f"it is made of {pieces[0].tensor}, of which {self.shared[path]} is made too"
                 continue
@@ -196,3 +217,29 @@ def for_weights(names: Names, weights: Mapping[str, Weight], used: Iterable[str]
         ValueError: if an inferred map has no entry for one of them.
     """
     return names.for_weights(weights, used) if isinstance(names, InferredNames) else names
+
+
+def unnamed_weights(names: Names, modules: Iterable[str]) -> list[str]:
+    """What to write for modules that an inferred map has no entry for: one line for each parameter they may belong to.
+
+    Arguments:
+        names: the map.
+        modules: of a file, without a weight in the program.
+    """
+    if not isinstance(names, InferredNames):
+        return []
+    hints = []
+    for module in modules:
+        tensors = {module, f"{module}.weight"}
+        hints += [
+            f"known={{{path!r}: {option!r}}} in infer_names"
+            for path, options in names.ambiguous.items()
+            for option in options
+            if names.checkpoint.rename(option) in tensors
+        ]
+        hints += [
+            f"names | {{{path!r}: {module!r}}}, if that is right: {reason}"
+            for path, reason in names.inexpressible.items()
+            if tensors & {names.checkpoint.rename(piece.tensor) for piece in names.leaves[path]}
+        ]
+    return hints
