@@ -13,7 +13,7 @@ For another layout, `jlora.peft.infer_names` finds the map.
 import dataclasses
 import re
 
-from jlora.io.torch.module_names import KINDS, Entry, Kind, Module, Names, modules_of
+from jlora.io.torch.module_names import KINDS, Entry, Kind, Module, Names, entry_of, modules_of
 
 __all__ = [
     "BERT",
@@ -52,8 +52,7 @@ def under(prefix: str, names: Names, module: str = "") -> dict[str, Entry]:
         head = None if inner.tied is None else module + inner.tied
         return dataclasses.replace(inner, name=module + inner.name, tied=head)
 
-    entries = {prefix + path: [moved(inner) for inner in modules_of(entry)] for path, entry in names.items()}
-    return {path: inner if len(inner) > 1 else inner[0] for path, inner in entries.items()}
+    return {prefix + path: entry_of([moved(inner) for inner in modules_of(entry)]) for path, entry in names.items()}
 
 
 def tied(names: Names, embedding: str, head: str) -> dict[str, Entry]:
@@ -102,9 +101,8 @@ def _layer(path: str, module: str, kind: str) -> dict[str, Entry]:
     part = int(number) if number else None
     if kind == "parameter":
         return {path: Module(name, "parameter", part)}
-    weight: Entry = Module(f"{name}.weight", "parameter")
-    if kind != "norm":
-        weight = name if kind == "linear" and part is None else Module(name, _kind(kind), part)
+    is_norm = kind == "norm"
+    weight = entry_of([Module(f"{name}.weight", "parameter") if is_norm else Module(name, _kind(kind), part)])
     bias: dict[str, Entry] = {} if kind == "embedding" else {f"{path}/bias": Module(f"{name}.bias", "parameter", part)}
     return {f"{path}/{leaf}": weight for leaf in _WEIGHTS[kind]} | bias
 

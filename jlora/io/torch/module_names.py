@@ -74,6 +74,12 @@ def modules_of(entry: Entry) -> tuple[Module, ...]:
     return tuple(one if isinstance(one, Module) else Module(one) for one in entries)
 
 
+def entry_of(modules: Sequence[Module]) -> Entry:
+    """The shortest entry of a map for some modules: the inverse of `modules_of`."""
+    entries = [one.name if one == Module(one.name) else one for one in modules]
+    return entries[0] if len(entries) == 1 else tuple(entries)
+
+
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """The regular expression of a path pattern: `{i}` is a group of digits, the same wherever it recurs."""
     expression, seen = "", set()

@@ -6,9 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from jlora.io.peft.infer.templates import LETTERS, Template, fit, render, split_numbers, used_indices, varying
-from jlora.io.torch.module_names import Module, compile_pattern
-
-Rendered = str | Module | tuple[str | Module, ...]
+from jlora.io.torch.module_names import Entry, Module, compile_pattern, entry_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,17 +23,14 @@ class ExactEntry:
     modules: tuple[Module, ...]
     tied: Template | None = None
 
-    def rendered(self, letters: Sequence[str]) -> Rendered:
+    def rendered(self, letters: Sequence[str]) -> Entry:
         """The entry of a map, with a letter for each index."""
         tied = None if self.tied is None else render(self.tied, letters)
-        entries = []
-        for template, module in zip(self.templates, self.modules, strict=True):
-            named = dataclasses.replace(module, name=render(template, letters), tied=tied)
-            entries.append(named.name if named == Module(named.name) else named)
-        return entries[0] if len(entries) == 1 else tuple(entries)
+        named = zip(self.templates, self.modules, strict=True)
+        return entry_of([dataclasses.replace(m, name=render(template, letters), tied=tied) for template, m in named])
 
 
-def templates_of(entries: Mapping[str, ExactEntry]) -> dict[str, Rendered]:
+def templates_of(entries: Mapping[str, ExactEntry]) -> dict[str, Entry]:
     """A map with one entry for many paths that differ in numbers alone, if their modules follow a rule.
 
     Arguments:
@@ -60,7 +55,7 @@ def _texts(template: Template) -> tuple[str, ...]:
     return tuple(part for part in template if isinstance(part, str))
 
 
-def _common_template(paths: Sequence[str], entries: Mapping[str, ExactEntry]) -> dict[str, Rendered] | None:
+def _common_template(paths: Sequence[str], entries: Mapping[str, ExactEntry]) -> dict[str, Entry] | None:
     """The one entry for some paths; None if their modules follow no rule."""
     exact, numbers = [entries[path] for path in paths], {path: split_numbers(path)[1] for path in paths}
     if len(paths) == 1 or len({entry.modules for entry in exact}) > 1 or len({e.tied is None for e in exact}) > 1:
