@@ -60,6 +60,7 @@ if typing.TYPE_CHECKING:
     from jlora import io as io
     from jlora import kohya as kohya
     from jlora import loralib as loralib
+    from jlora import nnx as nnx
     from jlora import peft as peft
     from jlora import quantized as quantized
     from jlora.bank.combine import combine as combine
@@ -80,7 +81,7 @@ __docformat__ = "google"
 
 # Orbax, TensorStore, optax and safetensors take as long to import as JAX itself. The modules that import them are
 # imported when one of these names is first used, and so is all of `jlora.bank`.
-_LAZY_MODULES = {"bank", "extend", "hf", "io", "kohya", "loralib", "peft", "quantized"}
+_LAZY_MODULES = {"bank", "extend", "hf", "io", "kohya", "loralib", "nnx", "peft", "quantized"}
 _LAZY = {
     "combine": "jlora.bank.combine",
     "extract": "jlora.bank.extract",

@@ -11,9 +11,10 @@ import jax
 from jlora._interpreter import interpreter as _interpret
 from jlora._interpreter.context import Context
 from jlora._ir.weight import AdaptedWeight
-from jlora._trace.stage import stage
+from jlora._trace.stage import Program, stage
 from jlora._trace.trace import lower_parameters
 from jlora._tree.paths import is_array, named_leaves
+from jlora.methods._base import Adapter
 from jlora.methods._lowering import as_adapters, check_fits
 
 
@@ -79,23 +80,40 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
         check_fits(adapters, {path: leaf for path, leaf in named_leaves(params) if is_array(leaf)})
         params = jax.tree.map(lambda a: jax.lax.stop_gradient(a) if isinstance(a, jax.Array) else a, params)
         program = stage(fun, params, args, kwargs)
-        ctx = Context(_interpret.run, _ON_DENSE[on_dense], keeps_compiled=True)
-        weights = lower_parameters(program, program.params, adapters)
-        out = _interpret.run(ctx, program.jaxpr, program.consts, [*weights, *program.args])
-        out = [ctx.materialize(None, v) if isinstance(v, AdaptedWeight) else v for v in out]
-        if ctx.warnings:
-            warnings.warn(
-                "jlora materialised weights, at the cost of a dense update. jlora.explain shows every use; "
-                "on_dense='allow' silences this warning:\n  " + "\n  ".join(ctx.warnings),
-                DenseWarning,
-                stacklevel=2,
-            )
-        return program.rebuild(out)
+        return program.rebuild(evaluate(program, adapters, on_dense, program.num_outputs))
 
     adapted = functools.wraps(fun)(adapted)
     adapted.__signature__ = _signature(fun)  # pyright: ignore[reportAttributeAccessIssue]
     adapted.is_adapted_by_jlora = True  # pyright: ignore[reportAttributeAccessIssue]
     return adapted
+
+
+def evaluate(
+    program: Program, adapters: list[Adapter], on_dense: Literal["warn", "error", "allow"], num_outputs: int
+) -> list[Any]:
+    """The outputs of a program whose parameters are adapted.
+
+    Arguments:
+        program: the base program, with its parameters.
+        adapters: the adapters, in order.
+        on_dense: as for `adapt`.
+        num_outputs: how many of the program's outputs are computed; the others are left out.
+
+    Raises:
+        DenseError: if a weight must be materialised and `on_dense` is "error".
+    """
+    ctx = Context(_interpret.run, _ON_DENSE[on_dense], keeps_compiled=True)
+    weights = lower_parameters(program, program.params, adapters)
+    out = _interpret.run(ctx, program.jaxpr, program.consts, [*weights, *program.args])
+    out = [ctx.materialize(None, v) if isinstance(v, AdaptedWeight) else v for v in out[:num_outputs]]
+    if ctx.warnings:
+        warnings.warn(
+            "jlora materialised weights, at the cost of a dense update. jlora.explain shows every use; "
+            "on_dense='allow' silences this warning:\n  " + "\n  ".join(ctx.warnings),
+            DenseWarning,
+            stacklevel=3,
+        )
+    return out
 
 
 def _take_first(

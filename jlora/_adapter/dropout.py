@@ -40,12 +40,20 @@ def with_dropout(adapter: Adapter, key: jax.Array) -> Adapter:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     return {
-        path: _keyed(update, jax.random.fold_in(key, path_number(path))) if update.method.dropout else update
+        path: with_key(update, path, key) if update.method.dropout else update
         for path, update in as_single(adapter).items()
     }
 
 
-def _keyed(update: Update, key: jax.Array) -> Update:
+def with_key(update: Update, path: str, key: jax.Array) -> Update:
+    """An update with the keys of its dropout.
+
+    Arguments:
+        update: the update.
+        path: of its weight.
+        key: a PRNG key, from which those of the layers of a stack are derived.
+    """
     stack = tuple(n for n, role in zip(update.shape, update.roles, strict=True) if role == "stack")
+    key = jax.random.fold_in(key, path_number(path))
     keys = jax.random.split(key, math.prod(stack)).reshape(stack) if stack else key
     return dataclasses.replace(update, key=keys)

@@ -8,8 +8,9 @@ import jax
 
 from jlora import _compat
 from jlora._compat import Jaxpr
+from jlora._trace.changes import Modules, inputs_returned, lost
 from jlora._tree.leaves import is_quantized, sharding
-from jlora._tree.paths import check_state, flatten, is_array, named_leaves
+from jlora._tree.paths import flatten, is_array, named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Program:
         paths: the paths of the parameters' arrays, in the order of the jaxpr's first inputs.
         params: those arrays, or quantised weights.
         args: the arrays among the other arguments, in the order of the remaining inputs.
-        rebuild: makes the function's result from the values of the jaxpr's outputs.
+        num_outputs: how many of the jaxpr's outputs are the function's.
+        rebuild: makes the function's result from the values of those outputs.
     """
 
     jaxpr: Jaxpr
@@ -30,6 +32,7 @@ class Program:
     paths: list[str]
     params: list[Any]
     args: list[Any]
+    num_outputs: int
     rebuild: Callable[[Sequence[Any]], Any]
 
 
@@ -38,8 +41,10 @@ def stage(fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: d
 
     Arrays (and `jax.ShapeDtypeStruct`) become inputs of the program. The function sees everything else in the arguments
     as it is, Python numbers and booleans included. Outputs that are not arrays are returned as they are.
+
+    Raises:
+        ValueError: if the call changes an nnx module among its arguments, and does not return the change.
     """
-    check_state(params)
     weights, params_def = flatten(params)
     others, others_def = jax.tree.flatten((args, kwargs))
     leaves = [*weights, *others]
@@ -53,13 +58,21 @@ def stage(fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: d
             filled[k] = value
         new_params = jax.tree.unflatten(params_def, filled[: len(weights)])
         new_args, new_kwargs = jax.tree.unflatten(others_def, filled[len(weights) :])
+        modules = Modules((new_params, new_args, new_kwargs))
         out, result["treedef"] = jax.tree.flatten(fun(new_params, *new_args, **new_kwargs))
         result["leaves"] = [None if is_array(leaf) else leaf for leaf in out]
         result["arrays"] = [k for k, leaf in enumerate(out) if is_array(leaf)]
-        return [out[k] for k in result["arrays"]]
+        positions = {id(value): k for k, value in enumerate(values)}
+        changes = modules.changes(out)
+        result["changed"] = [(path, positions[id(old)]) for path, old, _ in changes]
+        return [out[k] for k in result["arrays"]] + [new for _, _, new in changes]
 
     values = [leaves[k] for k in dynamic]
     jaxpr, consts = _compat.open_jaxpr(jax.make_jaxpr(flat)([_abstract(value) for value in values]))
+    num_outputs, changed = len(result["arrays"]), result["changed"]
+    sources = inputs_returned(jaxpr)[num_outputs:] if changed else []
+    if changed := [p for (p, k), source in zip(changed, sources, strict=True) if source is not jaxpr.invars[k]]:
+        raise lost(changed)
     num_params = sum(k < len(names) for k in dynamic)
 
     def rebuild(outputs: Sequence[Any]) -> Any:
@@ -69,7 +82,7 @@ def stage(fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: d
         return jax.tree.unflatten(result["treedef"], filled)
 
     paths = [names[k] for k in dynamic[:num_params]]
-    return Program(jaxpr, consts, paths, values[:num_params], values[num_params:], rebuild)
+    return Program(jaxpr, consts, paths, values[:num_params], values[num_params:], num_outputs, rebuild)
 
 
 def _abstract(value: Any) -> Any:

@@ -95,7 +95,7 @@ def collect_uses(program: Program, adapters: Sequence[Adapter], *, trace_only: b
         weights = [as_adapted_weight(*pair) for pair in zip(params, program.paths, strict=True)]
         weights = weights if trace_only else lower_parameters(program, params, adapters)
         out = interpreter.run(ctx, program.jaxpr, program.consts, [*weights, *args])
-        for v in out:
+        for v in out[: program.num_outputs]:
             if isinstance(v, AdaptedWeight):
                 ctx.materialize(None, v)
 

@@ -89,23 +89,3 @@ def closest_matches(path: str, candidates: Iterable[str]) -> str:
 def path_number(path: str) -> int:
     """A number that depends on a path alone, to be folded into PRNG keys."""
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little")
-
-
-def check_state(params: Tree) -> None:
-    """Raises if the parameters are a Flax NNX module with state that a call updates, which would be lost.
-
-    Raises:
-        ValueError: with the paths of the state, and what to do.
-    """
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None or not isinstance(params, nnx.Module):
-        return
-    kept = (nnx.Param, nnx.LoRAParam)
-    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    state = [_path(keys) for keys, node in nodes if isinstance(node, nnx.Variable) and not isinstance(node, kept)]
-    if state:
-        raise ValueError(
-            f"The nnx module has state that a call updates, such as {state[0]}; the update would be lost. Split the "
-            "module, graphdef, params, state = nnx.split(model, nnx.Param, ...), and adapt a function of params and "
-            "state that merges them, calls the model, and returns nnx.state(model, nnx.Not(nnx.Param)) too."
-        )

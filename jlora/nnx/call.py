@@ -1,0 +1,215 @@
+"""A call of an adapted module: a program of its arrays, evaluated with adapted weights, and its changes of state."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jlora._adapter.adapt import evaluate
+from jlora._trace.changes import inputs_returned
+from jlora._trace.stage import Program, stage
+from jlora._tree.leaves import is_quantized
+from jlora.nnx.factors import Factors, OnDense, is_variable
+from jlora.nnx.graph import adapted_variables, detach, restore
+
+_TAG = "jlora"
+_STRICTEST_FIRST: tuple[OnDense, ...] = ("error", "warn", "allow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """The arrays of some modules, in the order of the graph.
+
+    Arguments:
+        graphdef: the modules without their arrays.
+        paths: the keys of each array; the first is the number of its module.
+        leaves: the Variable of each array, or the array itself if a module holds it without one.
+    """
+
+    graphdef: Any
+    paths: list[tuple[Any, ...]]
+    leaves: list[Any]
+
+    @classmethod
+    def of(cls, modules: tuple[Any, ...]) -> "Arrays":
+        """Splits modules; the update context relates what a call returns to them."""
+        with nnx.split_context(_TAG) as ctx:
+            graphdef, state = ctx.split(modules)
+        entries = list(nnx.to_flat_state(state))
+        return cls(graphdef, [path for path, _ in entries], [leaf for _, leaf in entries])
+
+    def modules(self, values: Sequence[Any], *, is_inner: bool) -> tuple[Any, ...]:
+        """The modules with other values: new ones inside of a call, and updated ones after it."""
+        filled = [leaf.copy(v) if is_variable(leaf) else v for leaf, v in zip(self.leaves, values, strict=True)]
+        with nnx.merge_context(_TAG, inner=is_inner) as ctx:
+            return ctx.merge(self.graphdef, nnx.from_flat_state(list(zip(self.paths, filled, strict=True))))
+
+
+@dataclasses.dataclass
+class Call:
+    """A method of a module with its arguments, as a program of arrays.
+
+    Arguments:
+        function: `function(module, *args, **kwargs)`.
+        module: the module; the function gets it as a plain one.
+        args, kwargs: the arguments, which may hold modules and Variables too.
+        returns_weights: whether `run` returns the weights as they are after the call.
+
+    Attributes:
+        arrays: those of the module, and of the modules among the arguments.
+        names: the path in the module of each array; empty for those of the arguments.
+    """
+
+    function: Callable[..., Any]
+    module: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    returns_weights: bool = False
+
+    def __post_init__(self) -> None:
+        self._leaves, self._structure = jax.tree.flatten((self.args, self.kwargs), is_leaf=_is_node)
+        self.arrays = Arrays.of((self.module, *filter(_is_node, self._leaves)))
+        self.names = ["" if path[0] else "/".join(map(str, path[1:])) for path in self.arrays.paths]
+
+    def values(self) -> dict[str, Any]:
+        """The values of the module's Variables and arrays by path."""
+        pairs = zip(self.names, self.arrays.leaves, strict=True)
+        return {name: value_of(leaf) for name, leaf in pairs if name}
+
+    def factors(self) -> dict[str, Factors]:
+        """The factors of each adapted weight by its path."""
+        paths = {id(leaf): name for name, leaf in zip(self.names, self.arrays.leaves, strict=True)}
+        return {paths[id(variable)]: factors for variable, factors in adapted_variables(self.module)}
+
+    def arguments(self, weights: Collection[str]) -> tuple[dict[str, Any], list[Any], list[Any]]:
+        """The arguments of `run`: the weights of these paths, all other arrays of modules, and the other arguments."""
+        values = [value_of(leaf) for leaf in self.arrays.leaves]
+        self._weights = {k: name for k, name in enumerate(self.names) if name in weights}
+        params = {name: values[k] for k, name in self._weights.items()}
+        rest = [None if k in self._weights else value for k, value in enumerate(values)]
+        return params, rest, [None if _is_node(leaf) else leaf for leaf in self._leaves]
+
+    def run(self, params: dict[str, Any], rest: list[Any], others: list[Any]) -> dict[str, Any]:
+        """The call as a pure function of its arrays: its result, what it changed, and the weights after it."""
+        values = [params[self._weights[k]] if k in self._weights else value for k, value in enumerate(rest)]
+        modules = self.arrays.modules(values, is_inner=True)
+        inner = [leaf for _, leaf in nnx.to_flat_state(nnx.state(modules, graph=True))]
+        nodes = iter(modules[1:])
+        filled = [next(nodes) if _is_node(old) else new for old, new in zip(self._leaves, others, strict=True)]
+        args, kwargs = jax.tree.unflatten(self._structure, filled)
+        removed = detach(modules[0])
+        try:
+            result = self.function(modules[0], *args, **kwargs)
+        finally:
+            restore(removed)
+        self._out_leaves, self._out_structure = jax.tree.flatten(result, is_leaf=_is_node)
+        after = Arrays.of((*modules, *filter(_is_node, self._out_leaves)))
+        self._after = None if self._has_same_structure(after, values) else after
+        outer = {id(inner[k]): self.arrays.leaves[k] for k in self._weights}
+        self._kept = {k: outer[id(leaf)] for k, leaf in enumerate(after.leaves) if id(leaf) in outer}
+        new = {k: value_of(leaf) for k, leaf in enumerate(after.leaves) if k not in self._kept}
+        if self._after is None:
+            new = {k: value for k, value in new.items() if not _is_same(value, values[k])}
+        out = [None if _is_node(leaf) else leaf for leaf in self._out_leaves]
+        weights = {name: value_of(inner[k]) for k, name in self._weights.items()} if self.returns_weights else {}
+        return {"out": out, "state": new, "weights": weights}
+
+    def _has_same_structure(self, after: Arrays, values: list[Any]) -> bool:
+        if len(after.leaves) != len(values) or after.graphdef.with_no_outer_index() != self.arrays.graphdef:
+            return False
+        pairs = zip(after.leaves, values, strict=True)
+        return all(is_variable(leaf) or _is_same(leaf, value) for leaf, value in pairs)
+
+    def finish(self, result: dict[str, Any]) -> Any:
+        """Updates the state of the modules, and returns what the function returned.
+
+        Arguments:
+            result: what `run` returned, with values.
+        """
+        out_nodes: Any = iter(())
+        if self._after is None:
+            for k, value in result["state"].items():
+                self.arrays.leaves[k].set_raw_value(value)
+        else:
+            leaves = range(len(self._after.leaves))
+            values = [result["state"][k] if k in result["state"] else value_of(self._kept[k]) for k in leaves]
+            modules = self._after.modules(values, is_inner=False)
+            out_nodes = iter(modules[len(modules) - sum(map(_is_node, self._out_leaves)) :])
+        pairs = zip(self._out_leaves, result["out"], strict=True)
+        return jax.tree.unflatten(self._out_structure, [next(out_nodes) if _is_node(o) else v for o, v in pairs])
+
+
+def in_context() -> Any:
+    """The context in which a `Call` is made, run and finished."""
+    return nnx.update_context(_TAG)
+
+
+def call(module: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`function(module, *args, **kwargs)` with the weights of an adapted module adapted.
+
+    Arguments:
+        module: an adapted module, or a part of one.
+        function: of the plain module.
+        args, kwargs: its other arguments.
+
+    Raises:
+        ValueError: if the call changes a weight that has an update.
+    """
+    with in_context():
+        staged = Call(function, module, args, kwargs, returns_weights=True)
+        adapted, values = staged.factors(), staged.values()
+        adapter = {path: factors.next(path, values[path]) for path, factors in adapted.items()}
+        quantized = {path for path, value in values.items() if is_quantized(value)}
+        params, *others = staged.arguments({*adapter, *quantized})
+        program = stage(staged.run, params, tuple(others), {})
+        if changed := _changed_weights(program):
+            raise ValueError(
+                f"The call changes {changed[0]}, which has an update: its new value would hold the update too. Exclude "
+                "the path, or keep what a call changes in a Variable of another type than nnx.Param."
+            )
+        stated = {factors.on_dense for factors in adapted.values()}
+        on_dense: OnDense = next((action for action in _STRICTEST_FIRST if action in stated), "warn")
+        num_outputs = program.num_outputs - len(program.paths)
+        weights = zip(program.paths, program.params, strict=True)
+        frozen = [jax.tree.map(functools.partial(_frozen, path), weight) for path, weight in weights]
+        outputs = evaluate(dataclasses.replace(program, params=frozen), [adapter], on_dense, num_outputs)
+        return staged.finish(program.rebuild([*outputs, *program.params]))
+
+
+def _changed_weights(program: Program) -> list[str]:
+    """The paths of the weights that a call changes; its last outputs are the weights after it."""
+    after = inputs_returned(program.jaxpr)[-len(program.paths) :]
+    return [path for path, var, out in zip(program.paths, program.jaxpr.invars, after, strict=False) if var is not out]
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, nnx.Pytree | nnx.Variable)
+
+
+def value_of(leaf: Any) -> Any:
+    """The value of a Variable, or an array that a module holds without one."""
+    return leaf.get_raw_value() if is_variable(leaf) else leaf
+
+
+def _is_same(new: Any, old: Any) -> bool:
+    """Whether two trees hold the same objects."""
+    (new_leaves, new_structure), (old_leaves, old_structure) = jax.tree.flatten(new), jax.tree.flatten(old)
+    return new_structure == old_structure and all(a is b for a, b in zip(new_leaves, old_leaves, strict=True))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _frozen(path: str, array: jax.Array) -> jax.Array:
+    """The array, which nothing may be differentiated with respect to."""
+    return array
+
+
+@_frozen.defjvp
+def _raise(path: str, primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        f"A gradient is taken with respect to {path}, the base of an update, which is not trained. Select the factors: "
+        "nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam)) and nnx.Optimizer(model, tx, "
+        "wrt=nnx.LoRAParam)."
+    )

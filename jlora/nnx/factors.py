@@ -1,0 +1,103 @@
+"""The update of one weight as a module beside the weight: `Factors`."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from jlora._adapter.dropout import with_key
+from jlora.methods._base import Update
+from jlora.methods._common.factor_axes import expand
+
+_PLACEMENT = ("hijax", "ref", "eager_sharding", "sharding_rules", "mesh")
+
+OnDense = Literal["warn", "error", "allow"]
+
+
+class FrozenFactor(nnx.Variable[Any]):
+    """An array of an update that is not trained: a frozen factor, or the factors at initialisation."""
+
+
+class Factors(nnx.Module):
+    """The update of one weight, beside it: the attribute `kernel_lora` of the module that has the Param `kernel`.
+
+    Arguments:
+        update: the `jlora.Update`, of arrays. The module holds it with an `nnx.LoRAParam` in the place of each
+            trainable array, and a `FrozenFactor` in that of each other one.
+        weight: the Variable of the weight, whose sharding metadata the factors get.
+        on_dense: as for `jlora.adapt`.
+        rngs: has the keys for dropout of the low-rank branch; needed if the method has dropout.
+
+    Attributes:
+        deterministic: whether nothing is dropped, if the method has dropout. `train()` and `eval()` set it.
+
+    Raises:
+        ValueError: if the method has dropout and there are no `rngs`.
+    """
+
+    def __init__(
+        self, update: Update, weight: nnx.Variable[Any], on_dense: OnDense = "warn", rngs: nnx.Rngs | None = None
+    ) -> None:
+        self.on_dense = on_dense
+        if update.method.dropout:
+            if rngs is None:
+                raise ValueError(f"{update.method} has dropout, which needs keys: pass rngs=nnx.Rngs(...).")
+            self.deterministic = False
+            self.rngs = rngs["dropout"].fork()
+        self.update = nnx.data(_as_variables(update, weight))
+
+    def get(self, weight: Any) -> Update:
+        """The update, of arrays.
+
+        Arguments:
+            weight: the array of the weight. If a transformation took one layer of a stacked module, so that it has
+                fewer axes than the update was initialised for, the update is that of the layer.
+        """
+        arrays = jax.tree.map(lambda v: v.get_raw_value(), self.update, is_leaf=is_variable)
+        return _of_layer(arrays, tuple(weight.shape))
+
+    def next(self, path: str, weight: Any) -> Update:
+        """The update for one call, with a new key if the method has dropout and is not deterministic.
+
+        Arguments:
+            path: of the weight.
+            weight: as for `get`.
+        """
+        update = self.get(weight)
+        return update if getattr(self, "deterministic", True) else with_key(update, path, self.rngs())
+
+
+def is_variable(node: Any) -> bool:
+    """Whether a node is an `nnx.Variable`."""
+    return isinstance(node, nnx.Variable)
+
+
+def _as_variables(update: Update, weight: nnx.Variable[Any]) -> Any:
+    """The update with a Variable in the place of each array."""
+    spec = weight.get_metadata("out_sharding", None)
+    spec = getattr(spec, "spec", spec)
+    declared, metadata = update.declared, weight.get_metadata()
+    kept = {name: metadata[name] for name in _PLACEMENT if name in metadata}
+
+    def variable(keys: Any, array: Any) -> nnx.Variable[Any]:
+        field, name = keys[0].name, str(getattr(keys[-1], "key", ""))
+        axes = {} if spec is None or name not in declared else {"out_sharding": along(declared[name])}
+        kind = nnx.LoRAParam if field == "factors" else FrozenFactor
+        return kind.from_metadata(array, kept | axes)
+
+    def along(text: str) -> tuple[Any, ...]:
+        entries = (*spec, *[None] * (len(update.shape) - len(spec)))
+        return tuple(entries[entry] if isinstance(entry, int) else None for entry in expand(text, update.axes))
+
+    return jax.tree_util.tree_map_with_path(variable, dataclasses.replace(update, key=None))
+
+
+def _of_layer(update: Update, shape: tuple[int, ...]) -> Update:
+    """The update without as many stack axes as the weight has fewer axes."""
+    missing = len(update.shape) - len(shape)
+    stack = [axis for axis, role in enumerate(update.roles) if role == "stack"][:missing]
+    if missing <= 0 or len(stack) < missing:
+        return update
+    roles = tuple(role for axis, role in enumerate(update.roles) if axis not in stack)
+    return dataclasses.replace(update, roles=roles, shape=shape)
