@@ -9,7 +9,7 @@ import jax
 from jlora._compat import Jaxpr, bodies, is_literal
 from jlora._tree.paths import flatten, named_leaves
 
-_WITH_THE_OPERANDS_OF_ITS_BODY = ("jit", "checkpoint", "custom_jvp_call", "custom_vjp_call")
+_WITH_THE_OPERANDS_OF_ITS_BODY = ("jit", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
 
 
 class Modules:

@@ -16,7 +16,6 @@ from jlora.nnx.factors import Factors, OnDense, is_variable
 from jlora.nnx.graph import adapted_variables, detach, restore
 
 _TAG = "jlora"
-_STRICTEST_FIRST: tuple[OnDense, ...] = ("error", "warn", "allow")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,13 +169,16 @@ def call(module: Any, function: Callable[..., Any], args: tuple[Any, ...], kwarg
                 f"The call changes {changed[0]}, which has an update: its new value would hold the update too. Exclude "
                 "the path, or keep what a call changes in a Variable of another type than nnx.Param."
             )
-        stated = {factors.on_dense for factors in adapted.values()}
-        on_dense: OnDense = next((action for action in _STRICTEST_FIRST if action in stated), "warn")
+        on_dense = _strictest({factors.on_dense for factors in adapted.values()})
         num_outputs = program.num_outputs - len(program.paths)
         weights = zip(program.paths, program.params, strict=True)
         frozen = [jax.tree.map(functools.partial(_frozen, path), weight) for path, weight in weights]
         outputs = evaluate(dataclasses.replace(program, params=frozen), [adapter], on_dense, num_outputs)
         return staged.finish(program.rebuild([*outputs, *program.params]))
+
+
+def _strictest(stated: set[OnDense]) -> OnDense:
+    return "error" if "error" in stated else "allow" if stated == {"allow"} else "warn"
 
 
 def _changed_weights(program: Program) -> list[str]:

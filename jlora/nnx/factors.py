@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from jlora._adapter.dropout import with_key
+from jlora._compat import is_tracer
 from jlora.methods._base import Update
 from jlora.methods._common.factor_axes import expand
 
@@ -39,7 +40,7 @@ class Factors(nnx.Module):
     def __init__(
         self, update: Update, weight: nnx.Variable[Any], on_dense: OnDense = "warn", rngs: nnx.Rngs | None = None
     ) -> None:
-        self.on_dense = on_dense
+        self.on_dense: OnDense = on_dense
         if update.method.dropout:
             if rngs is None:
                 raise ValueError(f"{update.method} has dropout, which needs keys: pass rngs=nnx.Rngs(...).")
@@ -75,22 +76,37 @@ def is_variable(node: Any) -> bool:
 
 def _as_variables(update: Update, weight: nnx.Variable[Any]) -> Any:
     """The update with a Variable in the place of each array."""
-    spec = weight.get_metadata("out_sharding", None)
-    spec = getattr(spec, "spec", spec)
-    declared, metadata = update.declared, weight.get_metadata()
+    metadata, declared = weight.get_metadata(), update.declared
     kept = {name: metadata[name] for name in _PLACEMENT if name in metadata}
 
     def variable(keys: Any, array: Any) -> nnx.Variable[Any]:
         field, name = keys[0].name, str(getattr(keys[-1], "key", ""))
-        axes = {} if spec is None or name not in declared else {"out_sharding": along(declared[name])}
         kind = nnx.LoRAParam if field == "factors" else FrozenFactor
-        return kind.from_metadata(array, kept | axes)
-
-    def along(text: str) -> tuple[Any, ...]:
-        entries = (*spec, *[None] * (len(update.shape) - len(spec)))
-        return tuple(entries[entry] if isinstance(entry, int) else None for entry in expand(text, update.axes))
+        if metadata.get("out_sharding") is None or name not in declared:
+            return kind.from_metadata(array, kept)
+        names = _along(metadata["out_sharding"], expand(declared[name], update.axes), len(update.shape))
+        if is_tracer(array) and (kept.get("mesh") or not jax.sharding.get_abstract_mesh().empty):
+            return kind(array, **kept, out_sharding=names)  # Flax constrains the array, as it did the weight
+        return kind.from_metadata(array, {**kept, "out_sharding": names})
 
     return jax.tree_util.tree_map_with_path(variable, dataclasses.replace(update, key=None))
+
+
+def _along(sharding: Any, axes: tuple[int | str, ...], ndim: int) -> Any:
+    """The sharding annotation of a factor: that of the weight, along the axes that both have.
+
+    Arguments:
+        sharding: the annotation of the weight: names of axes, a `PartitionSpec`, or a sharding.
+        axes: for each axis of the factor the number of the weight's axis, or a name if the weight has no such axis.
+        ndim: the number of the weight's axes.
+    """
+    sharding = getattr(sharding, "sharding", sharding)  # of a jax.experimental.layout.Format
+    spec = getattr(sharding, "spec", sharding)
+    entries = (*spec, *[None] * (ndim - len(spec)))
+    names = tuple(entries[axis] if isinstance(axis, int) else None for axis in axes)
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding.update(spec=jax.sharding.PartitionSpec(*names))
+    return jax.sharding.PartitionSpec(*names) if isinstance(spec, jax.sharding.PartitionSpec) else names
 
 
 def _of_layer(update: Update, shape: tuple[int, ...]) -> Update:
