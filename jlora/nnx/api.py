@@ -255,7 +255,7 @@ def _is_param(leaf: Any) -> bool:
 
 def _variables(model: Any) -> dict[str, nnx.Variable[Any]]:
     """The Variables of a module that hold one array or one quantised weight, by path."""
-    entries = nnx.to_flat_state(nnx.state(model, graph=True))
+    entries = nnx.flatten(model, graph=True)[1]
     return {"/".join(map(str, path)): v for path, v in entries if is_variable(v) and is_array(value_of(v))}
 
 

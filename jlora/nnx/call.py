@@ -36,15 +36,15 @@ class Arrays:
     def of(cls, modules: tuple[Any, ...]) -> "Arrays":
         """Splits modules; the update context relates what a call returns to them."""
         with nnx.split_context(_TAG) as ctx:
-            graphdef, state = ctx.split(modules)
-        entries = list(nnx.to_flat_state(state))
+            graphdef, state = ctx.flatten(modules)
+        entries = list(state)
         return cls(graphdef, [path for path, _ in entries], [leaf for _, leaf in entries])
 
     def modules(self, values: Sequence[Any], *, is_inner: bool) -> tuple[Any, ...]:
         """The modules with other values: new ones inside of a call, and updated ones after it."""
         filled = [leaf.copy(v) if is_variable(leaf) else v for leaf, v in zip(self.leaves, values, strict=True)]
         with nnx.merge_context(_TAG, inner=is_inner) as ctx:
-            return ctx.merge(self.graphdef, nnx.from_flat_state(list(zip(self.paths, filled, strict=True))))
+            return ctx.unflatten(self.graphdef, nnx.FlatState.from_sorted_keys_values(tuple(self.paths), filled))
 
 
 @dataclasses.dataclass
@@ -95,7 +95,7 @@ class Call:
         """The call as a pure function of its arrays: its result, what it changed, and the weights after it."""
         values = [params[self._weights[k]] if k in self._weights else value for k, value in enumerate(rest)]
         modules = self.arrays.modules(values, is_inner=True)
-        inner = [leaf for _, leaf in nnx.to_flat_state(nnx.state(modules, graph=True))]
+        inner = [leaf for _, leaf in nnx.flatten(modules, graph=True)[1]]
         nodes = iter(modules[1:])
         filled = [next(nodes) if _is_node(old) else new for old, new in zip(self._leaves, others, strict=True)]
         args, kwargs = jax.tree.unflatten(self._structure, filled)
