@@ -245,7 +245,7 @@ def _function(method: MethodOf) -> Callable[..., Any]:
 
 def _params(call: Call) -> list[str]:
     """The paths of the module's parameters."""
-    pairs = zip(call.names, call.arrays.leaves, strict=True)
+    pairs = zip(call.names, call.leaves, strict=True)
     return [name for name, leaf in pairs if name and _is_param(leaf)]
 
 

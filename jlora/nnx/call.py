@@ -19,32 +19,39 @@ _TAG = "jlora"
 
 
 @dataclasses.dataclass(frozen=True)
-class Arrays:
-    """The arrays of some modules, in the order of the graph.
+class Structure:
+    """Modules without their arrays; it holds no tracer, so it may outlive a trace.
 
     Arguments:
-        graphdef: the modules without their arrays.
+        graphdef: the modules.
         paths: the keys of each array; the first is the number of its module.
-        leaves: the Variable of each array, or the array itself if a module holds it without one.
+        makers: what makes a Variable of each array, or returns it if a module holds it without one.
     """
 
     graphdef: Any
-    paths: list[tuple[Any, ...]]
-    leaves: list[Any]
-
-    @classmethod
-    def of(cls, modules: tuple[Any, ...]) -> "Arrays":
-        """Splits modules; the update context relates what a call returns to them."""
-        with nnx.split_context(_TAG) as ctx:
-            graphdef, state = ctx.flatten(modules)
-        entries = list(state)
-        return cls(graphdef, [path for path, _ in entries], [leaf for _, leaf in entries])
+    paths: tuple[tuple[Any, ...], ...]
+    makers: list[Callable[[Any], Any]]
 
     def modules(self, values: Sequence[Any], *, is_inner: bool) -> tuple[Any, ...]:
         """The modules with other values: new ones inside of a call, and updated ones after it."""
-        filled = [leaf.copy(v) if is_variable(leaf) else v for leaf, v in zip(self.leaves, values, strict=True)]
+        filled = [make(value) for make, value in zip(self.makers, values, strict=True)]
         with nnx.merge_context(_TAG, inner=is_inner) as ctx:
-            return ctx.unflatten(self.graphdef, nnx.FlatState.from_sorted_keys_values(tuple(self.paths), filled))
+            return ctx.unflatten(self.graphdef, nnx.FlatState.from_sorted_keys_values(self.paths, filled))
+
+
+def _split(modules: tuple[Any, ...]) -> tuple[Structure, list[Any]]:
+    """Modules as their structure and their Variables and arrays; the context relates what a call returns to them."""
+    with nnx.split_context(_TAG) as ctx:
+        graphdef, state = ctx.flatten(modules)
+    leaves = [leaf for _, leaf in state]
+    return Structure(graphdef, tuple(path for path, _ in state), [_maker(leaf) for leaf in leaves]), leaves
+
+
+def _maker(leaf: Any) -> Callable[[Any], Any]:
+    if not is_variable(leaf):
+        return lambda value: value
+    kind, metadata = type(leaf), leaf.get_metadata()
+    return lambda value: kind.from_metadata(value, metadata)
 
 
 @dataclasses.dataclass
@@ -58,7 +65,8 @@ class Call:
         returns_weights: whether `run` returns the weights as they are after the call.
 
     Attributes:
-        arrays: those of the module, and of the modules among the arguments.
+        structure: of the module, and of the modules among the arguments.
+        leaves: their Variables and arrays.
         names: the path in the module of each array; empty for those of the arguments.
     """
 
@@ -69,58 +77,57 @@ class Call:
     returns_weights: bool = False
 
     def __post_init__(self) -> None:
-        self._leaves, self._structure = jax.tree.flatten((self.args, self.kwargs), is_leaf=_is_node)
-        self.arrays = Arrays.of((self.module, *filter(_is_node, self._leaves)))
-        self.names = ["" if path[0] else "/".join(map(str, path[1:])) for path in self.arrays.paths]
+        self._arguments, self._arguments_def = jax.tree.flatten((self.args, self.kwargs), is_leaf=_is_node)
+        self.structure, self.leaves = _split((self.module, *filter(_is_node, self._arguments)))
+        self.names = ["" if path[0] else "/".join(map(str, path[1:])) for path in self.structure.paths]
 
     def values(self) -> dict[str, Any]:
         """The values of the module's Variables and arrays by path."""
-        pairs = zip(self.names, self.arrays.leaves, strict=True)
+        pairs = zip(self.names, self.leaves, strict=True)
         return {name: value_of(leaf) for name, leaf in pairs if name}
 
     def factors(self) -> dict[str, Factors]:
         """The factors of each adapted weight by its path."""
-        paths = {id(leaf): name for name, leaf in zip(self.names, self.arrays.leaves, strict=True)}
+        paths = {id(leaf): name for name, leaf in zip(self.names, self.leaves, strict=True)}
         return {paths[id(variable)]: factors for variable, factors in adapted_variables(self.module)}
 
     def arguments(self, weights: Collection[str]) -> tuple[dict[str, Any], list[Any], list[Any]]:
         """The arguments of `run`: the weights of these paths, all other arrays of modules, and the other arguments."""
-        values = [value_of(leaf) for leaf in self.arrays.leaves]
+        values = [value_of(leaf) for leaf in self.leaves]
         self._weights = {k: name for k, name in enumerate(self.names) if name in weights}
         params = {name: values[k] for k, name in self._weights.items()}
         rest = [None if k in self._weights else value for k, value in enumerate(values)]
-        return params, rest, [None if _is_node(leaf) else leaf for leaf in self._leaves]
+        return params, rest, [None if _is_node(leaf) else leaf for leaf in self._arguments]
 
     def run(self, params: dict[str, Any], rest: list[Any], others: list[Any]) -> dict[str, Any]:
         """The call as a pure function of its arrays: its result, what it changed, and the weights after it."""
         values = [params[self._weights[k]] if k in self._weights else value for k, value in enumerate(rest)]
-        modules = self.arrays.modules(values, is_inner=True)
+        modules = self.structure.modules(values, is_inner=True)
         inner = [leaf for _, leaf in nnx.flatten(modules, graph=True)[1]]
         nodes = iter(modules[1:])
-        filled = [next(nodes) if _is_node(old) else new for old, new in zip(self._leaves, others, strict=True)]
-        args, kwargs = jax.tree.unflatten(self._structure, filled)
+        filled = [next(nodes) if _is_node(old) else new for old, new in zip(self._arguments, others, strict=True)]
+        args, kwargs = jax.tree.unflatten(self._arguments_def, filled)
         removed = detach(modules[0])
         try:
             result = self.function(modules[0], *args, **kwargs)
         finally:
             restore(removed)
-        self._out_leaves, self._out_structure = jax.tree.flatten(result, is_leaf=_is_node)
-        after = Arrays.of((*modules, *filter(_is_node, self._out_leaves)))
-        self._after = None if self._has_same_structure(after, values) else after
-        outer = {id(inner[k]): self.arrays.leaves[k] for k in self._weights}
-        self._kept = {k: outer[id(leaf)] for k, leaf in enumerate(after.leaves) if id(leaf) in outer}
-        new = {k: value_of(leaf) for k, leaf in enumerate(after.leaves) if k not in self._kept}
+        out, self._out_def = jax.tree.flatten(result, is_leaf=_is_node)
+        self._out_nodes = [_is_node(leaf) for leaf in out]
+        after, leaves = _split((*modules, *filter(_is_node, out)))
+        self._after = None if self._has_same_structure(after, leaves, values) else after
+        outer = {id(inner[k]): self.leaves[k] for k in self._weights}
+        self._kept = {k: outer[id(leaf)] for k, leaf in enumerate(leaves) if id(leaf) in outer}
+        new = {k: value_of(leaf) for k, leaf in enumerate(leaves) if k not in self._kept}
         if self._after is None:
             new = {k: value for k, value in new.items() if not _is_same(value, values[k])}
-        out = [None if _is_node(leaf) else leaf for leaf in self._out_leaves]
         weights = {name: value_of(inner[k]) for k, name in self._weights.items()} if self.returns_weights else {}
-        return {"out": out, "state": new, "weights": weights}
+        return {"out": [None if _is_node(leaf) else leaf for leaf in out], "state": new, "weights": weights}
 
-    def _has_same_structure(self, after: Arrays, values: list[Any]) -> bool:
-        if len(after.leaves) != len(values) or after.graphdef.with_no_outer_index() != self.arrays.graphdef:
+    def _has_same_structure(self, after: Structure, leaves: list[Any], values: list[Any]) -> bool:
+        if after.paths != self.structure.paths or after.graphdef.with_no_outer_index() != self.structure.graphdef:
             return False
-        pairs = zip(after.leaves, values, strict=True)
-        return all(is_variable(leaf) or _is_same(leaf, value) for leaf, value in pairs)
+        return all(is_variable(leaf) or _is_same(leaf, value) for leaf, value in zip(leaves, values, strict=True))
 
     def finish(self, result: dict[str, Any]) -> Any:
         """Updates the state of the modules, and returns what the function returned.
@@ -128,17 +135,17 @@ class Call:
         Arguments:
             result: what `run` returned, with values.
         """
-        out_nodes: Any = iter(())
+        nodes: Any = iter(())
         if self._after is None:
             for k, value in result["state"].items():
-                self.arrays.leaves[k].set_raw_value(value)
+                self.leaves[k].set_raw_value(value)
         else:
-            leaves = range(len(self._after.leaves))
-            values = [result["state"][k] if k in result["state"] else value_of(self._kept[k]) for k in leaves]
+            indices = range(len(self._after.paths))
+            values = [result["state"][k] if k in result["state"] else value_of(self._kept[k]) for k in indices]
             modules = self._after.modules(values, is_inner=False)
-            out_nodes = iter(modules[len(modules) - sum(map(_is_node, self._out_leaves)) :])
-        pairs = zip(self._out_leaves, result["out"], strict=True)
-        return jax.tree.unflatten(self._out_structure, [next(out_nodes) if _is_node(o) else v for o, v in pairs])
+            nodes = iter(modules[len(modules) - sum(self._out_nodes) :])
+        pairs = zip(self._out_nodes, result["out"], strict=True)
+        return jax.tree.unflatten(self._out_def, [next(nodes) if is_node else value for is_node, value in pairs])
 
 
 def in_context() -> Any:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import jlora
 from tests.support.agreement import check_law, close
@@ -107,37 +106,6 @@ def test_sites_are_pickled_and_copied():
         assert str(again) == str(sites)
         same = jlora.init(jax.random.key(0), again, jlora.LoRA(2)), jlora.init(jax.random.key(0), sites, jlora.LoRA(2))
         close(*same, 0)
-
-
-class Net(nnx.Module):
-    def __init__(self, rngs):
-        self.linear = nnx.Linear(16, 8, rngs=rngs)
-        self.norm = nnx.BatchNorm(8, rngs=rngs)
-
-    def __call__(self, x):
-        return self.norm(self.linear(x))
-
-
-def test_an_nnx_module_whose_state_would_be_lost_is_refused():
-    net = Net(nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"changes norm/mean of an nnx module .*jlora\.nnx\.adapt.*nnx\.split"):
-        jlora.trace(lambda m, x: m(x), net, X)
-
-
-def test_the_state_of_an_nnx_module_is_returned_by_the_recipe():
-    net = Net(nnx.Rngs(0))
-    graphdef, params, state = nnx.split(net, nnx.Param, ...)
-
-    def fun(params, state, x):
-        model = nnx.merge(graphdef, params, state)
-        return model(x), nnx.state(model, nnx.Not(nnx.Param))
-
-    adapter = jlora.init(jax.random.key(0), jlora.trace(fun, params, state, X), {"linear/kernel": jlora.LoRA(2)})
-    adapter = jax.tree.map(lambda a: a + 0.1, adapter)
-    y, updated = jlora.adapt(fun)(params, adapter, state, X)
-    hidden = np.asarray(X @ jlora.merge(params, adapter)["linear"]["kernel"][...])
-    np.testing.assert_allclose(updated["norm"]["mean"][...], 0.01 * hidden.mean(0), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(y, (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5), rtol=1e-3, atol=1e-4)
 
 
 def test_restart_takes_a_rank_above_the_sides_of_a_weight():

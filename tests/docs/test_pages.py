@@ -52,6 +52,13 @@ def test_long_blocks_run(page: Path, tmp_path: Path):
     run_blocks(page, tmp_path, ("", "nightly"))
 
 
+if importlib.util.find_spec("keras"):
+
+    def test_keras_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("KERAS_BACKEND", "jax")
+        run_blocks(ROOT / "examples" / "frameworks.md", tmp_path, ("", "keras"))
+
+
 @every_page
 def test_blocks_are_python(page: Path):
     """Those that are only read included."""

@@ -13,7 +13,7 @@ def run(model, x):
     return model(x)
 
 
-BY_DEFAULT = [("batch_norm", "eager"), ("scanned", "jit"), ("decode_cache", "jit")]
+BY_DEFAULT = [("shared", "eager"), ("batch_norm", "jit"), ("decode_cache", "jit")]
 PAIRS = [(name, how) for name in CASES for how in ("eager", "jit")]
 NIGHTLY = [pytest.param(*pair, marks=pytest.mark.nightly) for pair in PAIRS if pair not in BY_DEFAULT]
 

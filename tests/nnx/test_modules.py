@@ -190,14 +190,16 @@ def test_an_adapted_module_in_a_larger_one_and_beside_others():
     def call(module: Any, x):
         return module(x)
 
-    run: Any = nnx.vmap(call, in_axes=(0, None))
+    function: Any = call
+    run: Any = nnx.vmap(function, in_axes=(0, None))
     close(run(models, X), jnp.einsum("bi,mio->mbo", X, models.kernel[...]))
 
 
 @pytest.mark.nightly
 def test_abstract_modules_are_traced():
     each = case("scanned")
-    model, abstract = each.adapted(), nnx.eval_shape(lambda: type(each.module)(nnx.Rngs(0)))
+    make: Any = type(each.module)
+    model, abstract = each.adapted(), nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     expected = {path: (site.shape, site.roles) for path, site in jlora.nnx.trace(each.module, X).items()}
     assert expected["layers/linear/kernel"] == ((2, WIDTH, WIDTH), ("stack", "in", "out"))
     for module in (abstract, model):

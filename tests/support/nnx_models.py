@@ -77,8 +77,12 @@ class Scanned(nnx.Module):
         return self.head(x)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        scan: Any = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-        return self.logits(scan(x, self.layers))
+        def body(x: Any, layer: Any) -> Any:
+            return layer(x)
+
+        scan: Any = nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        logits: Any = self.logits
+        return logits(scan(x, self.layers))
 
 
 class Decoder(nnx.Module):

@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("[a-z]*/**/*.md")])
 
-# A comment on the line above a block: `<!-- nightly: reason -->` or `<!-- syntax only: reason -->`.
-_MARK = re.compile(r"<!-- (nightly|syntax only): \S.* -->")
+# A comment on the line above a block: `<!-- nightly: reason -->`, `keras` or `syntax only`.
+_MARK = re.compile(r"<!-- (nightly|keras|syntax only): \S.* -->")
 _FENCE = re.compile(r"```(\w*)")
 
 
@@ -22,7 +22,7 @@ class Block:
         language: what follows the fence.
         text: the lines between the fences.
         line: the number of the first of them in the page.
-        mark: "nightly", "syntax only", or "" for a block that every test run executes.
+        mark: "nightly", "keras" (where it is installed), "syntax only", or "" for a block that every test run executes.
     """
 
     language: str
