@@ -88,6 +88,7 @@ def many():
     return adapted(with_integers(Many(nnx.Rngs(0))), targets={".*(kernel|0)": LORA}, method=every_method)
 
 
+@pytest.mark.nightly
 def test_every_method_is_adapted():
     model, plain = many()
     assert list(jlora.nnx.adapter(model)) == ["linear/kernel", "weights/0"]
@@ -109,6 +110,7 @@ def test_a_part_is_adapted_on_its_own():
     close(scan(X, stack), scan(X, merged))
 
 
+@pytest.mark.nightly
 def test_arguments_that_are_not_arrays_and_results_that_are_nested():
     model, plain = many()
     streams = nnx.Rngs(5), nnx.Rngs(5)
