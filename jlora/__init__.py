@@ -25,6 +25,11 @@ from jlora._adapter.merge import scale as scale
 from jlora._adapter.merge import unmerge as unmerge
 from jlora._adapter.relora import restart as restart
 from jlora._adapter.sharding import shardings as shardings
+from jlora._adapter.starts.calibrate import calibrate as calibrate
+from jlora._adapter.starts.corda import corda as corda
+from jlora._adapter.starts.eva import eva as eva
+from jlora._adapter.starts.inputs import Inputs as Inputs
+from jlora._adapter.starts.lora_ga import lora_ga as lora_ga
 from jlora._adapter.summary import Summary as Summary
 from jlora._adapter.summary import summary as summary
 from jlora._adapter.to_lora import to_lora as to_lora
@@ -47,11 +52,6 @@ from jlora.optim.labels import labels as labels
 from jlora.optim.labels import mask as mask
 from jlora.quantized.loftq import loftq as loftq
 from jlora.quantized.quantize import quantize as quantize
-from jlora.starts.calibrate import calibrate as calibrate
-from jlora.starts.corda import corda as corda
-from jlora.starts.eva import eva as eva
-from jlora.starts.inputs import Inputs as Inputs
-from jlora.starts.lora_ga import lora_ga as lora_ga
 
 if typing.TYPE_CHECKING:
     from jlora import bank as bank

@@ -24,7 +24,6 @@ PACKAGES = [
     "_trace",
     "optim",
     "_adapter",
-    "starts",
     "quantized",
     "io",
     "bank",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._adapter.adapt import DenseError, adapt
+from jlora._adapter.starts.inputs import Inputs
 from jlora._interpreter.site import Site
 from jlora._ir.probe import Probe
 from jlora._ir.weight import AdaptedWeight
@@ -17,7 +18,6 @@ from jlora.methods._base import Adapter, Method, Update
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.networks import add_network
 from jlora.methods._lowering import as_single
-from jlora.starts.inputs import Inputs
 
 
 def calibrate(fun: Callable[..., Any], adapter: Adapter) -> Callable[..., dict[str, Inputs]]:

@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from jlora._adapter.starts.inputs import Inputs, layer, layers_of
+from jlora._adapter.starts.pairs import check, with_pair
 from jlora.methods._base import Adapter, Update
 from jlora.methods._lowering import as_single
-from jlora.starts.inputs import Inputs, layer, layers_of
-from jlora.starts.pairs import check, with_pair
 
 
 def eva(adapter: Adapter, inputs: dict[str, Inputs], *, rho: float = 2.0) -> Adapter:

@@ -4,13 +4,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jlora._adapter.starts.inputs import Inputs, layer, layers_of
+from jlora._adapter.starts.pairs import check, with_pair
 from jlora._interpreter.context import matrix_side
 from jlora._tree.leaves import layer_of
 from jlora._tree.paths import named_leaves
 from jlora.methods._base import Adapter, Update
 from jlora.methods._lowering import as_single, check_fits
-from jlora.starts.inputs import Inputs, layer, layers_of
-from jlora.starts.pairs import check, with_pair
 
 _CUTS = {"instruction": lambda rank: slice(0, rank), "knowledge": lambda rank: slice(-rank, None)}
 

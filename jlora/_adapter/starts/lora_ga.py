@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._adapter.starts.pairs import check, with_pair
 from jlora._tree.paths import path_number
 from jlora.methods._base import Adapter, Update
 from jlora.methods._lowering import as_single
 from jlora.methods.lora import LoRA
-from jlora.starts.pairs import check, with_pair
 
 Gradient = Callable[[Adapter], Adapter]
 Matrices = dict[str, np.ndarray]
