@@ -131,5 +131,8 @@ def test_public_names_exist(page: Path):
 
 
 def test_every_folder_has_a_page():
-    wanted = {"README.md", *(f"{folder}/README.md" for folder in ("jlora", "jlora/methods", "jlora/io"))}
+    wanted = {
+        "README.md",
+        *(f"{folder}/README.md" for folder in ("jlora", "jlora/methods", "jlora/io", "jlora/io/peft")),
+    }
     assert wanted <= {page_name(page) for page in PAGES}

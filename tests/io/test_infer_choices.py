@@ -144,3 +144,15 @@ def test_known_that_is_refused(known, message):
     state = llama()
     with pytest.raises(ValueError, match=message):
         jlora.peft.infer_names(plain(state), state, known=known)
+
+
+def test_a_choice_for_every_other_layer():
+    """Two stacks, of the even and of the odd layers, whose norms of ones have names that say nothing."""
+    state = llama(constant_norms=True)
+    layers = without_words(plain(state))["layers"]
+    params = plain(state) | {"layers": [stacked({"layers": layers[k::2]})["layers"] for k in (0, 1)]}
+    known = {"layers/{i}/second/scale": "model.layers.{i+2*j}.post_attention_layernorm"}
+    names = jlora.peft.infer_names(params, state, known=known)
+    assert_rebuilt(names, params, state)
+    assert names["layers/{i}/first/scale"].name == "model.layers.{i+2*j}.input_layernorm.weight"
+    assert names["layers/{i}/second/scale"].name == "model.layers.{i+2*j}.post_attention_layernorm.weight"

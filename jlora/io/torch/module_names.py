@@ -109,6 +109,18 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     return re.sub(_EXPRESSION, number, template)
 
 
+def bind(template: str, values: Mapping[str, str]) -> str:
+    """A template with some of its indices replaced: `bind("h.{i+2*j}", {"i": "1"})` is `"h.{2*j+1}"`."""
+
+    def rest(match: re.Match[str]) -> str:
+        terms = _terms(match[1])
+        constant = sum(factor * (int(values[i]) if i else 1) for factor, i in terms if not i or i in values)
+        others = "+".join(f"{factor}*{i}" if factor != 1 else i for factor, i in terms if i and i not in values)
+        return "{" + others + (f"{constant:+d}" if constant else "") + "}" if others else str(constant)
+
+    return re.sub(_EXPRESSION, rest, template)
+
+
 def _terms(expression: str) -> list[tuple[int, str]]:
     """The factors of a sum and their indices; a constant has the index ""."""
     if not re.fullmatch(rf"{_TERM}([+-]{_TERM})*", expression):

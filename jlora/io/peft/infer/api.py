@@ -14,7 +14,7 @@ from jlora.io.peft.infer.result import InferredNames
 from jlora.io.peft.infer.solution import Leaf, Solution, floating_leaves
 from jlora.io.peft.infer.solve import Solver
 from jlora.io.peft.infer.table import TensorTable
-from jlora.io.torch.module_names import compile_pattern, fill, index_names
+from jlora.io.torch.module_names import bind, compile_pattern, fill, index_names
 from jlora.io.torch.tensor_files import TensorFiles, open_tensors
 
 
@@ -86,7 +86,7 @@ def _told(known: Mapping[str, str], leaves: Mapping[str, Leaf], tensors: list[st
         if not paths:
             raise ValueError(f"known has {pattern!r}, which matches no path of the params.")
         for path, values in paths.items():
-            told[path] = fill(template, {i: values.get(i, f"{{{i}}}") for i in index_names(template)})
+            told[path] = bind(template, values)
             first = fill(told[path], dict.fromkeys(index_names(told[path]), "0"))
             if first not in tensors and f"{first}.weight" not in tensors:
                 raise ValueError(f"known gives {path} the tensor {first!r}, and the checkpoint has no such tensor.")

@@ -57,22 +57,26 @@ def _texts(template: Template) -> tuple[str, ...]:
 
 def _common_template(paths: Sequence[str], entries: Mapping[str, ExactEntry]) -> dict[str, Entry] | None:
     """The one entry for some paths; None if their modules follow no rule."""
-    exact, numbers = [entries[path] for path in paths], {path: split_numbers(path)[1] for path in paths}
-    if len(paths) == 1 or len({entry.modules for entry in exact}) > 1 or len({e.tied is None for e in exact}) > 1:
+    exact, numbers = [entries[path] for path in paths], [split_numbers(path)[1] for path in paths]
+    if len(paths) == 1 or len({(entry.modules, entry.tied is None) for entry in exact}) > 1:
         return None
-    holes = varying(numbers.values())
-    at = {path: tuple(numbers[path][slot] for slot in holes) for path in paths}
-    columns = [[entry.templates[k] for entry in exact] for k in range(len(exact[0].templates))]
-    tied = [[entry.tied for entry in exact if entry.tied is not None]] if exact[0].tied is not None else []
-    merged = [_merge(dict(zip(at.values(), column, strict=True))) for column in (*columns, *tied)]
-    templates = [template for template in merged if template is not None]
-    if len(templates) < len(merged) or any(len(used_indices(t)) < len(holes) for t in templates):
+    holes = varying(numbers)
+    at = [tuple(row[slot] for slot in holes) for row in numbers]
+    columns = [*zip(*(entry.templates for entry in exact), strict=True)]
+    tied = [entry.tied for entry in exact if entry.tied is not None]
+    merged = [_merge(dict(zip(at, column, strict=True))) for column in (*columns, *([tied] if tied else []))]
+    templates = [template for template in merged if template and len(used_indices(template)) >= len(holes)]
+    if len(templates) < len(merged):
         return None
-    texts, digits = split_numbers(paths[0])
-    slots = ["{" + LETTERS[holes.index(k)] + "}" if k in holes else str(n) for k, n in enumerate(digits)]
-    pattern = "".join(itertools.chain(*itertools.zip_longest(texts, slots, fillvalue="")))
     entry = ExactEntry(tuple(templates[: len(columns)]), exact[0].modules, templates[-1] if tied else None)
-    return {pattern: entry.rendered(LETTERS)}
+    return {_pattern(paths[0], holes): entry.rendered(LETTERS)}
+
+
+def _pattern(path: str, holes: Sequence[int]) -> str:
+    """A path with letters for some of its numbers."""
+    texts, numbers = split_numbers(path)
+    slots = ["{" + LETTERS[holes.index(k)] + "}" if k in holes else str(n) for k, n in enumerate(numbers)]
+    return "".join(itertools.chain(*itertools.zip_longest(texts, slots, fillvalue="")))
 
 
 def _merge(templates: Mapping[tuple[int, ...], Template]) -> Template | None:
