@@ -56,6 +56,7 @@ from jlora.quantized.quantize import quantize as quantize
 if typing.TYPE_CHECKING:
     from jlora import bank as bank
     from jlora import extend as extend
+    from jlora import gguf as gguf
     from jlora import hf as hf
     from jlora import io as io
     from jlora import kohya as kohya
@@ -81,7 +82,7 @@ __docformat__ = "google"
 
 # Orbax, TensorStore, optax and safetensors take as long to import as JAX itself. The modules that import them are
 # imported when one of these names is first used, and so is all of `jlora.bank`.
-_LAZY_MODULES = {"bank", "extend", "hf", "io", "kohya", "loralib", "nnx", "peft", "quantized"}
+_LAZY_MODULES = {"bank", "extend", "gguf", "hf", "io", "kohya", "loralib", "nnx", "peft", "quantized"}
 _LAZY = {
     "combine": "jlora.bank.combine",
     "extract": "jlora.bank.extract",

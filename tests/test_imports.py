@@ -32,7 +32,7 @@ PACKAGES = [
 ONLY = {"_plan": {"_compat", "_tree"}}
 
 # Modules of public names alone. They define nothing, and only the root, whose name is empty, imports them.
-PUBLIC_NAMES = ["extend", "hf", "kohya", "loralib", "peft"]
+PUBLIC_NAMES = ["extend", "gguf", "hf", "kohya", "loralib", "peft"]
 ORDER = [*PACKAGES, *PUBLIC_NAMES, "__main__", ""]
 
 

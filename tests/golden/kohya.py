@@ -239,14 +239,12 @@ def of_diffusers(**options: Any) -> Arrays:
 
 
 def settled(data: bytes) -> np.ndarray:
-    """A file with the lists of its metadata in order: PEFT writes some of them from sets."""
+    """A file with the configuration alone in its metadata, and lists in order: PEFT writes some of them from sets."""
     size = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-    if LORA_ADAPTER_METADATA_KEY in metadata:
-        fields = json.loads(metadata[LORA_ADAPTER_METADATA_KEY])
-        fields = {k: sorted(v) if isinstance(v, list) else v for k, v in fields.items()}
-        metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(fields, sort_keys=True)
-    return as_bytes(load(data), metadata)
+    fields = json.loads(metadata[LORA_ADAPTER_METADATA_KEY])
+    fields = {k: sorted(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return as_bytes(load(data), {LORA_ADAPTER_METADATA_KEY: json.dumps(fields, sort_keys=True)})
 
 
 TARGETS = [re.sub("^unet.", "", LAYERS[name]) for name in ("query", "key", "out", "conv1")]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from jlora._adapter.summary import Summary
 from jlora.io.checkpoint import bank_index
-from jlora.io.info import checkpoints, kohya, loralib, peft
+from jlora.io.gguf import container
+from jlora.io.info import checkpoints, gguf, kohya, loralib, peft
 from jlora.io.info.report import Content, Info
 from jlora.io.peft.api import CONFIG, TENSORS
 from jlora.io.peft.config import PREFIX
@@ -15,7 +16,8 @@ from jlora.io.torch.pickled import load_state
 
 _SINGLE_FILES = ("*.safetensors", "*.gguf")
 _FORMATS = (
-    "a checkpoint or a bank of jlora, a folder of PEFT, a state dict of loralib, a file of kohya, LyCORIS or diffusers"
+    "a checkpoint or a bank of jlora, a folder of PEFT, a state dict of loralib, a file of kohya, LyCORIS or diffusers "
+    "and a LoRA in a GGUF file"
 )
 
 
@@ -25,7 +27,7 @@ def info(path: str | os.PathLike[str]) -> Info:
         print(jlora.info("lora.safetensors"))        # in a shell: python -m jlora info lora.safetensors
 
     It reads every format that jlora reads: a checkpoint, a bank, a folder of PEFT, a state dict of loralib, a file of
-    kohya, LyCORIS or diffusers.
+    kohya, LyCORIS or diffusers, and a LoRA in a GGUF file.
 
     Arguments:
         path: a file, or the folder of a checkpoint, of a bank or of PEFT.
@@ -67,6 +69,8 @@ def _of_file(file: Path) -> Info:
         start = stream.read(9)
     if start[:4] == b"PK\x03\x04":
         return _of_tensors(file, load_state(file), {})
+    if start[:4] == container.MAGIC:
+        return _report(file, "GGUF", gguf.read(*container.read(file)))
     if start[8:] == b"{":
         return _of_tensors(file, load_tensors(file, integers=True), load_metadata(file))
     raise _unknown(file)

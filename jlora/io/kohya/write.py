@@ -15,7 +15,7 @@ from jlora.io.peft.module_entry import ModuleEntry
 from jlora.io.peft.module_parts import locate_adapter, module_entries
 from jlora.io.peft.tensors import to_file
 from jlora.io.torch.factor_layout import ModuleFactors
-from jlora.io.torch.join_modules import is_power_of_two, total_scale
+from jlora.io.torch.join_modules import times, total_scale
 from jlora.io.torch.module_names import Kind, Names
 from jlora.methods import DoRA, Full, GroupedLoRA, LoCon, LoHa, LoKr, LoRA
 from jlora.methods._base import Adapter, Method, Update
@@ -165,9 +165,7 @@ def _with_scale_in_factors(name: str, factors: ModuleFactors, form: Form, notes:
         case _:
             return factors
     if scale != 1:
-        array = factors.arrays[factor]
-        wide = array.dtype if is_power_of_two(scale) else np.promote_types(array.dtype, np.float32)
-        scaled = array.astype(wide) * np.dtype(wide).type(scale)
+        scaled = times(factors.arrays[factor], scale)
         factors = dataclasses.replace(factors, scale=1.0, arrays={**factors.arrays, factor: scaled})
         notes.append(
             f"{name}: the scale {scale:g} was multiplied into its factor {factor}, since the form has no alpha."

@@ -49,7 +49,7 @@ def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) 
     base = BaseParams(params)
     locations = locate_adapter(adapter, names, base)
     adapter = without_scaled_biases(adapter, base, locations, names)
-    adapter, notes = _as_one_method(adapter, params, target)
+    adapter, notes = as_one_method(adapter, params, target)
     adapter = complete_modules(complete_biases(adapter, locations), locations)
     absolute = {path: to_absolute(path, update, base) for path, update in adapter.items()}
     entries = module_entries(absolute, locations)
@@ -59,8 +59,13 @@ def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) 
     return Files(*_config_and_tensors(adapted, trained, base), tuple(notes))
 
 
-def _as_one_method(adapter: Adapter, params: Any, target: str | None) -> tuple[Adapter, list[str]]:
+def as_one_method(adapter: Adapter, params: Any, target: str | None) -> tuple[Adapter, list[str]]:
     """The adapter with one method that PEFT has; LoRA if there are several.
+
+    Arguments:
+        adapter: the adapter.
+        params: the base parameters, or None.
+        target: "vllm" for LoRA alone, or None.
 
     Returns:
         the adapter, and a sentence for every update that changed.

@@ -207,7 +207,7 @@ def _with_equal_ranks(by_index: Mapping[Index, ModuleFactors]) -> Mapping[Index,
     rank = max(_rank(factors) for factors in by_index.values())
     scales = [total_scale(factors) for factors in by_index.values()]
     scale = max(scales, key=abs) or 1.0
-    if not all(is_power_of_two(one / scale) for one in scales):  # bfloat16 would round the product
+    if not all(_is_power_of_two(one / scale) for one in scales):  # bfloat16 would round the product
         by_index = {index: _with_float32_b(factors) for index, factors in by_index.items()}
     return {index: pad_rank(factors, rank, scale) for index, factors in by_index.items()}
 
@@ -219,8 +219,13 @@ def _differ_in_rank_alone(layers: Sequence[ModuleFactors]) -> bool:
     return is_lora and differ and len({factors.method.dropout for factors in layers}) == 1
 
 
-def is_power_of_two(ratio: float) -> bool:
-    """Whether a product with a number is exact in every floating-point type."""
+def times(array: np.ndarray, ratio: float) -> np.ndarray:
+    """A factor times a number, in float32 or wider if a product in the factor's dtype may round."""
+    dtype = array.dtype if _is_power_of_two(ratio) else np.promote_types(array.dtype, np.float32)
+    return array.astype(dtype) * dtype.type(ratio)
+
+
+def _is_power_of_two(ratio: float) -> bool:
     return abs(math.frexp(ratio)[0]) == 0.5
 
 
