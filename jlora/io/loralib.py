@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -13,6 +14,7 @@ from jlora._trace.sites import Sites
 from jlora.io.torch.factor_layout import ModuleFactors, flat_axes
 from jlora.io.torch.join_modules import stack_modules
 from jlora.io.torch.module_names import Names, no_match_error
+from jlora.io.torch.pickled import load_state
 from jlora.io.torch.weight_location import Index, Owners, Weight, WeightLocation, locate_weights, owners_of
 from jlora.methods import GroupedLoRA, LoRA
 from jlora.methods._base import Adapter
@@ -22,7 +24,7 @@ __docformat__ = "google"
 
 
 def load(
-    state: Mapping[str, ArrayLike],
+    state: Mapping[str, ArrayLike] | str | os.PathLike[str],
     sites: Sites,
     names: Names,
     *,
@@ -31,14 +33,14 @@ def load(
 ) -> Adapter:
     """Reads an adapter from the result of `loralib.lora_state_dict`.
 
-        state = {name: tensor.numpy() for name, tensor in torch.load("lora.pt").items()}
-        adapter = jlora.loralib.load(state, sites, {"layers/{i}/query/kernel": "h.{i}.query"}, alpha=16)
+        adapter = jlora.loralib.load("lora.pt", sites, {"layers/{i}/query/kernel": "h.{i}.query"}, alpha=16)
 
     The state records neither alpha nor which groups of a MergedLinear are adapted. A convolution with a k x k kernel
     becomes a LoRA of rank r k^2: loralib multiplies (out k, r k) by (r k, in k) and reads the product as a kernel.
 
     Arguments:
-        state: arrays by name, `<module>.lora_A` and `<module>.lora_B`, and nothing else.
+        state: the file that `torch.save` wrote, which is read without torch and without running anything; or arrays by
+            name, `<module>.lora_A` and `<module>.lora_B`, and nothing else.
         sites: from `jlora.trace`.
         names: as for `jlora.peft.load`. A weight with query, key and value in one is named by its one module.
         alpha: loralib's `lora_alpha`, the same for all layers.
@@ -48,11 +50,13 @@ def load(
         the adapter.
 
     Raises:
-        ValueError: if a name is not that of an adapter's tensor, a module has no weight in the program, or a shape does
-            not fit.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, a name is not that of an adapter's tensor, a module has no weight in the
+            program, or a shape does not fit.
 
     Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
     """
+    state = state if isinstance(state, Mapping) else load_state(state)
     locations = locate_weights(names, {path: Weight(site.shape, site.roles) for path, site in sites.items()})
     owners = owners_of(locations)
     by_path: dict[str, dict[Index, ModuleFactors]] = collections.defaultdict(dict)

@@ -107,6 +107,21 @@ def test_damaged_files_of_peft(tmp_path, seed):
         (folder / name).write_bytes(good)
 
 
+def test_json_that_is_nested_too_deep(tmp_path):
+    folder = unpack(golden()["adapter"]["bert patterns"], tmp_path / "a")
+    (folder / FILES[0]).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
+        jlora.info(folder)
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
+        jlora.peft.load(folder, SITES, {"w": "a"})
+    shapes = {"unet.a.b.lora_A.weight": (2, 4), "unet.a.b.lora_B.weight": (6, 2)}
+    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    (tmp_path / "b.safetensors").write_bytes(save(tensors, {"lora_adapter_metadata": "[" * 100_000}))
+    with pytest.raises(ValueError, match="lora_adapter_metadata cannot be read"):
+        jlora.kohya.load(tmp_path / "b.safetensors", SITES, {"w": "unet.a.b"})
+    assert "cannot be read" in jlora.info(tmp_path / "b.safetensors").refused[0]
+
+
 def test_a_pickle_runs_nothing(tmp_path):
     """Names other than those of tensors are refused before anything is called."""
     with zipfile.ZipFile(LORALIB) as given, zipfile.ZipFile(tmp_path / "a.pt", "w") as changed:

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,15 @@ def test_a_state_dict_of_loralib():
     for name, value in state.items():  # as golden/kohya.py draws them
         rng = np.random.RandomState(zlib.crc32(name.encode()))
         np.testing.assert_array_equal(value, np.asarray(0.3 * rng.normal(size=value.shape), np.float32))
+
+
+def test_a_state_dict_of_another_library(tmp_path):
+    """Of files of torch.save jlora reads loralib's alone."""
+    with zipfile.ZipFile(LORALIB) as given, zipfile.ZipFile(tmp_path / "a.pt", "w") as changed:
+        for name in given.namelist():
+            changed.writestr(name, given.read(name).replace(b".lora_", b".down_"))
+    with pytest.raises(ValueError, match=r"unknown format\. It is a file of torch\.save"):
+        jlora.info(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(

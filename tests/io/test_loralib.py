@@ -1,5 +1,8 @@
 """Adapters of loralib: its own merged weights, and MergedLinear with some of its parts, computed in NumPy."""
 
+import zlib
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,3 +98,23 @@ def test_loralib(name, kind, options):
     ):
         with pytest.raises(ValueError, match=message):
             jlora.loralib.load(bad, sites, names, **options)
+
+
+def test_the_file_that_torch_writes():
+    """`golden/loralib.pt`: a linear layer, and one whose first and last third are adapted."""
+    path = Path(__file__).parents[1] / "golden" / "loralib.pt"
+    params = {"plain": jnp.zeros((4, 6)), "merged": jnp.zeros((4, 6))}
+    sites = jlora.trace(lambda p, x: x @ p["plain"] + x @ p["merged"], params, jnp.ones((2, 4)))
+    names, enable = {"plain": "0", "merged": "1"}, (True, False, True)
+    merged = jlora.merge(params, jlora.loralib.load(path, sites, names, alpha=3, enable=enable))
+    shapes = {"0.lora_A": (2, 4), "0.lora_B": (6, 2), "1.lora_A": (4, 4), "1.lora_B": (4, 2)}
+    state = {
+        name: 0.3 * np.random.RandomState(zlib.crc32(name.encode())).normal(size=shape)
+        for name, shape in shapes.items()
+    }
+    np.testing.assert_allclose(merged["plain"], 1.5 * (state["0.lora_B"] @ state["0.lora_A"]).T, rtol=1e-5, atol=1e-6)
+    first, last = (state["1.lora_B"][2 * k : 2 * k + 2] @ state["1.lora_A"][2 * k : 2 * k + 2] for k in range(2))
+    expected = 1.5 * np.concatenate([first, np.zeros((2, 4)), last]).T
+    np.testing.assert_allclose(merged["merged"], expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(FileNotFoundError):
+        jlora.loralib.load("no such file", sites, names)

@@ -68,12 +68,20 @@ def _of_file(file: Path) -> Info:
     with file.open("rb") as stream:
         start = stream.read(9)
     if start[:4] == b"PK\x03\x04":
-        return _of_tensors(file, load_state(file), {})
+        return _of_state(file)
     if start[:4] == container.MAGIC:
         return _report(file, "GGUF", gguf.read(*container.read(file)))
     if start[8:] == b"{":
         return _of_tensors(file, load_tensors(file, integers=True), load_metadata(file))
     raise _unknown(file)
+
+
+def _of_state(file: Path) -> Info:
+    """The report on a file of `torch.save`."""
+    state = load_state(file)
+    if not loralib.is_state(list(state)):
+        raise _unknown(file, "It is a file of torch.save, of which jlora reads loralib's: save it as safetensors.")
+    return _report(file, "loralib", loralib.read(state))
 
 
 def _of_tensors(file: Path, tensors: peft.Tensors, metadata: Mapping[str, str]) -> Info:

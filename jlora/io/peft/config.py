@@ -84,7 +84,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     return check_config(path, config)
 
