@@ -75,6 +75,39 @@ def test_inferred_names(model):
             np.testing.assert_array_equal(names.parameter(path, tensors.__getitem__), value)
 
 
+@pytest.mark.parametrize("initial", [False, True])
+def test_heads_of_a_fused_module(initial):
+    """GPT-NeoX has query, key and value of each head in turns; the program has a kernel and a bias for each."""
+    tensors = state("gpt_neox", initial=initial)
+    params = {}
+    for path, (_, value) in flax_leaves("gpt_neox", tensors).items():
+        if "query_key_value" not in path:
+            params[path] = value
+            continue
+        for k, name in enumerate(("query", "key", "value")):
+            params[path.replace("query_key_value", name)] = value.reshape(*value.shape[:-1], 4, 3, 4)[..., k, :]
+    names = jlora.peft.infer_names(nested(params), tensors).check()
+    for path, value in params.items():
+        np.testing.assert_array_equal(names.parameter(path, tensors.__getitem__), value)
+    assert names.unused == ()
+    assert all("query" in path or "key" in path or "value" in path for path in names.inexpressible)
+
+
+def test_a_parameter_for_each_expert():
+    """Mixtral has all experts in one tensor, gate and up in one; the program has three kernels for each expert."""
+    tensors = state("mixtral")
+    params = {path: value for path, (_, value) in flax_leaves("mixtral", tensors).items() if "experts" not in path}
+    for layer in range(2):
+        at = f"model.layers.{layer}.mlp.experts"
+        for e in range(3):
+            gate, up = np.split(tensors[f"{at}.gate_up_proj"][e].T, 2, 1)
+            parts = {"w1": gate, "w3": up, "w2": tensors[f"{at}.down_proj"][e].T}
+            params |= {f"{at.replace('.', '/')}/{e}/{name}/kernel": value for name, value in parts.items()}
+    names = jlora.peft.infer_names(nested(params), tensors).check()
+    for path, value in params.items():
+        np.testing.assert_array_equal(names.parameter(path, tensors.__getitem__), value)
+
+
 def test_another_model():
     """The weights of one model are not found in another, though many have the same shapes."""
     leaves = flax_leaves("llama", state("llama"))

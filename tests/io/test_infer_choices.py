@@ -156,3 +156,15 @@ def test_a_choice_for_every_other_layer():
     assert_rebuilt(names, params, state)
     assert names["layers/{i}/first/scale"].name == "model.layers.{i+2*j}.input_layernorm.weight"
     assert names["layers/{i}/second/scale"].name == "model.layers.{i+2*j}.post_attention_layernorm.weight"
+
+
+def test_a_tensor_elsewhere_is_no_proof():
+    """A norm of ones whose tensor is kept with the embeddings: it is asked for, and not called constant."""
+    state = llama(constant_norms=True)
+    state["model.embed_tokens.norm.weight"] = state.pop("model.norm.weight")
+    state["model.embed_tokens.positions.weight"] = numbers(5, D)
+    params = plain(state | {"model.norm.weight": np.ones(D, np.float32)})
+    params["embed"]["positions"] = {"embedding": state["model.embed_tokens.positions.weight"]}
+    names = jlora.peft.infer_names(params, state)
+    assert names.ambiguous == {"norm/scale": ("model.embed_tokens.norm.weight",)}
+    assert names.constant == {}

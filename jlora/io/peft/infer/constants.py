@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from jlora.io.peft.infer.decompose import Part, Source, slice_block
 from jlora.io.peft.infer.layout import plain_layouts
 from jlora.io.peft.infer.neighbours import Name, Neighbours, Unit
-from jlora.io.peft.infer.pieces import Block
+from jlora.io.peft.infer.pieces import Block, everything
 from jlora.io.peft.infer.table import TensorTable
 from jlora.io.peft.infer.words import normalized
 
@@ -97,13 +97,11 @@ def _is_stacked(unit: Unit) -> bool:
 
 def constant_sources(unit: Unit, domain: str, table: TensorTable) -> list[Source]:
     """The whole tensors that a constant block may come from: those of its value and size, if a layout exists."""
-    if unit.part.sources:
+    if unit.part.sources or unit.part.constant is None:
         return list(unit.part.sources)
     shape = unit.part.leaf.shape
-    marks = table.fingerprints(domain)
     return [
-        Source(name, slice_block(table.shape(name), {}))
-        for name, mark in marks.items()
-        if (mark.size, mark.constant) == (math.prod(shape), unit.part.constant)
-        and next(plain_layouts(shape, table.shape(name)), None) is not None
+        Source(name, everything(table.shape(name)))
+        for name in table.constants(domain, math.prod(shape), unit.part.constant)
+        if next(plain_layouts(shape, table.shape(name)), None) is not None
     ]

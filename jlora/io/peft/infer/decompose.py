@@ -190,7 +190,7 @@ class Decomposer:
                         yield Source(name, slice_block(shape, {}, axis, fold, window))
             if axis > 0 and only_plain and len(shape) > 2:
                 unit = size // shape[0] // length
-                if mark.size % unit == 0 and mark.size // unit <= length:
+                if mark.size % unit == 0 and mark.size // unit < length:
                     for row, sums in enumerate(self.table.sums(self.domain, name, (0, axis))):
                         for window in _equal_windows(sums, mark.size // unit, mark.total):
                             yield Source(name, slice_block(shape, {0: row}, axis, 1, window))

@@ -73,7 +73,7 @@ class Neighbours:
         self._told = set(told)
         self.chosen = dict(anchors)
         self.without_source: list[Unit] = []
-        self._candidates = candidates
+        self._candidates = functools.cache(candidates)
         self._index()
 
     def below(self, place: Name) -> list[Unit]:
@@ -90,17 +90,18 @@ class Neighbours:
             the sources that remain possible for each block that stays open.
         """
         remaining = list(units)
-        while remaining:
+        while True:
             options = {unit: self._options(unit) for unit in remaining}
-            decided = self._decide(options)
-            empty = [unit for unit in remaining if not options[unit]]
-            self.without_source += empty
+            decided = self._decide({unit: sources for unit, sources in options.items() if sources})
+            if not decided:
+                break
             self.chosen |= decided
-            remaining = [unit for unit in remaining if unit not in decided and options[unit]]
-            if not decided and not empty:
-                return {unit: options[unit] for unit in remaining}
+            remaining = [unit for unit in remaining if unit not in decided]
             self._index()
-        return {}
+        for unit, sources in options.items():  # what lies outside of a scope is no proof that there is no tensor
+            options[unit] = sources or ([] if self._own_module(unit) is not None else self._unused(unit))
+        self.without_source += [unit for unit, sources in options.items() if not sources]
+        return {unit: sources for unit, sources in options.items() if sources}
 
     def _index(self) -> None:
         self._below: dict[Name, list[Unit]] = collections.defaultdict(list)
@@ -114,21 +115,34 @@ class Neighbours:
             for end in range(len(name)):
                 self._under[name[:end]].add(unit)
             self._transfer[skeleton(unit.path)].add(skeleton(source.tensor))
-        self._used = {source.tensor for source in self.chosen.values()}
+        self._used = set(self.chosen.values())
+        self._used_tensors = {source.tensor for source in self._used}
+
+    def _unused(self, unit: Unit) -> list[Source]:
+        """The candidates that no block has yet: no part of a whole tensor, and for a part not the same one."""
+        return [
+            source
+            for source in self._candidates(unit)
+            if source not in self._used and not (source.block.is_all and source.tensor in self._used_tensors)
+        ]
+
+    def _own_module(self, unit: Unit) -> Name | None:
+        """The module of torch that holds all that is known of a constant parameter's own module: of the weight, say."""
+        scope = self._scope(unit.place[:-1], unit.stack)
+        return scope.module if scope is not None and unit.part.constant is not None else None
 
     def _options(self, unit: Unit) -> list[Source]:
         """The candidates in the nearest scope that has some; all if no scope has any anchors."""
-        candidates = list(self._candidates(unit))
-        unused = [source for source in candidates if source.tensor not in self._used]
-        candidates = unused or (candidates if unit.part.constant is None else [])
+        candidates = self._unused(unit) or (list(self._candidates(unit)) if unit.part.constant is None else [])
+        module = self._own_module(unit)
+        if module is not None:
+            return [source for source in candidates if _is_below(source.tensor, module)]
         is_anchored = False
         for end in range(len(unit.place) - 1, -1, -1):
             scope = self._scope(unit.place[:end], unit.stack)
             if scope is None:
                 continue
             is_anchored = True
-            if scope.module is not None and end == len(unit.place) - 1 and unit.part.constant is not None:
-                return [s for s in candidates if _is_below(s.tensor, scope.module)]
             below = [s for s in candidates if _is_in_scope(s.tensor, scope, unit.place[end])]
             if below:
                 return below
@@ -160,7 +174,7 @@ class Neighbours:
 
     def _decide(self, options: Mapping[Unit, list[Source]]) -> dict[Unit, Source]:
         """The choices that one of the rules makes, the surest rule first."""
-        for rule in (self._as_told, self._as_elsewhere, self._by_words, self._by_elimination):
+        for rule in (self._as_told, self._in_own_module, self._as_elsewhere, self._by_words, self._by_elimination):
             decided = rule(options)
             if decided:
                 return decided
@@ -169,6 +183,10 @@ class Neighbours:
     def _as_told(self, options: Mapping[Unit, list[Source]]) -> dict[Unit, Source]:
         """The tensor that the caller has given."""
         return _unique({unit: sources for unit, sources in options.items() if unit.path in self._told})
+
+    def _in_own_module(self, options: Mapping[Unit, list[Source]]) -> dict[Unit, Source]:
+        """The only candidate in the module that holds the weight beside it."""
+        return _unique({unit: sources for unit, sources in options.items() if self._own_module(unit) is not None})
 
     def _as_elsewhere(self, options: Mapping[Unit, list[Source]]) -> dict[Unit, Source]:
         """The same as in another layer."""
@@ -202,11 +220,11 @@ class Neighbours:
 
     def _by_elimination(self, options: Mapping[Unit, list[Source]]) -> dict[Unit, Source]:
         """The only candidate, if no other block could have it."""
-        wanted = collections.Counter(source.tensor for sources in options.values() for source in sources)
+        wanted = collections.Counter(source for sources in options.values() for source in sources)
         return {
             unit: sources[0]
             for unit, sources in options.items()
-            if len(sources) == 1 and (wanted[sources[0].tensor] == 1 or unit.part.constant is None)
+            if len(sources) == 1 and (wanted[sources[0]] == 1 or unit.part.constant is None)
         }
 
 
@@ -241,9 +259,9 @@ def _common_prefix(names: Sequence[Name]) -> Name:
 
 def _unique(choices: Mapping[Unit, Sequence[Source]]) -> dict[Unit, Source]:
     """The choices of one tensor that no other block claims by the same rule."""
-    claims = collections.Counter(source.tensor for sources in choices.values() for source in sources)
+    claims = collections.Counter(source for sources in choices.values() for source in sources)
     return {
         unit: sources[0]
         for unit, sources in choices.items()
-        if len(sources) == 1 and (claims[sources[0].tensor] == 1 or unit.part.constant is None)
+        if len(sources) == 1 and (claims[sources[0]] == 1 or unit.part.constant is None)
     }

@@ -15,10 +15,11 @@ from jlora.io.peft.infer.words import skeleton
 
 
 class _Placed(NamedTuple):
-    """A block, its tensor, and the layouts under which the two are equal."""
+    """A block, its tensor, whether that is a vector, and the layouts under which the two are equal."""
 
     unit: Unit
     source: Source
+    is_vector: bool
     layouts: list[Layout]
 
     def piece(self, layout: Layout) -> Piece:
@@ -63,13 +64,14 @@ def place_blocks(
 
 
 def _place(unit: Unit, source: Source, leaf: Leaf, domain: Domain, table: TensorTable) -> _Placed:
+    is_vector = len(table.shape(source.tensor)) == 1
     ours, theirs = unit.part.leaf.of(leaf.array()), source.block.of(table.read(source.tensor))
     if unit.part.constant is not None:
         is_equal = bool((cast(theirs, domain) == unit.part.constant).all())
-        return _Placed(unit, source, list(plain_layouts(ours.shape, theirs.shape)) if is_equal else [])
+        return _Placed(unit, source, is_vector, list(plain_layouts(ours.shape, theirs.shape)) if is_equal else [])
     layouts = equal_layouts(ours, theirs, domain, plain_layouts(ours.shape, theirs.shape))
     layouts = layouts or equal_layouts(ours, theirs, domain, interleaved_layouts(ours.shape, theirs.shape))
-    return _Placed(unit, source, layouts)
+    return _Placed(unit, source, is_vector, layouts)
 
 
 def _choose_layouts(path: str, placed: Sequence[_Placed], known: set[Layout], solution: Solution) -> None:
@@ -77,17 +79,13 @@ def _choose_layouts(path: str, placed: Sequence[_Placed], known: set[Layout], so
     pieces = []
     for block in placed:
         alike = [layout for layout in block.layouts if len(block.layouts) == 1 or layout in known]
-        alike = alike or [layout for layout in block.layouts if _is_vector(block) and _is_in_order(layout)]
+        alike = alike or [layout for layout in block.layouts if block.is_vector and _is_in_order(layout)]
         if len(alike) != 1:
             tensor, count = block.source.tensor, len(block.layouts)
             solution.ambiguous[path] = (f"{tensor}, in {count} layouts that give the same values",)
             return
         pieces.append(block.piece(alike[0]))
     solution.pieces[path] = tuple(pieces)
-
-
-def _is_vector(block: _Placed) -> bool:
-    return len(block.source.block.shape) == 1
 
 
 def _is_in_order(layout: Layout) -> bool:

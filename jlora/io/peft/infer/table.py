@@ -24,6 +24,7 @@ class TensorTable:
         self.names = [name for name in names if files.size(name)]
         self.sizes = sorted({files.size(name) for name in self.names})
         self._fingerprints: dict[Domain, dict[str, Fingerprint]] = {}
+        self._constants: dict[Domain, dict[tuple[int, float], list[str]]] = {}
         self._by_key: dict[Domain, dict[Key, tuple[str, ...]]] = {}
         self._sums: dict[tuple[Domain, str, tuple[int, ...]], np.ndarray] = {}
         self._last: tuple[str, np.ndarray] | None = None
@@ -48,6 +49,15 @@ class TensorTable:
                 by_key[mark.key].append(name)
             self._by_key[domain] = {key: tuple(names) for key, names in by_key.items()}
         return self._fingerprints[domain]
+
+    def constants(self, domain: Domain, size: int, value: float) -> list[str]:
+        """The tensors of a size whose elements all have a value."""
+        if domain not in self._constants:
+            self._constants[domain] = collections.defaultdict(list)
+            for name, mark in self.fingerprints(domain).items():
+                if mark.constant is not None:
+                    self._constants[domain][mark.size, mark.constant].append(name)
+        return self._constants[domain].get((size, value), [])
 
     def lookup(self, domain: Domain, key: Key) -> tuple[str, ...]:
         """The tensors with a fingerprint."""
