@@ -27,7 +27,7 @@ from tests.support.peft_models import MODELS
 
 LORALIB = Path(__file__).parents[1] / "golden" / "loralib.pt"
 FILES = [f"adapter/{name}" for name in golden()["adapter"]] + [f"export/{name}" for name in EXPORTS]
-DEFAULT = ("adapter/mixtral experts", "adapter/bert lokr_whole", "adapter/bert loha", "export/convolution_lokr")
+DEFAULT = ("adapter/mixtral experts", "adapter/bert lokr_whole")
 
 
 def unpacked(name: str, folder: Path) -> tuple[Path, str]:
