@@ -23,6 +23,7 @@ from jlora.methods.lora_xs import LoRAXS
 from jlora.methods.miss import MiSS
 from jlora.methods.oft import OFT
 from jlora.methods.randlora import RandLoRA
+from jlora.methods.shared_lora import SharedLoRA
 from jlora.methods.shira import SHiRA
 from jlora.methods.vera import VeRA
 
@@ -50,6 +51,7 @@ __all__ = [
     "MiSS",
     "RandLoRA",
     "SHiRA",
+    "SharedLoRA",
     "VeRA",
 ]
 

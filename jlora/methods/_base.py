@@ -107,7 +107,7 @@ class Method:
 
     Attributes:
         factors: the axes of every array, `{"a": "*stack *in rank"}`. A token with a star is a group of the weight's
-            axes (`*stack`, `*in`, `*channels`, `*window`, `*out`, `*weight`), any other token an axis of the method.
+            axes (`*stack`, `*layers`, `*in`, `*channels`, `*window`, `*out`, `*weight`), any other token an axis of the method.
         initializers: the initialiser of each array, `initializer(key, shape, dtype)`; `shape` is that of one layer of a
             stack, with one axis for each token.
         networks: products of factors that are added to the weight, `"a b"`; axes that the weight lacks are summed.
@@ -193,13 +193,13 @@ class Method:
             TypeError: if a declared array has no initialiser.
         """
         axes, initializers = WeightAxes.of(site), self.initializers_for(site)
-        declared, sizes, stack = self.factors_for(axes), self._all_sizes(axes), axes.sizes("*stack")
+        declared, sizes = self.factors_for(axes), self._all_sizes(axes)
         missing = [name for name in declared if name not in initializers]
         if missing or not declared:
             raise TypeError(f"{type(self).__name__} declares no initialiser for {missing or 'any factor'}: add it.")
         keys = jax.random.split(key, max(len(declared), 1))
         return {
-            name: stacked(initializers[name], k, _stack(text, stack), factor_axes.layer_shape(text, axes, sizes), dtype)
+            name: stacked(initializers[name], k, _stack(text, axes), factor_axes.layer_shape(text, axes, sizes), dtype)
             for (name, text), k in zip(declared.items(), keys, strict=False)
         }
 
@@ -244,8 +244,8 @@ class _Sizes(dict[str, int]):
         return size
 
 
-def _stack(declared: str, stack: tuple[int, ...]) -> tuple[int, ...]:
-    return stack if "*stack" in declared.split() else ()
+def _stack(declared: str, axes: WeightAxes) -> tuple[int, ...]:
+    return next((axes.sizes(token) for token in declared.split() if token in factor_axes.STACKS), ())
 
 
 def new_arrays(

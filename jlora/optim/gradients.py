@@ -65,7 +65,7 @@ def _output_factors(update: Update) -> set[str]:
         return {"b"}
     declared = {name: set(text.split()) for name, text in update.declared.items()}
     outputs = {name for name, axes in declared.items() if "*out" in axes and "*in" not in axes}
-    return {name for name in outputs if declared[name] - {"*stack", "*out"}}
+    return {name for name in outputs if declared[name] - {"*stack", "*layers", "*out"}}
 
 
 def riemannian(damping: float = 1e-6) -> optax.GradientTransformation:

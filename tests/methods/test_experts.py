@@ -70,6 +70,8 @@ def hold(use: str, method: jlora.Method, sizes: tuple[int, int, int]) -> bool:
         (jlora.VeRA(2), (16, 4, 2)),
         (jlora.LoHa(3), (3, 4, 4)),
         (jlora.LoRA(4), (4, 6, 4)),
+        (jlora.SharedLoRA(2), (4, 6, 4)),
+        (jlora.SharedLoRA(2, shared="b"), (3, 4, 4)),
     ],
     ids=repr,
 )

@@ -60,6 +60,8 @@ METHODS: dict[str, list[jlora.Method]] = {
     "oft": _blocks(jlora.OFT, 2, 3, 5, 7, 11),
     "boft": [*_blocks(jlora.BOFT, 2, 6, levels=2), *_blocks(jlora.BOFT, 2, 3, 5, 7, 11, levels=1)],
     "randlora": [jlora.RandLoRA(2, ALPHA)],
+    "shared_a": [jlora.SharedLoRA(2, ALPHA)],
+    "shared_b": [jlora.SharedLoRA(2, ALPHA, shared="b")],
     "shira": [jlora.SHiRA(1), jlora.FourierFT(2)],
     "vera": [jlora.VeRA(3)],
 }

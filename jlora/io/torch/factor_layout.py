@@ -108,6 +108,7 @@ def _groups(declared: str, location: WeightLocation) -> _Groups:
     outputs: _Groups = [("out", location.axes("out"))]
     meanings: dict[str, _Groups] = {
         "*stack": [*enumerated, *experts],
+        "*layers": enumerated if experts else enumerated[:-1],
         "*in": inputs,
         "*channels": [("channels", location.channel_axes)],
         "*window": [("window", location.window_axes)],

@@ -3,6 +3,7 @@
 A token with a star is a group of axes of the weight, any other token an axis of the method:
 
     *stack      layers of a scan, experts, batch axes
+    *layers     the stack axes but the last: the layers of a scan, if the last axis is that of experts
     *in         all contracted axes; of a convolution its channels and its window
     *channels   contracted axes without a window
     *window     the spatial axes of a convolution
@@ -19,7 +20,8 @@ import jax
 
 from jlora._interpreter.context import Role, matrix_side
 
-GROUPS = ("*stack", "*in", "*channels", "*window", "*out", "*weight")
+STACKS = ("*stack", "*layers")
+GROUPS = (*STACKS, "*in", "*channels", "*window", "*out", "*weight")
 
 
 class HasAxes(Protocol):
@@ -52,6 +54,8 @@ class WeightAxes:
         """The numbers of the axes in a group, in the order of the weight."""
         if group == "*weight":
             return tuple(range(len(self.shape)))
+        if group == "*layers":
+            return self.axes("*stack")[:-1]
         if group in ("*channels", "*window"):
             role = {"*channels": "in", "*window": "window"}[group]
             return tuple(axis for axis, r in enumerate(self.roles) if r == role)
@@ -87,7 +91,7 @@ def shape(declared: str, axes: WeightAxes, sizes: Mapping[str, int]) -> tuple[in
 
 def layer_shape(declared: str, axes: WeightAxes, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of a factor for one layer of a stack, with one axis for each token: `(in, rank)`."""
-    tokens = [token for token in declared.split() if token != "*stack"]
+    tokens = [token for token in declared.split() if token not in STACKS]
     return tuple(axes.count(token) if token in GROUPS else sizes[token] for token in tokens)
 
 
@@ -97,7 +101,7 @@ def join_groups(array: jax.Array, declared: str, axes: WeightAxes) -> jax.Array:
     for token in declared.split():
         width = len(axes.axes(token)) if token in GROUPS else 1
         part = array.shape[position : position + width]
-        dims += part if token == "*stack" else (math.prod(part),)
+        dims += part if token in STACKS else (math.prod(part),)
         position += width
     return array.reshape(dims)
 

@@ -11,7 +11,7 @@ from jax import lax
 from jlora._interpreter.context import Role
 from jlora._ir.algebra import split_index
 from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork, fresh_indices
-from jlora.methods._common.factor_axes import GROUPS, WeightAxes
+from jlora.methods._common.factor_axes import GROUPS, STACKS, WeightAxes
 
 Term = tuple[jax.Array, str]  # a factor and its declared axes
 
@@ -70,7 +70,7 @@ def add_network(
         w: the weight.
         update: the update, with its dropout key and rank mask.
         terms: factors, each with its declared axes, `(a, "*stack *in rank")`. A factor has one array axis for each axis
-            of the weight, or one for each group (except for `*stack`).
+            of the weight, or one for each group (except for `*stack` and `*layers`).
         scale: a multiplier; if it is an array, it multiplies the rank mask, or without one the first factor.
         labels: the indices of every group, from `group_labels`, with more entries for parts of the weight's axes that
             the declarations name. By default `group_labels(w, update)`.
@@ -170,7 +170,7 @@ def _reshape_to_indices(
     """A factor with one axis for each index of its term."""
     tokens = declared.split()
     widths = {token: len(axes.axes(token)) if token in GROUPS else 1 for token in tokens}
-    joint = {token: widths[token] if token == "*stack" else 1 for token in tokens}
+    joint = {token: widths[token] if token in STACKS else 1 for token in tokens}
     if array.ndim != sum(widths.values()):
         widths = joint
     new_shape, position = [], 0
