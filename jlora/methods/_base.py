@@ -107,7 +107,8 @@ class Method:
 
     Attributes:
         factors: the axes of every array, `{"a": "*stack *in rank"}`. A token with a star is a group of the weight's
-            axes (`*stack`, `*layers`, `*in`, `*channels`, `*window`, `*out`, `*weight`), any other token an axis of the method.
+            axes (`*stack`, `*layers`, `*in`, `*channels`, `*window`, `*out`, `*weight`), any other token an axis of the
+            method.
         initializers: the initialiser of each array, `initializer(key, shape, dtype)`; `shape` is that of one layer of a
             stack, with one axis for each token.
         networks: products of factors that are added to the weight, `"a b"`; axes that the weight lacks are summed.

@@ -4,11 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import final
 
+import jax
+from jax.typing import DTypeLike
+
 from jlora._interpreter.site import Site
 from jlora.methods._base import Method
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import choice, fraction, nonzero, positive_integer, scale_of, switch
-from jlora.methods._common.initializers import Initializer
+from jlora.methods._common.initializers import Initializer, kaiming, normal, zeros
 from jlora.methods._common.matrices import rank_too_high
 from jlora.methods.lora import LoRA, pair_initializers
 
@@ -25,6 +28,9 @@ class SharedLoRA(Method):
     over layers with experts has a shared matrix of its own. Without experts, the layers of a scan share it; a weight
     without a stack has a plain LoRA. With "a" for the kernels that read the hidden state and "b" for those that write
     it, the outer factors are shared, and the adapter has about half the size of a LoRA.
+
+    The shared matrix starts at random, as A of a LoRA does, and the other at zero: so an expert without tokens, whose
+    matrix gets no gradient, does not change.
 
     Arguments:
         rank: the rank of the update of one expert.
@@ -55,4 +61,11 @@ class SharedLoRA(Method):
         return {**LoRA.factors, self.shared: shared}
 
     def initializers_for(self, site: Site) -> Mapping[str, Initializer]:
-        return pair_initializers(None, None, False, site)
+        if self.shared == "a":
+            return pair_initializers(None, None, True, site)
+        return {"a": zeros, "b": normal(1.0) if site.is_lookup else kaiming_of_outputs}
+
+
+def kaiming_of_outputs(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """B as A starts, with out and in exchanged: uniform in +-1/sqrt(out)."""
+    return kaiming(key, shape[::-1], dtype).T

@@ -59,7 +59,8 @@ def test_it_is_written_for_peft_with_the_shared_matrix_repeated(case, tmp_path):
     _, _, sites, adapter = case
     names = {name: f"layers.{{i}}.experts.{{e}}.{name}" for name in adapter}
     notes = jlora.peft.save(tmp_path / "experts", adapter, names, target="vllm")
-    assert len(notes) == 2 and all("SharedLoRA became a LoRA of rank 2, by its factors" in note for note in notes)
+    assert len(notes) == 2
+    assert all("SharedLoRA became a LoRA of rank 2, by its factors" in note for note in notes)
     tensors = load_file(tmp_path / "experts" / "adapter_model.safetensors")
     for layer in range(LAYERS):
         for expert in range(EXPERTS):
@@ -78,6 +79,21 @@ def test_it_is_written_for_peft_with_the_shared_matrix_repeated(case, tmp_path):
         np.testing.assert_array_equal(loaded["down"]["b"][:, expert], adapter["down"]["b"])
     np.testing.assert_array_equal(loaded["up"]["b"], adapter["up"]["b"])
     np.testing.assert_array_equal(loaded["down"]["a"], adapter["down"]["a"])
+
+
+def test_an_expert_without_rows_does_not_move(case):
+    params, x, sites, adapter = case
+    adapter = jlora.init(jax.random.key(1), sites, {path: update.method for path, update in adapter.items()})
+
+    def loss(adapter):
+        return jnp.square(jlora.adapt(network)(params, adapter, x, SIZES)).mean()
+
+    for _ in range(2):  # the first step moves the factors that start at zero, the second those that are shared
+        adapter = jax.tree.map(lambda a, g: a - g, adapter, jax.grad(loss)(adapter))
+    merged = jlora.merge(params, adapter)
+    for path in ("up", "down"):
+        moved = np.abs(merged[path] - params[path]).max((0, 2, 3))
+        np.testing.assert_array_equal(moved > 0, SIZES > 0)
 
 
 def test_files_hold_the_shared_matrix_once(case, tmp_path):
