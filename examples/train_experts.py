@@ -142,7 +142,7 @@ def adapt(job: Job, params: Any, method: str, options: argparse.Namespace) -> di
     other = dataclasses.replace(job.model, dispatch="dense" if job.model.dispatch == "ragged" else "ragged")
     return {
         "accuracy": training.accuracy(logits, job.test.labels),
-        "losses": history.losses,
+        "losses": np.round(history.losses, 4).tolist(),
         "tokens": tokens.tolist(),
         "moved": moved.tolist(),
         "moves with its tokens": bool(((moved > 1e-6) == (tokens > 0)).all()),
@@ -233,7 +233,7 @@ def run(job: Job, options: argparse.Namespace) -> dict[str, Any]:
         "settings": {name: value for name, value in vars(options).items() if name != "out"},
         "base": {
             "accuracy": training.accuracy(predict(job.model, base, job.test), job.test.labels),
-            "losses": history.losses,
+            "losses": np.round(history.losses, 4).tolist(),
             "tokens": count_tokens(job.model, base, job.train).tolist(),
             "numbers": sum(a.size for a in jax.tree.leaves(base)),
         },
@@ -269,7 +269,7 @@ def main() -> int:
         return 1
     result = run(job, options)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    (options.out / "results.json").write_text(json.dumps(result) + "\n")
     print(experts_report.write(options.out, result))
     return 0
 

@@ -27,7 +27,7 @@ class SharedLoRA(Method):
     The experts are the last stack axis of the weight, and the layers are the stack axes before it: each layer of a scan
     over layers with experts has a shared matrix of its own. Without experts, the layers of a scan share it; a weight
     without a stack has a plain LoRA. With "a" for the kernels that read the hidden state and "b" for those that write
-    it, the outer factors are shared, and the adapter has about half the size of a LoRA.
+    it, the outer factors are shared: one copy of each instead of one for every expert.
 
     The shared matrix starts at random, as A of a LoRA does, and the other at zero: so an expert without tokens, whose
     matrix gets no gradient, does not change.

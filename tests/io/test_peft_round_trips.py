@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import jlora
+from jlora.peft import Module
 from tests.support import toy_model
 from tests.support.agreement import close
 from tests.support.peft_files import FILES, content, golden, program
@@ -145,3 +146,15 @@ def round_trip(folder, case, make, rank, alpha, dtype):
             assert np.array_equal(array, again["w"].factors[key])
     for path, update in jlora.to_lora(again)[0].items() if make is jlora.LoRA else ():
         close(jlora.merge(params, {path: update}), jlora.merge(params, adapter))
+
+
+@pytest.mark.parametrize("method", [jlora.DoRA(2), jlora.LoHa(2), jlora.VeRA(2), jlora.IA3()], ids=repr)
+def test_parameters_of_experts_hold_lora_alone(tmp_path, method):
+    params = {"w": jnp.ones((2, 6, 8))}
+    sites = jlora.trace(lambda p, x: jax.lax.ragged_dot(x, p["w"], jnp.array([1, 2])), params, jnp.ones((3, 6)))
+    adapter = jlora.init(jax.random.key(0), sites, method, params=params)
+    names = {"w": Module("experts.up_proj", "parameter")}
+    message = rf"hold LoRA alone, not experts\.up_proj \({type(method).__name__}\).*a module for each expert"
+    with pytest.raises(ValueError, match=message):
+        jlora.peft.save(tmp_path / "a", adapter, names, params=params)
+    jlora.peft.save(tmp_path / "b", adapter, {"w": "experts.{e}.up_proj"}, params=params)

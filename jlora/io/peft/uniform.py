@@ -23,6 +23,22 @@ def check_vllm(adapted: Mapping[str, ModuleEntry], trained: Mapping[str, ModuleE
         raise ValueError(f"vLLM takes LoRA of linear layers and embeddings: merge or leave out {refused}.")
 
 
+def check_experts(experts: Mapping[str, ModuleEntry]) -> None:
+    """Raises if PEFT's `target_parameters` cannot hold the updates of experts.
+
+    Raises:
+        ValueError: with the parameters that have another method than LoRA.
+    """
+    refused = {n: type(e.factors.method).__name__ for n, e in experts.items() if not isinstance(e.factors.method, LoRA)}
+    if refused:
+        listed = ", ".join(f"{name} ({method})" for name, method in sorted(refused.items()))
+        raise ValueError(
+            f"PEFT's target_parameters hold LoRA alone, not {listed}. Name a module for each expert "
+            "instead, with an index for the experts such as 'experts.{e}.up_proj'; or convert updates of low rank by "
+            "jlora.to_lora."
+        )
+
+
 def with_uniform_rank(entries: Mapping[str, ModuleEntry], reason: str, notes: list[str]) -> dict[str, ModuleEntry]:
     """LoRAs with the largest rank and scale of all: zeros fill up the ranks, and B takes what the scale lacks.
 

@@ -12,7 +12,7 @@ from jlora.io.peft.method_fields import ia3_fields, rank_fields
 from jlora.io.peft.module_entry import ModuleEntry
 from jlora.io.peft.module_parts import complete_biases, complete_modules, locate_adapter, module_entries
 from jlora.io.peft.tensors import Tensors, module_tensors
-from jlora.io.peft.uniform import check_vllm, with_uniform_rank
+from jlora.io.peft.uniform import check_experts, check_vllm, with_uniform_rank
 from jlora.io.peft.vera import add_vera
 from jlora.io.torch.module_names import Names
 from jlora.methods import IA3, DoRA, Full, GroupedLoRA, LoRA, VeRA
@@ -101,6 +101,7 @@ def _for_target(adapted: Entries, trained: Entries, target: str | None, notes: l
         adapted = with_uniform_rank(adapted, "vLLM reads one rank and one scale", notes)
     experts = {name: entry for name, entry in adapted.items() if entry.location.module.kind == "parameter"}
     if experts:
+        check_experts(experts)
         adapted = {**adapted, **with_uniform_rank(experts, "PEFT warns of patterns for parameters", notes)}
     return adapted
 
