@@ -51,7 +51,7 @@ def _maker(leaf: Any) -> Callable[[Any], Any]:
     if not is_variable(leaf):
         return lambda value: value
     kind, metadata = type(leaf), leaf.get_metadata()
-    return lambda value: kind.from_metadata(value, metadata)
+    return lambda value: kind.from_metadata(jax.tree.map(lambda x: x, value), metadata)  # a call may fill a dict
 
 
 @dataclasses.dataclass

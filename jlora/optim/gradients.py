@@ -13,6 +13,7 @@ from jlora.methods._common.factor_axes import as_pair, from_pair
 from jlora.methods._common.linalg import identity_like, inverse
 from jlora.methods.grouped_lora import GroupedLoRA
 from jlora.methods.lora import LoRA
+from jlora.optim.labels import check_holds_updates
 
 
 def _is_update(node: Any) -> bool:
@@ -25,6 +26,7 @@ def _stateless(fn: Callable[[Update, Update], Update]) -> optax.GradientTransfor
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("This transformation needs the factors: call update(gradients, state, params).")
+        check_holds_updates(params)
         new = jax.tree.map(lambda g, p: fn(g, p) if _is_update(p) else g, updates, params, is_leaf=_is_update)
         return new, state
 
@@ -44,7 +46,7 @@ def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
         the transformation, without state.
 
     Raises:
-        ValueError: from `update`, if it is called without parameters.
+        ValueError: from `update`, if it is called without parameters, or with a state of Flax NNX.
 
     Example:
         tx = optax.chain(optax.adamw(1e-4), jlora.lora_plus(16))
@@ -83,7 +85,7 @@ def riemannian(damping: float = 1e-6) -> optax.GradientTransformation:
         the transformation, without state.
 
     Raises:
-        ValueError: from `update`, if it is called without parameters.
+        ValueError: from `update`, if it is called without parameters, or with a state of Flax NNX.
 
     Example:
         tx = optax.chain(jlora.riemannian(), optax.sgd(1e-2))
@@ -118,7 +120,7 @@ def lora_fa_gradient(damping: float = 1e-8) -> optax.GradientTransformation:
         the transformation, without state.
 
     Raises:
-        ValueError: from `update`, if it is called without parameters.
+        ValueError: from `update`, if it is called without parameters, or with a state of Flax NNX.
 
     Example:
         tx = optax.chain(jlora.lora_fa_gradient(), optax.adamw(1e-4))

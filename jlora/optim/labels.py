@@ -1,6 +1,7 @@
 """Labels and masks of trainable leaves, for optax."""
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -17,10 +18,14 @@ def labels(tree: Any) -> Any:
     Returns:
         a tree of the same structure: for a trainable factor its name (`"a"`, `"b"`, ...), for other leaves `"frozen"`.
 
+    Raises:
+        ValueError: if the tree is a state of Flax NNX, which has arrays in the place of updates.
+
     Example:
         transforms = {"a": optax.adam(1e-4), "b": optax.adam(1e-3), "frozen": optax.set_to_zero()}
         tx = optax.multi_transform(transforms, jlora.labels)
     """
+    check_holds_updates(tree)
     return jax.tree.map(_label, tree, is_leaf=lambda node: isinstance(node, Update))
 
 
@@ -37,6 +42,22 @@ def mask(tree: Any) -> Any:
         tx = optax.masked(optax.adamw(1e-4, weight_decay=0.01), jlora.mask)
     """
     return jax.tree.map(lambda label: label != "frozen", labels(tree))
+
+
+def check_holds_updates(tree: Any) -> None:
+    """Raises if a tree is the state of an NNX module: it has the factors of an adapter, and not what they are.
+
+    Raises:
+        ValueError: with what to write instead.
+    """
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(tree, nnx.State):
+        raise ValueError(
+            "The tree is a state of Flax NNX, in which jlora cannot tell what the factors are. The last keys are their "
+            "names, for optax.multi_transform({'a': ..., 'b': ...}, lambda state: jax.tree_util.tree_map_with_path("
+            "lambda keys, _: [k.key for k in keys if hasattr(k, 'key')][-1], state)). Or train the adapter itself, "
+            "jlora.nnx.adapter(model), by a loop of your own."
+        )
 
 
 def _label(node: Any) -> Any:

@@ -142,3 +142,26 @@ def test_methods_with_frozen_arrays_train_their_factors_alone():
     assert list(nnx.state(model, jlora.nnx.FrozenFactor)["kernel_lora"]["update"]["frozen"]) == ["a"]
     step(model, nnx.Optimizer(model, OPTIMISER, wrt=nnx.LoRAParam), x, Y)
     np.testing.assert_allclose(model(x), jlora.nnx.merge(model)(x), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.nightly
+def test_transformations_that_need_to_know_the_factors_refuse_a_state():
+    """In the state that Flax passes to optax a factor has a name and no method; by name each gets its own rate."""
+    model = case("batch_norm").adapted()
+    state = nnx.as_pure(nnx.state(model, nnx.LoRAParam))
+    for transform in (jlora.lora_plus(), jlora.riemannian(), jlora.lora_fa_gradient()):
+        with pytest.raises(ValueError, match="a state of Flax NNX"):
+            transform.update(state, transform.init(state), state)
+    for function in (jlora.labels, jlora.mask):
+        with pytest.raises(ValueError, match="a state of Flax NNX"):
+            function(state)
+
+    def by_name(state):
+        return jax.tree_util.tree_map_with_path(lambda keys, _: [k.key for k in keys if hasattr(k, "key")][-1], state)
+
+    before, ones = jlora.nnx.adapter(model), jax.tree.map(jnp.ones_like, nnx.state(model, nnx.LoRAParam))
+    rates = optax.multi_transform({"a": optax.sgd(1.0), "b": optax.sgd(16.0)}, by_name)
+    nnx.Optimizer(model, rates, wrt=nnx.LoRAParam).update(model, ones)
+    for path, update in jlora.nnx.adapter(model).items():
+        np.testing.assert_array_equal(update["a"], before[path]["a"] - 1)
+        np.testing.assert_array_equal(update["b"], before[path]["b"] - 16)
