@@ -1,5 +1,7 @@
 """Adapted modules of Flax NNX on a mesh: factors and their annotations follow the weight."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,16 +33,16 @@ def test_factors_follow_the_weight(annotation, kind):
     out = "model" if len(annotation) > 1 else None
     with jax.set_mesh(mesh):
         model = jlora.nnx.adapt(linear(annotation), TARGETS, X, rngs=nnx.Rngs(1))
-        made_in_jit = nnx.jit(lambda: jlora.nnx.adapt(linear(annotation), TARGETS, X, rngs=nnx.Rngs(1)))()
-        for each in (model, made_in_jit):
+        make: Any = nnx.jit(lambda: jlora.nnx.adapt(linear(annotation), TARGETS, X, rngs=nnx.Rngs(1)))
+        for each in (model, make()):
             a, b = (factors(each)[name] for name in ("a", "b"))
             assert type(a.get_metadata("out_sharding")) is type(annotation)
             assert tuple(a.get_metadata("out_sharding")) == ("data", None)
             assert tuple(b.get_metadata("out_sharding")) == (None, out)
             assert a[...].sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 2)
             assert b[...].sharding.is_equivalent_to(NamedSharding(mesh, P(None, out)), 2)
-            specs = nnx.get_partition_spec(nnx.state(each))["kernel_lora"]["update"]["factors"]
-            assert specs["a"].get_value() == P("data", None)
+            specs: Any = nnx.get_partition_spec(nnx.state(each))
+            assert specs["kernel_lora"]["update"]["factors"]["a"].get_value() == P("data", None)
         jlora.nnx.set_adapter(model, jax.tree.map(lambda v: v + 0.1, jlora.nnx.adapter(model)))
         x = jax.device_put(X, NamedSharding(mesh, P()))
         y = nnx.jit(lambda module, x: module(x))(model, x)
