@@ -11,6 +11,7 @@ from jlora._tree.paths import closest_matches
 from jlora.bank.bank import Bank, stack
 from jlora.io.checkpoint import bank_index, orbax
 from jlora.io.checkpoint.errors import CheckpointError
+from jlora.io.file_paths import absolute
 from jlora.methods._base import Adapter
 
 
@@ -29,7 +30,7 @@ def save(path: str | os.PathLike[str], bank: Bank, *, params: Any = None) -> Non
         FileExistsError: if the path exists and is not a bank.
         CheckpointError: if the folder cannot be written; a bank that was there is then still complete.
     """
-    folder = Path(os.path.abspath(os.path.expanduser(path)))
+    folder = absolute(path)
     if folder.exists() and any(folder.iterdir()) and not _is_bank(folder):
         raise FileExistsError(f"{folder} exists and holds no bank. Save to another path, or remove it first.")
     written = folder / f"members-{uuid.uuid4().hex}"
@@ -118,7 +119,7 @@ def _is_bank(folder: Path) -> bool:
 
 
 def _open(path: str | os.PathLike[str]) -> tuple[Path, dict[str, str | None]]:
-    folder = Path(os.path.abspath(os.path.expanduser(path)))
+    folder = absolute(path)
     return folder, bank_index.read(folder)
 
 

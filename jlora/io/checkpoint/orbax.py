@@ -17,6 +17,7 @@ from jlora._tree.paths import is_array, named_leaves, without_boxes
 from jlora.io.checkpoint import checksums, fingerprint, metadata, reader, train_state
 from jlora.io.checkpoint.errors import CheckpointError as CheckpointError
 from jlora.io.checkpoint.placement import HOST, Placement, placement_of
+from jlora.io.file_paths import absolute
 from jlora.methods._base import Adapter
 from jlora.methods._lowering import as_single, check_fits, with_static_scale
 
@@ -41,7 +42,7 @@ def save(path: str | os.PathLike[str], adapter: Adapter, *, params: Any = None, 
         ValueError: if the adapter is empty, does not fit `params`, or has a hyper-parameter that JSON cannot hold.
         CheckpointError: if the folder cannot be written; then it does not exist.
     """
-    folder = _absolute(path)
+    folder = absolute(path)
     if folder.exists():
         raise FileExistsError(f"{folder} exists. Save to another path, or remove it first.")
     items = checkpoint_args(adapter, params=params, hashes=hashes)
@@ -172,12 +173,8 @@ def _usable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _absolute(path: str | os.PathLike[str]) -> Path:
-    return Path(os.path.abspath(os.path.expanduser(path)))
-
-
 def _open(path: str | os.PathLike[str]) -> tuple[Path, metadata.Meta]:
-    folder = _absolute(path)
+    folder = absolute(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no saved adapter at {folder}; jlora.save(path, adapter) writes one.")
     return folder, metadata.read(folder / METADATA)

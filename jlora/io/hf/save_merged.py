@@ -10,6 +10,7 @@ from typing import BinaryIO
 import numpy as np
 
 from jlora._tree.paths import Tree
+from jlora.io.file_paths import absolute
 from jlora.io.hf.tensor_values import TensorValues
 from jlora.io.torch.module_names import Names
 from jlora.io.torch.tensor_files import TensorEntry, TensorFiles, open_tensors
@@ -47,23 +48,26 @@ def save_merged(
     Raises:
         FileExistsError: if the folder holds something.
         FileNotFoundError: if the checkpoint is missing.
-        ValueError: if a parameter has no tensor or another shape, is quantised, or has numbers that the tensor's dtype
-            cannot hold; if two parameters that share a tensor differ; or if a map by hand does not fit the checkpoint.
+        ValueError: if the folder is a part of `like`; if a parameter has no tensor or another shape, is quantised, or
+            has numbers that the tensor's dtype cannot hold; if two parameters, or two layers of a stack, that share a
+            tensor differ; or if a map by hand does not fit the checkpoint.
     """
     if isinstance(like, Mapping):
         raise TypeError("like must be the path of a checkpoint, a folder or a safetensors file, not arrays by name.")
-    target = Path(os.path.abspath(os.path.expanduser(folder)))
+    target, base = absolute(folder).resolve(), absolute(like)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists. Remove it, or choose another folder: save_merged never overwrites.")
-    files = open_tensors(like)
+    if base.resolve() in target.parents:
+        raise ValueError(f"{target} lies in the checkpoint {base}: choose a folder that is not a part of it.")
+    files = open_tensors(base)
     values = TensorValues(params, names, files)
     target.parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         for shard, entries in _by_file(files).items():
-            _write_shard(shard, entries, written / shard.name, values)
-        if Path(like).is_dir():
-            _copy_others(Path(like), written)
+            _write_shard(shard, entries, written / (shard.relative_to(base) if base.is_dir() else shard.name), values)
+        if base.is_dir():
+            _copy_others(base, written)
         written.chmod(0o755)
         written.replace(target)  # an empty folder is replaced
     except BaseException:
@@ -85,6 +89,7 @@ def _by_file(files: TensorFiles) -> dict[Path, dict[str, TensorEntry]]:
 
 def _write_shard(shard: Path, entries: Mapping[str, TensorEntry], target: Path, values: TensorValues) -> None:
     """Copies a file with new values of its tensors; what the index does not list is copied byte by byte."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     with shard.open("rb") as source, target.open("wb") as file:
         for name, entry in entries.items():
             _copy_bytes(source, file, entry.start - file.tell())

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from jlora._tree.leaves import is_quantized
+from jlora._tree.leaves import explicit_axes, is_quantized
 from jlora._tree.paths import Tree, is_array, named_leaves
 from jlora.io.hf.names_by_hand import pieces_by_hand
 from jlora.io.peft.infer.pieces import Block, Piece, to_source
@@ -58,12 +59,13 @@ class TensorValues:
         for path, block, piece in self._blocks(name):
             piece.source.of(tensor)[...] = _cast(block, piece.source.of(former), path, name)
         paths = [path for path, _ in self._pieces_of(name)]
-        for path, block, piece in self._blocks(name) if len(set(paths)) > 1 else ():
+        for path, block, piece in self._blocks(name) if len(paths) > 1 else ():
             expected = _cast(block, piece.source.of(former), path, name)
             if not np.array_equal(piece.source.of(tensor), expected, equal_nan=True):
+                others = ", ".join(sorted({*paths} - {path})) or "other layers of its stack, or other parts of itself,"
                 raise ValueError(
-                    f"{path} shares the tensor {name} with {', '.join(sorted({*paths} - {path}))}, and has other "
-                    "values. They are one weight in the checkpoint: adapt all of them alike, or none."
+                    f"{path} shares the tensor {name} with {others} and has other values. They are one weight in the "
+                    "checkpoint: adapt all of them alike, or none."
                 )
         return tensor
 
@@ -92,8 +94,7 @@ def _cast(block: np.ndarray, former: np.ndarray, path: str, name: str) -> np.nda
     """
     with np.errstate(over="ignore"):
         cast = block.astype(former.dtype)
-        has_overflowed = (~np.isfinite(cast.astype(np.float32)) & np.isfinite(block.astype(np.float64))).any()
-        if has_overflowed and former.dtype.itemsize < block.dtype.itemsize:
+        if (np.isinf(cast) & np.isfinite(block)).any():
             raise ValueError(
                 f"{path} has the number {np.abs(block.astype(np.float64)).max():g}, which {former.dtype}, the dtype of "
                 f"{name} in the checkpoint, cannot hold."
@@ -111,7 +112,7 @@ def _arrays(params: Tree) -> dict[str, jax.Array | np.ndarray]:
     for path, leaf in named_leaves(params):
         if is_quantized(leaf):
             raise ValueError(f"{path} is quantised. Merge into the float parameters, or call jlora.dequantize first.")
-        if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating) or not leaf.size:
             continue
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(f"{path} has no values: pass arrays.")
@@ -120,8 +121,17 @@ def _arrays(params: Tree) -> dict[str, jax.Array | np.ndarray]:
                 f"{path} is divided among processes. Gather it first: "
                 "jax.experimental.multihost_utils.process_allgather(params, tiled=True)."
             )
-        arrays[path] = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        arrays[path] = _sliceable(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
     return arrays
+
+
+def _sliceable(array: jax.Array) -> jax.Array:
+    """The same array without a copy, on a mesh without Explicit axes: along these JAX may refuse to slice."""
+    placement: Any = array.sharding
+    if not explicit_axes(placement) or not array.is_fully_addressable:
+        return array
+    mesh = Mesh(placement.mesh.devices, placement.mesh.axis_names)
+    return jax.device_put(array, NamedSharding(mesh, placement.spec, memory_kind=placement.memory_kind))
 
 
 def _check_inferred(names: InferredNames, params: Mapping[str, Any], files: TensorFiles) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jlora._adapter.summary import Summary
 from jlora.io.checkpoint import bank_index
+from jlora.io.file_paths import absolute
 from jlora.io.gguf import container
 from jlora.io.info import checkpoints, gguf, kohya, loralib, peft
 from jlora.io.info.report import Content, Info
@@ -41,7 +42,7 @@ def info(path: str | os.PathLike[str]) -> Info:
         ValueError: if the format is unknown, or the file is damaged.
         CheckpointError: if a checkpoint of jlora is damaged, or needs a later release.
     """
-    place = Path(os.path.abspath(os.path.expanduser(path)))
+    place = absolute(path)
     if not place.exists():
         raise FileNotFoundError(f"There is no file or folder {place}.")
     return _of_folder(place) if place.is_dir() else _of_file(place)

@@ -2,10 +2,10 @@
 
 import os
 import re
-from pathlib import Path
 
 from jlora._trace.sites import Sites
 from jlora._tree.paths import Tree
+from jlora.io.file_paths import absolute
 from jlora.io.kohya.keys import Form
 from jlora.io.kohya.read import read_adapter
 from jlora.io.kohya.write import file_of
@@ -46,6 +46,7 @@ def load(
         ValueError: if the file is damaged, holds a form that jlora does not read, or does not fit the program; the
             message states what to do.
     """
+    path = absolute(path)
     tensors = load_tensors(path, integers=True)  # alpha may be one
     kept = {key: tensor for key, tensor in tensors.items() if ignore is None or not re.match(ignore, key)}
     if not kept:
@@ -79,7 +80,7 @@ def save(
         FileExistsError: if the file exists.
         ValueError: if the form has no equal, with the name and what to do.
     """
-    file = Path(os.path.abspath(path))
+    file = absolute(path)
     if file.exists():
         raise FileExistsError(f"{file} exists. Save to another path, or remove it first.")
     single = {path: with_static_scale(path, update) for path, update in as_single(adapter).items()}

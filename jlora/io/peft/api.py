@@ -1,10 +1,10 @@
 """Adapters in the files of PEFT: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import os
-from pathlib import Path
 
 from jlora._trace.sites import Sites
 from jlora._tree.paths import Tree
+from jlora.io.file_paths import absolute
 from jlora.io.peft.config import TASK_TYPES, read_config, write_config
 from jlora.io.peft.read import read_adapter
 from jlora.io.peft.safetensors_file import load_tensors, save_tensors
@@ -46,8 +46,9 @@ def load(folder: str | os.PathLike[str], sites: Sites, names: Names, *, params: 
         FileNotFoundError: if a file is missing.
         ValueError: if the file is damaged, or does not fit the program; the message states what to do.
     """
-    config = read_config(Path(folder) / CONFIG)
-    return read_adapter(config, load_tensors(Path(folder) / TENSORS), sites, names, params)
+    folder = absolute(folder)
+    config = read_config(folder / CONFIG)
+    return read_adapter(config, load_tensors(folder / TENSORS), sites, names, params)
 
 
 def save(
@@ -90,7 +91,7 @@ def save(
     """
     if task_type not in (None, *TASK_TYPES):
         raise ValueError(f"PEFT has no task_type {task_type!r}; it has {', '.join(TASK_TYPES)}.")
-    path = Path(os.path.abspath(folder))
+    path = absolute(folder)
     if path.exists():
         raise FileExistsError(f"{path} exists. Save to another path, or remove it first.")
     adapter = {path: with_static_scale(path, update) for path, update in as_single(adapter).items()}

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from jlora.io.file_paths import absolute
+
 DTYPES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
     **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool"},
@@ -119,7 +121,7 @@ def open_tensors(source: str | os.PathLike[str] | Mapping[str, Any]) -> TensorFi
     """
     if isinstance(source, Mapping):
         return TensorFiles(source)
-    path = Path(source)
+    path = absolute(source)
     if not path.is_dir():
         return TensorFiles(read_header(path))
     indices = sorted(path.glob("*.safetensors.index.json"))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jlora._tree.paths import Tree
+from jlora.io.file_paths import absolute
 from jlora.io.peft.infer.entries import Checkpoint
 from jlora.io.peft.infer.near import near_misses
 from jlora.io.peft.infer.result import InferredNames
@@ -60,6 +61,7 @@ def infer_names(
         ValueError: if the params are those of another model, abstract or quantised, or if `known` does not fit. The
             message lists the nearest tensors.
     """
+    checkpoint = checkpoint if isinstance(checkpoint, Mapping) else absolute(checkpoint)
     leaves, files = floating_leaves(params), open_tensors(checkpoint)
     tensors = [name for name in files.floating() if name.startswith(prefix)]
     if not leaves or not tensors:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from jlora.io.peft.infer.constants import constant_parts, constant_sources
 from jlora.io.peft.infer.decompose import Decomposer, Part, Source, slice_block
-from jlora.io.peft.infer.fingerprint import Domain, Fingerprint, domain_of, fingerprint
+from jlora.io.peft.infer.fingerprint import Domain, Fingerprint, are_equal, domain_of, fingerprint
 from jlora.io.peft.infer.neighbours import Neighbours, Unit
 from jlora.io.peft.infer.place import place_blocks
 from jlora.io.peft.infer.solution import Leaf, Solution
@@ -125,5 +125,13 @@ class Solver:
             names = self.solution.ambiguous.get(unit.path, ())
             self.solution.ambiguous[unit.path] = (*names, *(s.tensor for s in sources if s.tensor not in names))
         for unit, source in neighbours.chosen.items():
-            copies = [other.tensor for other in unit.part.sources if source.block.is_all and other.block.is_all]
-            self.solution.copies |= {name: source.tensor for name in copies if name != source.tensor}
+            copies = [
+                other.tensor for other in unit.part.sources if self._is_copy(other, source, self.domains[unit.path])
+            ]
+            self.solution.copies |= dict.fromkeys(copies, source.tensor)
+
+    def _is_copy(self, other: Source, source: Source, domain: Domain) -> bool:
+        """Whether a candidate is another tensor with the same numbers in the same order."""
+        if other.tensor == source.tensor or not (source.block.is_all and other.block.is_all):
+            return False
+        return are_equal(self.table.read(other.tensor).reshape(-1), self.table.read(source.tensor).reshape(-1), domain)
