@@ -1,10 +1,10 @@
 """LoRA adapters in GGUF files, as llama.cpp reads them."""
 
 import os
-from pathlib import Path
 
 from jlora._trace.sites import Sites
 from jlora._tree.paths import Tree
+from jlora.io.file_paths import absolute
 from jlora.io.gguf import container
 from jlora.io.gguf.read import Heads, read_adapter
 from jlora.io.gguf.write import file_of
@@ -46,7 +46,7 @@ def load(
         ValueError: if the file is damaged, is no LoRA, or does not fit the program; the message states what to do.
         ModuleNotFoundError: if names of Hugging Face need the package gguf, and it is not installed.
     """
-    fields, tensors = container.read(path)
+    fields, tensors = container.read(absolute(path))
     return read_adapter(fields, tensors, sites, names, Heads(num_heads, num_kv_heads, permute))
 
 
@@ -84,7 +84,7 @@ def save(
         ValueError: if llama.cpp has no equal, with the path and what to do.
         ModuleNotFoundError: as for `load`.
     """
-    file = Path(os.path.abspath(path))
+    file = absolute(path)
     if file.exists():
         raise FileExistsError(f"{file} exists. Save to another path, or remove it first.")
     single = {path: with_static_scale(path, update) for path, update in as_single(adapter).items()}
