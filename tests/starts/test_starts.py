@@ -1,4 +1,4 @@
-"""EVA, CorDA and LoRA-GA against NumPy: stacks, quantised bases, embeddings, the base at the start, and errors."""
+"""EVA, CorDA and LoRA-GA against NumPy: stacks, quantised bases, embeddings, and errors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 
 import jlora
-from tests.support import toy_model
 from tests.support.compiled import memory
 from tests.support.data_starts import products_with
 from tests.support.int8_rows import rounded
-from tests.support.quantized import quantized, weight
+from tests.support.quantized import weight
 from tests.support.references import error
-from tests.support.weight_uses import KINDS, Kind
 
 Tree = Any
 Shape = tuple[int, ...]
@@ -174,39 +172,6 @@ def test_the_gradient_of_a_probe_has_no_array_of_the_weights_size() -> None:
     assert used.temp_size_in_bytes + used.output_size_in_bytes < 4 * shape[0] * shape[1] / 3
 
 
-def started_adapters(fun: Any, params: Tree, x: Tree, adapter: Tree) -> dict[str, Tree]:
-    """The adapter after each of the starts."""
-    inputs = jax.jit(jlora.calibrate(fun, adapter))(params, x)
-
-    def loss(adapter: Tree) -> jax.Array:
-        return jnp.sum(jlora.adapt(fun)(params, adapter, x) ** 2)
-
-    return {
-        "eva": jlora.eva(adapter, inputs, rho=1),
-        "corda": jlora.corda(adapter, inputs, params, mode="instruction"),
-        "lora_ga": jlora.lora_ga(jax.random.key(1), adapter, jax.jit(jax.grad(loss)), passes=2),
-    }
-
-
-def equals_the_base(fun: Any, params: Tree, x: Tree, adapters: dict[str, Tree], bound: float = 2e-5) -> None:
-    """At the start the program is the base, and some factor of every weight has a gradient."""
-
-    def run(params: Tree, adapters: Tree) -> Tree:
-        adapted = jlora.adapt(fun)
-        losses = {name: lambda a: jnp.sum(adapted(params, a, x) ** 2) for name in adapters}
-        return (
-            fun(jlora.dequantize(params), x),
-            {name: adapted(params, a, x) for name, a in adapters.items()},
-            {name: jax.grad(losses[name])(a) for name, a in adapters.items()},
-        )
-
-    base, outputs, gradients = jax.jit(run)(params, adapters)
-    for name, y in outputs.items():
-        assert error(y, base) < bound, name
-        for path, update in gradients[name].items():
-            assert max(float(jnp.abs(g).max()) for g in update.factors.values()) > 0, (name, path)
-
-
 def test_corda_of_a_quantised_stack_decomposes_what_it_stands_for() -> None:
     adapter = {"layers/up": update((3, 8, 12), jlora.LoRA(2), ("stack", "in", "out"))}
     inputs, params = {"layers/up": sums(RNG.normal(size=(3, 20, 8)))}, {"layers/up": rounded(weight(3, 8, 12))}
@@ -215,36 +180,6 @@ def test_corda_of_a_quantised_stack_decomposes_what_it_stands_for() -> None:
     )
     products = [np.asarray(u.factors["a"]) @ np.asarray(u.factors["b"]) for u in (low, plain)]
     assert error(*products) < 1e-5
-
-
-@pytest.mark.nightly
-def test_at_the_start_a_quantised_program_is_the_base() -> None:
-    """With stacked weights and a tied embedding, in NF4."""
-    params = quantized("nf4")
-    sites, method = toy_model.sites(), jlora.LoRA(2, alpha=3.0)
-    adapter = jax.eval_shape(lambda: jlora.init(jax.random.key(0), sites, {"embed|layers/up|mix/kernel": method}))
-    starts = started_adapters(toy_model.model, params, toy_model.tokens(), adapter)
-    equals_the_base(toy_model.model, params, toy_model.tokens(), starts)
-
-
-NOT_RECORDED = {"without_gradient", "axes_regrouped", "sliced"}
-NOT_RECORDED |= {kind.name for kind in KINDS if kind.name.startswith("weights_multiplied")}
-NOT_RECORDED |= {"ragged_experts"}  # one of them has no rows
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("kind", [k for k in KINDS if k.name not in NOT_RECORDED], ids=lambda kind: kind.name)
-def test_at_the_start_every_kind_of_weight_is_the_base(kind: Kind) -> None:
-    params, inputs = jax.tree.map(jnp.asarray, kind.values(np.random.default_rng(1)))
-    sites = jlora.trace(kind.use, params, inputs)
-    adapter = jlora.init(jax.random.key(0), sites, {path: jlora.LoRA(1, alpha=3.0) for path in kind.weights})
-    if any(sites[path].max_rank < 2 for path in kind.weights):
-        with pytest.raises(ValueError, match="Lower the rank"):
-            jlora.lora_ga(jax.random.key(1), adapter, lambda probe: probe)
-        return
-    fun: Callable[..., Any] = lambda p, x: jnp.nan_to_num(kind.use(p, x).astype(jnp.float32))  # noqa: E731
-    starts = started_adapters(fun, params, inputs, adapter)
-    equals_the_base(fun, params, inputs, starts, 2**-6 if kind.coarse else 2e-5)
 
 
 def test_a_start_leads_down_faster_than_random_factors() -> None:
