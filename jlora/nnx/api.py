@@ -109,7 +109,7 @@ def adapt(
         the adapted module. `train()` and `eval()` switch dropout of the low-rank branch too.
 
     Raises:
-        TypeError: if `targets` are neither targets nor an adapter, or if `rngs` is missing.
+        TypeError: if `targets` are neither targets nor an adapter, if `rngs` is missing, or if `model` is no module.
         ValueError: as `jlora.init`; if the module is adapted already; if the adapter does not fit it.
 
     Example:
@@ -125,15 +125,21 @@ def adapt(
             optimizer.update(model, grads)
             return value
     """
+    if not isinstance(model, nnx.Pytree):
+        raise TypeError(
+            f"jlora.nnx.adapt takes an nnx.Module, not {type(model).__name__}. For a function of a tree of parameters, "
+            "such as the apply of a Linen module, call jlora.adapt."
+        )
     if any(is_adapted(node) for node in nodes_of(model)):
         raise ValueError("The module is adapted already. Merge it first, or adapt jlora.nnx.base(model).")
     new = nnx.clone(model, graph=True)
     variables, params = _variables(new), _param_values(new)
     updates = _given_adapter(targets)
     if updates is None:
-        if rngs is None:
+        if not isinstance(rngs, nnx.Rngs):
             raise TypeError(
-                "New factors need random numbers: pass rngs=nnx.Rngs(0), or an adapter in place of targets."
+                f"New factors need random numbers, and rngs is {rngs!r}: pass rngs=nnx.Rngs(0), or an adapter in place "
+                "of targets."
             )
         sites = trace(new, *args, method=method, roles=roles, **kwargs)
         updates = init(rngs["params"](), sites, cast(Targets, targets), params=params, dtype=dtype)
@@ -240,7 +246,7 @@ def _given_adapter(targets: Any) -> Adapter | None:
 def _function(method: MethodOf) -> Callable[..., Any]:
     if not isinstance(method, str):
         return method
-    return lambda model, *args, **kwargs: getattr(model, method)(*args, **kwargs)
+    return lambda model, /, *args, **kwargs: getattr(model, method)(*args, **kwargs)
 
 
 def _params(call: Call) -> list[str]:

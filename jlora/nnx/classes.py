@@ -12,6 +12,8 @@ from jlora.nnx.factors import Factors
 from jlora.nnx.graph import attribute_of, nodes_of, variables_of
 
 _OF_EVERY_MODULE = (frozenset(dir(nnx.Module)) - {"__call__"}) | {"set_view"}
+_OPERATORS = ("call", "getitem", "matmul", "rmatmul", "mul", "rmul", "add", "radd", "sub", "rsub", "truediv", "neg")
+_SPECIAL_METHODS = frozenset(f"__{name}__" for name in _OPERATORS)
 
 
 def attach(module: Any, factors: dict[int, Factors]) -> None:
@@ -22,8 +24,9 @@ def attach(module: Any, factors: dict[int, Factors]) -> None:
         factors: by the `id` of the Variable of the weight.
 
     Raises:
-        ValueError: if an attribute has the name that the factors need.
+        ValueError: if an attribute has the name that the factors need; if no module holds a weight.
     """
+    unplaced = set(factors)
     for node in nodes_of(module):
         for name, variable in variables_of(node).items():
             if id(variable) in factors:
@@ -31,6 +34,14 @@ def attach(module: Any, factors: dict[int, Factors]) -> None:
                 if attribute in vars(node) or hasattr(type(node), attribute):
                     raise ValueError(f"{type(node).__name__} has an attribute {attribute!r} already: rename it.")
                 setattr(node, attribute, factors[id(variable)])
+                unplaced.discard(id(variable))
+    if unplaced:
+        paths = ["/".join(map(str, path)) for path, node in nnx.iter_graph(module, graph=True) if id(node) in unplaced]
+        raise ValueError(
+            f"{', '.join(paths)}: held by no module that could apply the update, but by a list or dict alone or by "
+            "a subclass of nnx.List or nnx.Dict. Make it an nnx.List or nnx.Dict that is an attribute of a module, or "
+            "exclude the path."
+        )
     for node in list(nodes_of(module)):
         if any(isinstance(inner, Factors) for _, inner in nnx.iter_graph(node, graph=True)):
             object.__setattr__(node, "__class__", adapted_class(type(node)))
@@ -40,7 +51,8 @@ def attach(module: Any, factors: dict[int, Factors]) -> None:
 def adapted_class(cls: type) -> type:
     """The subclass of a module's class whose methods apply the factors that the module holds.
 
-    The methods of `nnx.Module` itself (`train`, `sow`, ...) stay as they are, and so do properties.
+    Operators such as `module[i]` and `module @ x` are methods too. The methods of `nnx.Module` itself (`train`, `sow`,
+    ...) stay as they are, and so do properties.
     """
 
     def body(namespace: dict[str, Any]) -> None:
@@ -59,16 +71,18 @@ def _empty(cls: type) -> Any:
 
 
 def _is_method(cls: type, name: str) -> bool:
-    if name in _OF_EVERY_MODULE or (name.startswith("__") and name != "__call__"):
+    if name in _OF_EVERY_MODULE or (name.startswith("__") and name not in _SPECIAL_METHODS):
         return False
     value = inspect.getattr_static(cls, name)
     if isinstance(value, (type, staticmethod, classmethod)):
         return False
-    return isinstance(value, functools.partialmethod) or (callable(value) and hasattr(value, "__get__"))
+    return isinstance(value, functools.partialmethod | functools.singledispatchmethod) or (
+        callable(value) and hasattr(value, "__get__")
+    )
 
 
 def _adapted_method(cls: type, name: str) -> Any:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return call(self, lambda module, *args, **kwargs: getattr(module, name)(*args, **kwargs), args, kwargs)
+        return call(self, lambda module, /, *args, **kwargs: getattr(module, name)(*args, **kwargs), args, kwargs)
 
     return functools.wraps(getattr(cls, name))(method)

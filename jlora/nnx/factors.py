@@ -31,7 +31,8 @@ class Factors(nnx.Module):
         rngs: has the keys for dropout of the low-rank branch; needed if the method has dropout.
 
     Attributes:
-        deterministic: whether nothing is dropped, if the method has dropout. `train()` and `eval()` set it.
+        deterministic: whether nothing is dropped, if the method has dropout. `train()`, `eval()` and
+            `nnx.view` set it.
 
     Raises:
         ValueError: if the method has dropout and there are no `rngs`.
@@ -57,6 +58,15 @@ class Factors(nnx.Module):
         """
         arrays = jax.tree.map(lambda v: v.get_raw_value(), self.update, is_leaf=is_variable)
         return _of_layer(arrays, tuple(weight.shape))
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Switches dropout of the low-rank branch for `nnx.view`.
+
+        Arguments:
+            deterministic: whether nothing is dropped; None leaves it as it is.
+        """
+        if deterministic is not None and hasattr(self, "deterministic"):
+            self.deterministic = deterministic
 
     def next(self, path: str, weight: Any) -> Update:
         """The update for one call, with a new key if the method has dropout and is not deterministic.

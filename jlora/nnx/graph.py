@@ -25,7 +25,7 @@ def variables_of(node: nnx.Pytree) -> dict[str, nnx.Variable[Any]]:
     """The Variables that a node holds itself, by the names of their attributes; `weights/0` if they are in a list."""
 
     def is_leaf(value: Any) -> bool:
-        return is_variable(value) or (isinstance(value, nnx.Pytree) and not isinstance(value, _CONTAINERS))
+        return is_variable(value) or (isinstance(value, nnx.Pytree) and type(value) not in _CONTAINERS)
 
     attributes = {name: value for name, value in vars(node).items() if not name.startswith("_pytree__")}
     leaves = jax.tree_util.tree_leaves_with_path(attributes, is_leaf=is_leaf)
