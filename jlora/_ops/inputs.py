@@ -10,7 +10,7 @@ from jax import lax
 
 from jlora._ir.algebra import align_axes
 from jlora._ir.materialize import accumulation_dtype
-from jlora._ir.probe import Probe, by_path
+from jlora._ir.probe import Probe, by_path, refuse
 from jlora._ir.weight import AdaptedWeight, TensorNetwork
 from jlora._ops.contraction import Groups, apply_network, by_row
 
@@ -111,6 +111,8 @@ def record_rows(h: jax.Array, labels: str, rows: jax.Array, term: str) -> jax.Ar
 def compute_dtype(x: jax.Array, probe: Probe) -> jnp.dtype:
     """The dtype of the statistics: float32, or a wider one of the probe or the input."""
     dtype = probe.factors[0].dtype
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        refuse(probe.path, "an input is complex")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return dtype
     return max(accumulation_dtype(x.dtype), dtype, key=lambda dtype: dtype.itemsize)

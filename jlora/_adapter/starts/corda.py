@@ -77,6 +77,8 @@ def _start(path: str, update: Update, inputs: dict[str, Inputs], leaf: Any, mode
 def _decompose(x: Inputs, weight: np.ndarray, cut: slice, damping: float, path: str) -> tuple[np.ndarray, np.ndarray]:
     """A and B of one layer, for scale 1."""
     diagonal = x.total if x.second is None else np.diag(x.second)
+    if not diagonal.any():
+        raise ValueError(f"{path}: all its inputs are zero, so no direction is more used than another. Leave it out.")
     scaled = (x.total if x.second is None else x.second) / diagonal.mean()
     c = scaled + damping if x.second is None else scaled + damping * np.eye(len(scaled))
     u, s, vt = np.linalg.svd(c[:, None] * weight if c.ndim == 1 else c @ weight, full_matrices=False)

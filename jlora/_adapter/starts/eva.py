@@ -7,6 +7,8 @@ from jlora._adapter.starts.pairs import check, with_pair
 from jlora.methods._base import Adapter, Update
 from jlora.methods._lowering import as_single
 
+_NOISE = 1e-6  # of sums in float32
+
 
 def eva(adapter: Adapter, inputs: dict[str, Inputs], *, rho: float = 2.0) -> Adapter:
     """Initialises LoRA or DoRA with the principal components of the inputs, and gives ranks to where they explain most.
@@ -76,8 +78,9 @@ def _principal(x: Inputs, count: int) -> tuple[np.ndarray, np.ndarray]:
         return vectors, x.total[often] / x.total.sum()
     covariance = x.second - np.outer(x.total, x.total) / x.rows
     values, vectors = np.linalg.eigh(covariance)
-    total = np.trace(covariance)
-    return vectors[:, ::-1][:, :count], np.clip(values[::-1][:count], 0, None) / (total if total > 0 else 1)
+    noise = _NOISE * np.trace(x.second)  # of inputs that are all equal the covariance is rounding errors alone
+    shares = np.where(values > noise, values, 0) / max(np.trace(covariance), noise, np.finfo(float).tiny)
+    return vectors[:, ::-1][:, :count], shares[::-1][:count]
 
 
 def _with_columns(update: Update, vectors: list[np.ndarray], ranks: np.ndarray) -> Update:
