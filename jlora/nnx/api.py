@@ -23,7 +23,7 @@ from jlora.methods._lowering import as_single, check_fits
 from jlora.nnx.call import Call, in_context, value_of
 from jlora.nnx.classes import attach
 from jlora.nnx.factors import Factors, OnDense, is_variable
-from jlora.nnx.graph import adapted_variables, detach, is_adapted, nodes_of
+from jlora.nnx.graph import adapted_variables, bound_attributes, detach, is_adapted, nodes_of
 
 M = TypeVar("M", bound=nnx.Module)
 MethodOf = str | Callable[..., Any]
@@ -110,7 +110,8 @@ def adapt(
 
     Raises:
         TypeError: if `targets` are neither targets nor an adapter, if `rngs` is missing, or if `model` is no module.
-        ValueError: as `jlora.init`; if the module is adapted already; if the adapter does not fit it.
+        ValueError: as `jlora.init`; if the module is adapted already; if the adapter does not fit it; if an
+            attribute holds a bound method that uses an adapted weight, or no module holds such a weight itself.
 
     Example:
         model = jlora.nnx.adapt(model, {r".*(query|value)/kernel": jlora.LoRA(8)}, x, rngs=nnx.Rngs(0))
@@ -144,6 +145,12 @@ def adapt(
         sites = trace(new, *args, method=method, roles=roles, **kwargs)
         updates = init(rngs["params"](), sites, cast(Targets, targets), params=params, dtype=dtype)
     check_fits([updates], {path: value_of(variable) for path, variable in variables.items()})
+    weights = {id(variable) for path, variable in _variables(model).items() if path in updates}
+    if bound := bound_attributes(model, weights):
+        raise ValueError(
+            f"{', '.join(bound)}: a method bound to the given module, so a copy would call it without the update. "
+            "Define a method in its place, or exclude the weights."
+        )
     if not any(map(_compat.is_tracer, jax.tree.leaves((updates, params)))):
         updates = jax.device_put(updates, shardings(updates, params))
     attach(new, {id(variables[p]): Factors(update, variables[p], on_dense, rngs) for p, update in updates.items()})

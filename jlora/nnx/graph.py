@@ -1,6 +1,7 @@
 """Walks through adapted modules: which Variables have factors, and the plain module inside."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -31,6 +32,24 @@ def variables_of(node: nnx.Pytree) -> dict[str, nnx.Variable[Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(attributes, is_leaf=is_leaf)
     names = [(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf) for keys, leaf in leaves]
     return {name: leaf for name, leaf in names if is_variable(leaf)}
+
+
+def bound_attributes(module: Any, weights: Collection[int]) -> list[str]:
+    """The attributes that hold a method bound to a module with one of these weights; a copy would call the original.
+
+    Arguments:
+        module: the module.
+        weights: the `id` of each Variable.
+    """
+    names = []
+    for node in nodes_of(module):
+        for name, value in vars(node).items():
+            if callable(value) and not isinstance(value, type | nnx.Pytree | nnx.Variable | jax.Array):
+                owner = getattr(inspect.unwrap(value), "__self__", None)
+                is_module = isinstance(owner, nnx.Pytree)
+                if is_module and any(id(inner) in weights for _, inner in nnx.iter_graph(owner, graph=True)):
+                    names.append(f"{type(node).__name__}.{name}")
+    return names
 
 
 def factors_of(node: nnx.Pytree) -> dict[str, Factors]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -81,6 +82,25 @@ def test_a_weight_that_no_module_holds_is_refused():
         adapted(Holder(Rows([weight])), "rows/0")
     with pytest.raises(ValueError, match=r"^0: held by no module"):
         adapted(nnx.List([weight]), "0", method=lambda rows: X @ rows[0][...])
+
+
+class Bound(nnx.Module):
+    def __init__(self, wrap):
+        self.kernel = nnx.Param(jnp.eye(3))
+        self.forward = wrap(self.apply)
+
+    def apply(self, x):
+        return x @ self.kernel[...]
+
+    def __call__(self, x):
+        return self.forward(x) + x @ self.kernel[...]
+
+
+@pytest.mark.parametrize("wrap", [lambda method: method, jax.jit], ids=["plain", "jit"])
+def test_a_bound_method_in_an_attribute_is_refused(wrap):
+    """A copy of the module would call that of the original, which has no update."""
+    with pytest.raises(ValueError, match=r"Bound\.forward: a method bound to the given module"):
+        adapted(Bound(wrap))
 
 
 def test_arguments_of_adapt_that_have_the_wrong_type():
