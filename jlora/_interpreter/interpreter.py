@@ -8,7 +8,14 @@ from jlora._compat import Eqn, Jaxpr
 from jlora._interpreter.context import Context, Value
 from jlora._interpreter.rules import RULES
 from jlora._interpreter.rules.registry import Rule
+from jlora._ir.algebra import take_picks
 from jlora._ir.weight import AdaptedWeight
+
+# Equations that leave the picks of a weight's factors to those after them: programs inside, and what changes the base
+# alone. Not branches: `jax.vmap` gives every operand of a branch that differs from row to row an axis of rows.
+_INNER_PROGRAMS = ("scan", "while", "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
+_OF_BASE_ALONE = ("copy", "copy_p", "name", "sharding_constraint", "convert_element_type", "stop_gradient", "transpose")
+_KEEPS_PICKS = {*_INNER_PROGRAMS, *_OF_BASE_ALONE}
 
 
 def run(ctx: Context, jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Value]) -> list[Value]:
@@ -28,8 +35,18 @@ def run(ctx: Context, jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Valu
     def read(atom: Any) -> Value:
         return atom.val if _compat.is_literal(atom) else env[atom]
 
+    with_factors: dict[Any, Value] = {}  # weights without picks, each for all equations that read it
+
+    def read_factors(atom: Any) -> Value:
+        value = read(atom)
+        if not isinstance(value, AdaptedWeight):
+            return value
+        if atom not in with_factors:
+            with_factors[atom] = take_picks(value)
+        return with_factors[atom]
+
     for number, (eqn, unneeded) in enumerate(zip(jaxpr.eqns, _last_uses(jaxpr), strict=True)):
-        operands = [read(atom) for atom in eqn.invars]
+        operands = list(map(read if eqn.primitive.name in _KEEPS_PICKS else read_factors, eqn.invars))
         with _compat.equation_context(eqn):
             if any(isinstance(v, AdaptedWeight) for v in operands):
                 out = _apply(ctx.at(number, eqn), eqn, operands)
@@ -38,6 +55,7 @@ def run(ctx: Context, jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Valu
         env.update(zip(eqn.outvars, out, strict=True))
         for var in unneeded:
             del env[var]
+            with_factors.pop(var, None)
     return [read(atom) for atom in jaxpr.outvars]
 
 

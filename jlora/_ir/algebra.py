@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jlora._ir.weight import AdaptedWeight, Index, TensorNetwork, at_index, fresh_indices
 
@@ -104,6 +105,50 @@ def _merge_axis(f: AdaptedWeight, axis: str) -> AdaptedWeight:
     origins = tuple(dict.fromkeys(origin for c in axis for origin in f.index(c).origins))
     axes = [merged if a == axis else a for a in f.axes]
     return relabel(f.map_arrays(merge), f.base, axes, [Index(merged, f.size(axis), origins)])
+
+
+def take_picks(f: AdaptedWeight) -> AdaptedWeight:
+    """The weight with the picked entries of its factors in the place of the factors, as wide as the weight."""
+
+    def take(n: TensorNetwork) -> TensorNetwork:
+        if not n.picks:
+            return n
+        factors, terms = list(n.factors), list(n.terms)
+        # The last position first: that of a loop is one for all rows, and its gradient is added in place.
+        for position, name in zip(n.picks[::-1], n.picked[::-1], strict=True):
+            for k, (array, term) in enumerate(zip(factors, terms, strict=True)):
+                if name in term:
+                    factors[k] = lax.dynamic_index_in_dim(array, position, term.index(name), keepdims=False)
+                    terms[k] = term.replace(name, "")
+        factors = tuple(widened(array, f.dtype) for array in factors)
+        return dataclasses.replace(n, factors=factors, terms=tuple(terms), picks=(), picked="", pick_terms=())
+
+    return dataclasses.replace(f, networks=tuple(map(take, f.networks))) if any(n.picks for n in f.networks) else f
+
+
+def pick_along(f: AdaptedWeight, name: str) -> AdaptedWeight:
+    """The weight in whose factors with picks an index is replaced by one more position, which is its own number there.
+
+    A loop along the index then slices the positions, and not the factors.
+    """
+    if not any(n.picks for n in f.networks):
+        return f
+    new = fresh_indices([f.used()])
+
+    def pick(n: TensorNetwork) -> TensorNetwork:
+        if not n.picks or not any(name in term for term in n.terms):
+            return n
+        numbers, terms = jnp.arange(f.size(name)), tuple(term.replace(name, new) for term in n.terms)
+        picks, pick_terms = (*n.picks, numbers), (*n.pick_terms, name)
+        return dataclasses.replace(n, terms=terms, picks=picks, picked=n.picked + new, pick_terms=pick_terms)
+
+    return dataclasses.replace(f, networks=tuple(map(pick, f.networks)))
+
+
+def widened(array: Any, dtype: DTypeLike) -> Any:
+    """The array, in this dtype if its own is a narrower floating-point one."""
+    is_narrow = jnp.issubdtype(array.dtype, jnp.floating) and jnp.finfo(array.dtype).bits < jnp.finfo(dtype).bits
+    return array.astype(dtype) if is_narrow else array
 
 
 def concatenate_ranks(f: AdaptedWeight) -> AdaptedWeight:

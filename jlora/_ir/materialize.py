@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._ir.algebra import align_axes
+from jlora._ir.algebra import align_axes, take_picks
 from jlora._ir.explicit_mesh import under_auto_axes
 from jlora._ir.lazy import materialize
 from jlora._ir.probe import Probe
@@ -21,7 +21,7 @@ def dense(f: AdaptedWeight, dtype: jnp.dtype | None = None) -> jax.Array:
         f: the weight.
         dtype: of the result; that of the weight by default.
     """
-    dtype = f.dtype if dtype is None else dtype
+    dtype, f = f.dtype if dtype is None else dtype, take_picks(f)
     if not f.networks and not f.axis_scales:
         return materialize(f.base).astype(dtype)
     return under_auto_axes(lambda f: _dense(f, accumulation_dtype(f.dtype)).astype(dtype), f.base)(f)

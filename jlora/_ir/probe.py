@@ -12,8 +12,8 @@ from jlora._ir.weight import AdaptedWeight, TensorNetwork
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["factors", "key"],
-    meta_fields=["terms", "scale", "key_term", "rate", "path"],
+    data_fields=["factors", "key", "picks"],
+    meta_fields=["terms", "scale", "key_term", "rate", "picked", "pick_terms", "path"],
 )
 @dataclasses.dataclass(frozen=True)
 class Probe(TensorNetwork):

@@ -45,8 +45,8 @@ def at_index(name: str, fn: Callable[[jax.Array, int], jax.Array], new: str | No
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["factors", "key"],
-    meta_fields=["terms", "scale", "key_term", "rate"],
+    data_fields=["factors", "key", "picks"],
+    meta_fields=["terms", "scale", "key_term", "rate", "picked", "pick_terms"],
 )
 @dataclasses.dataclass(frozen=True)
 class TensorNetwork:
@@ -59,6 +59,10 @@ class TensorNetwork:
         key: a PRNG key (or an array of keys, whose axes `key_term` labels) for the dropout of this network's input.
         key_term: the indices of the axes of `key`.
         rate: the share of the input that dropout sets to zero if there is a key.
+        picks: positions, integer scalars. Of the factors the entries at these positions are used, and taken from them
+            by the equation that consumes the weight: a loop over layers gathers one layer's factors at a time.
+        picked: the indices that `picks` are positions of, one for each. No axis of the weight has them.
+        pick_terms: for every position the indices of its axes: none, or that of a loop which gives each step its own.
     """
 
     factors: tuple[jax.Array, ...]
@@ -67,19 +71,26 @@ class TensorNetwork:
     key: jax.Array | None = None
     key_term: str = ""
     rate: float = 0.0
+    picks: tuple[jax.Array, ...] = ()
+    picked: str = ""
+    pick_terms: tuple[str, ...] = ()
 
     @property
     def arrays(self) -> list[tuple[jax.Array, str]]:
-        """Every factor, and the key if there is one, with the indices of its axes."""
+        """Every factor, every position, and the key if there is one, with the indices of its axes."""
         key = [] if self.key is None else [(self.key, self.key_term)]
-        return [*zip(self.factors, self.terms, strict=True), *key]
+        factors, picks = zip(self.factors, self.terms, strict=True), zip(self.picks, self.pick_terms, strict=True)
+        return [*factors, *picks, *key]
 
     def map_arrays(self, fn: ArrayFn) -> "TensorNetwork":
-        """Applies `fn(array, indices) -> (array, indices)` to every factor and to the key, in the order of `arrays`."""
+        """Applies `fn(array, indices) -> (array, indices)` to every array, in the order of `arrays`."""
         pairs = [fn(array, term) for array, term in self.arrays]
         key, key_term = (None, "") if self.key is None else pairs.pop()
-        factors, terms = tuple(array for array, _ in pairs), tuple(term for _, term in pairs)
-        return dataclasses.replace(self, factors=factors, terms=terms, key=key, key_term=key_term)
+        arrays, terms = tuple(array for array, _ in pairs), tuple(term for _, term in pairs)
+        n = len(self.factors)
+        factors, picks = (arrays[:n], terms[:n]), (arrays[n:], terms[n:])
+        changed = {"factors": factors[0], "terms": factors[1], "picks": picks[0], "pick_terms": picks[1]}
+        return dataclasses.replace(self, key=key, key_term=key_term, **changed)
 
     def map(self, name: str, fn: Callable[[jax.Array, int], jax.Array], new: str | None = None) -> "TensorNetwork":
         """Applies `fn(array, axis)` to every array that has the index `name`, which is called `new` afterwards."""

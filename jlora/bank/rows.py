@@ -14,6 +14,7 @@ from jlora.bank.bank import Bank
 from jlora.bank.blocks import cheapest_block, kinds_of_rows, rows_of_blocks
 from jlora.methods._base import Adapter, Update
 from jlora.methods._common.factor_axes import expand
+from jlora.methods.lora import LoRA
 
 
 def apply(
@@ -70,7 +71,7 @@ def apply(
         if size == 1:
             return _map_rows(of_block, bank.adapter, ids, leaves, axes, out_axes)
         places = rows_of_blocks(ids, size, kinds_of_rows(bank))
-        members, member_axes = _gather(bank.adapter, ids[places[:, 0]])
+        members, member_axes = _gather(bank.adapter, ids[places[:, 0]], in_loops=True)
         taken = [_take_rows(leaf, places, axis) for leaf, axis in zip(leaves, axes, strict=True)]
         mapped = jax.vmap(of_block, (member_axes, *(None if axis is None else 0 for axis in axes)))
         return _restore_rows(mapped(members, *taken), places, rows, out_axes)
@@ -145,7 +146,7 @@ def _map_rows(
     out_axes: Any,
 ) -> Any:
     """Blocks of one row: the axis of rows is mapped where it is, so that no argument or result is copied."""
-    members, member_axes = _gather(stacked, ids)
+    members, member_axes = _gather(stacked, ids, in_loops=True)
     rows = [leaf if axis is None else _with_axis_of_one(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)]
     places = [None if axis is None else axis % np.ndim(leaf) for leaf, axis in zip(leaves, axes, strict=True)]
 
@@ -174,22 +175,28 @@ def _without_axis_of_one(leaf: jax.Array, axis: int) -> jax.Array:
     return leaf.reshape(*leaf.shape[: axis + 1], *leaf.shape[axis + 2 :])
 
 
-def _gather(stacked: Adapter, ids: jax.Array) -> tuple[Adapter, Any]:
+def _gather(stacked: Adapter, ids: jax.Array, *, in_loops: bool = False) -> tuple[Adapter, Any]:
     """The members of some ids, and the axis of each of their arrays that runs along ids.
 
     -1 has scale 0, and an unknown id has scale NaN. In a factor of a stack of layers the ids are the second
     axis: a scan takes its first axis, and a copy with the axes in another order would be as large as all factors.
+    With `in_loops`, a low-rank update of stacked layers keeps the factors of all members, without an axis of ids: the
+    loop over layers gathers those of one layer.
     """
 
     members = next(iter(jax.tree.leaves(stacked))).shape[0]
     places = jnp.clip(ids, 0, members - 1)
 
-    def gather(array: jax.Array, axis: int) -> jax.Array:
+    def gather(array: jax.Array, axis: int | None) -> jax.Array:
+        if axis is None:
+            return array
         if axis == 0:
             return array.at[places].get(mode="promise_in_bounds")
         layers = jnp.arange(array.shape[1])[:, None]
         return array.at[places[None, :], layers].get(mode="promise_in_bounds")
 
+    if in_loops:
+        stacked = {path: _with_members(update, members) for path, update in stacked.items()}
     axes = {path: _id_axes(update) for path, update in stacked.items()}
     gathered = jax.tree.map(gather, stacked, axes)
     absent = jnp.where(ids == -1, 0.0, jnp.nan)
@@ -200,11 +207,20 @@ def _gather(stacked: Adapter, ids: jax.Array) -> tuple[Adapter, Any]:
     return members, axes
 
 
+def _with_members(update: Update, members: int) -> Update:
+    """The update with the position of each member, if a loop over layers can gather its factors."""
+    is_declared = isinstance(update.method, LoRA) and update.rank_mask is not None and not update.initial
+    is_stacked = bool(update.axes.axes("*stack"))
+    return dataclasses.replace(update, member=jnp.arange(members)) if is_declared and is_stacked else update
+
+
 def _id_axes(update: Update) -> Update:
     declared = {name: expand(text, update.axes) for name, text in update.declared.items()}
     stack = update.axes.axes("*stack")  # empty for a weight that no product uses, such as a bias
 
-    def axes(arrays: dict[str, Any]) -> dict[str, int]:
+    def axes(arrays: dict[str, Any]) -> dict[str, int | None]:
+        if update.member is not None:
+            return dict.fromkeys(arrays)
         return {name: int(any(entry in stack for entry in declared.get(name, ())[:1])) for name in arrays}
 
     groups = {group: axes(getattr(update, group)) for group in ("factors", "frozen", "initial")}

@@ -22,7 +22,7 @@ from jlora.methods._common.initializers import Initializer, stacked
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["factors", "frozen", "key", "initial", "rank_mask", "traced_scale"],
+    data_fields=["factors", "frozen", "key", "initial", "rank_mask", "traced_scale", "member"],
     meta_fields=["method", "roles", "shape", "scale"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Update:
         rank_mask: (rank,), a multiplier of every rank, zero for those that this step does not use (`jlora.with_rank`);
             None if it uses all.
         traced_scale: a second multiplier, a scalar array, which may change without another compilation; None without.
+        member: a position, an integer scalar, if `factors` and `frozen` are those of all members of a bank, along a
+            first axis: the update is that of the member there. Of a method with declared networks; None otherwise.
     """
 
     factors: dict[str, Any]
@@ -55,6 +57,7 @@ class Update:
     initial: dict[str, Any] = dataclasses.field(default_factory=dict)
     rank_mask: Any = None
     traced_scale: Any = None
+    member: Any = None
 
     def __getitem__(self, name: str) -> Any:
         """An array by its name; a frozen one is a constant for differentiation."""

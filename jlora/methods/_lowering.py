@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jlora._ir.algebra import concatenate_ranks
+from jlora._ir.algebra import concatenate_ranks, widened
 from jlora._ir.explicit_mesh import explicit_axes, type_sharding, under_auto_axes
 from jlora._ir.partition import shardings_like
 from jlora._ir.weight import AdaptedWeight, as_adapted_weight
@@ -76,13 +76,12 @@ def lower_updates(adapters: Sequence[Adapter], leaf: Any, path: str) -> AdaptedW
 
 
 def _widened(update: Update, dtype: DTypeLike) -> Update:
-    """The update with every array at least as wide as the weight: scales and vectors are multiplied into the arrays."""
+    """The update with every array at least as wide as the weight: scales and vectors are multiplied into the arrays.
 
-    def widen(a: Any) -> Any:
-        is_narrow = jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < jnp.finfo(dtype).bits
-        return a.astype(dtype) if is_narrow else a
-
-    return jax.tree.map(widen, update)
+    Of the factors of a bank those of one member are widened, by the equation that uses them.
+    """
+    wide = jax.tree.map(lambda a: widened(a, dtype), update)
+    return wide if update.member is None else dataclasses.replace(wide, factors=update.factors, frozen=update.frozen)
 
 
 def _with_one_scale(update: Update) -> Update:

@@ -13,7 +13,7 @@ from jlora._compat import Eqn
 from jlora._interpreter.context import Context, Value, fold_dropout_keys, has_dropout
 from jlora._interpreter.rules.registry import register_rule
 from jlora._ir import lazy
-from jlora._ir.algebra import relabel
+from jlora._ir.algebra import pick_along, relabel, take_picks
 from jlora._ir.materialize import with_dense_base
 from jlora._ir.weight import AdaptedWeight, Index, fresh_indices
 
@@ -50,7 +50,7 @@ def scan(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
 
     def step_in_form(carry: list[Value], inputs: tuple[Any, list[Any]]) -> tuple[list[Value], list[Value]]:
         new, ys = step(carry, inputs)
-        return _in_form_of(carry, new, inner, eqn), _map_weights(with_dense_base, ys)
+        return _in_form_of(carry, new, inner, eqn), _map_weights(lambda y: with_dense_base(take_picks(y)), ys)
 
     first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), sliced)
     start = carry_fixed_point(ctx, eqn, [init[k] for k in changing], lambda carry: step(carry, first)[0])
@@ -122,7 +122,7 @@ def carry_fixed_point(
 
     Of a quantised weight first the base alone is materialised.
     """
-    carry = list(carry)
+    carry = _map_weights(take_picks, carry)  # `jax.vmap` may give every carry an axis of rows, a whole bank too
     while any(isinstance(v, AdaptedWeight) for v in carry):
         out = jax.eval_shape(step, carry)
         changed = [isinstance(a, AdaptedWeight) and _form(a) != _form(b) for a, b in zip(carry, out, strict=True)]
@@ -183,7 +183,11 @@ class ScannedWeight:
 
     @staticmethod
     def of(f: AdaptedWeight, length: int) -> "ScannedWeight":
-        """Moves the scanned index of every array to the front. A lazy base that has no slices is materialised."""
+        """Moves the scanned index of every array to the front. A lazy base that has no slices is materialised.
+
+        Factors with picks stay as they are, and each step picks its own entries.
+        """
+        f = pick_along(f, f.axes[0])
         name, base = f.axes[0], lazy.with_leading_axis(f.base, length)
         base = lazy.materialize(f.base) if base is None else base
         arrays = [jnp.moveaxis(a, term.index(name), 0) if name in term else None for a, term in f.arrays]

@@ -35,6 +35,8 @@ class UpdateLike(Protocol):
     @property
     def rank_mask(self) -> Any: ...
     @property
+    def member(self) -> Any: ...
+    @property
     def method(self) -> HasDropout: ...
 
 
@@ -68,7 +70,7 @@ def add_network(
 
     Arguments:
         w: the weight.
-        update: the update, with its dropout key and rank mask.
+        update: the update, with its dropout key, rank mask and member.
         terms: factors, each with its declared axes, `(a, "*stack *in rank")`. A factor has one array axis for each axis
             of the weight, or one for each group (except for `*stack` and `*layers`).
         scale: a multiplier; if it is an array, it multiplies the rank mask, or without one the first factor.
@@ -79,6 +81,8 @@ def add_network(
         ValueError: if the shape of a factor does not match its declared axes.
     """
     labels = dict(group_labels(w, update) if labels is None else labels)
+    if update.member is not None:
+        terms = [(array, f"member {declared}") for array, declared in terms]
     terms = [*_masked_rank(update, terms), *terms]
     if isinstance(scale, jax.Array):
         (first, declared), *rest = terms
@@ -88,10 +92,13 @@ def add_network(
     axes = WeightAxes.of(update)
     factors = tuple(_reshape_to_indices(w, axes, array, declared, labels, names) for array, declared in terms)
     indices = tuple("".join(labels[token] for token in declared.split()) for _, declared in terms)
-    dropout: dict[str, Any] = {}
+    network = TensorNetwork(factors, indices, scale)
     if update.key is not None:
-        dropout = {"key": update.key, "key_term": labels["*stack"], "rate": update.method.dropout}
-    return dataclasses.replace(w, networks=(*w.networks, TensorNetwork(factors, indices, scale, **dropout)))
+        rate = update.method.dropout
+        network = dataclasses.replace(network, key=update.key, key_term=labels["*stack"], rate=rate)
+    if update.member is not None:
+        network = dataclasses.replace(network, picks=(update.member,), picked=labels["member"], pick_terms=("",))
+    return dataclasses.replace(w, networks=(*w.networks, network))
 
 
 def add_matrix(w: AdaptedWeight, update: UpdateLike, matrix: jax.Array, scale: float | jax.Array) -> AdaptedWeight:
