@@ -24,10 +24,11 @@ def apply(
 
         g(params, bank, ids, x)[i] == adapt(f)(params, bank[names[ids[i]]], x[i:i+1])[0],    -1 for the base
 
-    The base product is computed once for all rows. Every row's factors are gathered by its id. If rows are many and
-    adapters few, rows are sorted by id and divided into blocks of one adapter each, so that factors are gathered for
-    each block: `rows / block + members` blocks, at most. The cheaper of the two is chosen by counted cost: the FLOPs of
-    blocks that are not full against the bytes of gathered factors.
+    The base product is computed once for all rows. Every row's factors are gathered by its id; those of a LoRA of
+    stacked layers are gathered inside the loop over layers, one layer at a time. If rows are many and adapters few,
+    rows are sorted by id and divided into blocks of one adapter each, so that factors are gathered for each block:
+    `rows / block + members` blocks, at most. The cheaper of the two is chosen by counted cost: the FLOPs of blocks that
+    are not full against the bytes of gathered factors.
 
     The rows must be independent of each other, as they are in a forward pass in inference mode.
 
