@@ -160,13 +160,21 @@ def no_match_error(
         heading: the first line of the message.
         candidates: for each name without a counterpart, the names that it could have been.
         names: the map.
-        paths: of the program; the message lists the patterns of the map that match none of them, if they are few.
+        paths: of the program; the message lists the patterns of the map that match none of them: those whose modules
+            have no counterpart, or all if they are few.
         hints: what to write.
     """
     paths = list(paths)
     lines = [f"{name}: {closest_matches(name, options)}" for name, options in candidates.items()]
     unused = [pattern for pattern in names if not any(compile_pattern(pattern).fullmatch(path) for path in paths)]
     lines += [f"write {hint}" for hint in dict.fromkeys(hints)]
+    unused = [pattern for pattern in unused if _is_for(names[pattern], candidates)] or unused
     if 0 < len(unused) <= _MAX_LISTED:
         lines.append(f"patterns of names that match no path: {', '.join(unused)}")
     return ValueError(heading + "\n  " + "\n  ".join(lines))
+
+
+def _is_for(entry: Entry, candidates: Iterable[str]) -> bool:
+    """Whether an entry of a map names one of these modules."""
+    forms = [re.sub(r"\\\{.*?\\\}", r"\\d+", re.escape(module.name)) for module in modules_of(entry)]
+    return any(re.fullmatch(form, name) for form in forms for name in candidates)
