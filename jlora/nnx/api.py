@@ -109,9 +109,10 @@ def adapt(
         the adapted module. `train()` and `eval()` switch dropout of the low-rank branch too.
 
     Raises:
-        TypeError: if `targets` are neither targets nor an adapter, if `rngs` is missing, or if `model` is no module.
-        ValueError: as `jlora.init`; if the module is adapted already; if the adapter does not fit it; if an
-            attribute holds a bound method that uses an adapted weight, or no module holds such a weight itself.
+        TypeError: if `targets` are neither targets nor an adapter, if `rngs` is missing, or if `model` is not a module.
+        ValueError: as `jlora.init`; if the targets are empty; if the module is adapted already; if the adapter does not
+            fit it; if an attribute holds a bound method that uses an adapted weight, or no module holds such a weight
+            itself.
 
     Example:
         model = jlora.nnx.adapt(model, {r".*(query|value)/kernel": jlora.LoRA(8)}, x, rngs=nnx.Rngs(0))
@@ -131,6 +132,8 @@ def adapt(
             f"jlora.nnx.adapt takes an nnx.Module, not {type(model).__name__}. For a function of a tree of parameters, "
             "such as the apply of a Linen module, call jlora.adapt."
         )
+    if isinstance(targets, Mapping) and not targets:
+        raise ValueError("The targets are empty, so nothing would train: pass patterns of paths with their methods.")
     if any(is_adapted(node) for node in nodes_of(model)):
         raise ValueError("The module is adapted already. Merge it first, or adapt jlora.nnx.base(model).")
     new = nnx.clone(model, graph=True)

@@ -89,6 +89,6 @@ def test_shards_in_folders_keep_their_places(tmp_path):
 def test_a_folder_in_the_checkpoint_is_refused(tmp_path):
     checkpoint(tmp_path / "base")
     names = jlora.peft.infer_names(PARAMS, tmp_path / "base")
-    with pytest.raises(ValueError, match="lies in the checkpoint"):
+    with pytest.raises(ValueError, match="is inside the checkpoint"):
         jlora.hf.save_merged(tmp_path / "base" / "merged", PARAMS, names, like=tmp_path / "base")
     assert sorted(entry.name for entry in (tmp_path / "base").iterdir()) == ["config.json", "model.safetensors"]

@@ -110,6 +110,8 @@ def test_arguments_of_adapt_that_have_the_wrong_type():
         jlora.nnx.adapt(tree, {"kernel": jlora.LoRA(1)}, X, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match=r"rngs is 0: pass rngs=nnx\.Rngs\(0\)"):
         jlora.nnx.adapt(Table(), {"kernel": jlora.LoRA(1)}, X, rngs=seed)
+    with pytest.raises(ValueError, match="targets are empty"):
+        jlora.nnx.adapt(Table(), {}, X, rngs=nnx.Rngs(0))
 
 
 def test_a_view_switches_dropout_of_the_low_rank_branch():

@@ -39,3 +39,10 @@ def test_complex_inputs_are_refused() -> None:
 
     with pytest.raises(ValueError, match="varied cannot be recorded: an input is complex"):
         jlora.calibrate(spectrum, ADAPTER)(PARAMS, X, EQUAL)
+
+
+def test_lora_ga_refuses_a_gradient_of_zeros() -> None:
+    """The loss does not depend on one of two square weights."""
+    loss = lambda adapter: jnp.sum(jlora.adapt(model)(PARAMS, adapter, X, 0 * EQUAL) ** 2)  # noqa: E731
+    with pytest.raises(ValueError, match="equal: its gradient is zero"):
+        jlora.lora_ga(KEYS[1], ADAPTER, jax.jit(jax.grad(loss)), passes=2)

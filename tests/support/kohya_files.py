@@ -20,6 +20,7 @@ from flax import nnx
 
 import jlora
 from jlora.kohya import Module, Names
+from tests.support.recorded import Sections, sections
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "kohya.npz"
 BOUND = 1e-5  # of the largest entry, in float32
@@ -50,14 +51,9 @@ Weights = dict[str, np.ndarray]
 
 
 @functools.cache
-def golden() -> dict[str, dict[str, dict[str, np.ndarray]]]:
+def golden() -> Sections:
     """The recorded arrays by section, name and key."""
-    out: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-    with np.load(GOLDEN) as file:
-        for full in file:
-            section, name, key = full.split("/", 2)
-            out.setdefault(section, {}).setdefault(name, {})[key] = file[full]
-    return out
+    return sections(GOLDEN)
 
 
 def weights() -> Weights:

@@ -17,6 +17,7 @@ import jlora
 from jlora.io.peft import Names
 from tests.support import peft_exports
 from tests.support.peft_models import MODELS
+from tests.support.recorded import Sections, sections
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "exchange.npz"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -26,14 +27,9 @@ BOUND = 1e-5  # of the largest entry, in float32
 
 
 @functools.cache
-def golden() -> dict[str, dict[str, dict[str, np.ndarray]]]:
+def golden() -> Sections:
     """The file's arrays by section, name and key."""
-    out: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-    with np.load(GOLDEN) as file:
-        for full in file:
-            section, name, key = full.split("/", 2)
-            out.setdefault(section, {}).setdefault(name, {})[key] = file[full]
-    return out
+    return sections(GOLDEN)
 
 
 @functools.cache

@@ -58,7 +58,7 @@ def layers_of(path: str, update: Update, inputs: Mapping[str, Inputs]) -> Inputs
     """The statistics of a weight.
 
     Raises:
-        ValueError: if there are none, or they do not have the sizes of the weight.
+        ValueError: if no inputs were recorded for the weight, or their sizes are not those of the weight.
     """
     if path not in inputs:
         raise ValueError(

@@ -43,7 +43,7 @@ def lora_ga(key: jax.Array, adapter: Adapter, gradient: Gradient, *, passes: int
     Raises:
         TypeError: if `adapter` is not an adapter.
         ValueError: if a method is not LoRA, a rank is too high, `passes` is not an even number, or a gradient is not
-            finite.
+            finite, or zero everywhere.
 
     Example:
         gradient = jax.jit(jax.grad(loss))
@@ -113,4 +113,8 @@ def _products(updates: Adapter, gradient: Gradient, matrices: Matrices, name: st
     for path, y in out.items():
         if not np.isfinite(y).all():
             raise ValueError(f"{path}: its gradient has entries that are infinite or not a number.")
+        if not y.any():
+            raise ValueError(
+                f"{path}: its gradient is zero, so it has no directions to start with. Leave the weight out."
+            )
     return out

@@ -68,10 +68,10 @@ def names_in_llama_cpp(names: Iterable[str], architecture: str) -> dict[str, str
         ModuleNotFoundError: if the package gguf is needed and not installed.
     """
     names = list(names)
-    own = {name: name for name in names if re.fullmatch(_OF_LLAMA_CPP, name)}
-    foreign = [name for name in names if name not in own]
+    native = {name: name for name in names if re.fullmatch(_OF_LLAMA_CPP, name)}
+    foreign = [name for name in names if name not in native]
     if not foreign:
-        return own
+        return native
     try:
         import gguf
     except ModuleNotFoundError as error:
@@ -84,11 +84,11 @@ def names_in_llama_cpp(names: Iterable[str], architecture: str) -> dict[str, str
         raise ValueError(f"gguf has no architecture {architecture!r} ({closest_matches(architecture, architectures)}).")
     blocks = 1 + max((int(number) for name in names for number in re.findall(r"\d+", name)), default=0)
     mapping = gguf.get_tensor_name_map(architectures[architecture], blocks)
-    found = {name: mapping.get_name(name) for name in foreign}
-    unnamed = [name for name, module in found.items() if module is None]
+    renamed = {name: mapping.get_name(name) for name in foreign}
+    unnamed = [name for name, module in renamed.items() if module is None]
     if unnamed:
         raise ValueError(
             f"llama.cpp's {architecture} has no module for {', '.join(unnamed)}: leave them out, or name the module as "
             "llama.cpp does (blk.{i}.attn_q)."
         )
-    return own | {name: module for name, module in found.items() if module is not None}
+    return native | {name: module for name, module in renamed.items() if module is not None}

@@ -33,7 +33,8 @@ def save_merged(
     The headers of the files, the index of the shards, and all files that hold no weights (configuration, tokenizer) are
     copied. A tensor that no parameter holds (a pooler that the program lacks) keeps its value. Numbers that did not
     change keep theirs exactly, even if the parameters have fewer bits than the tensors. One tensor and the parameters
-    that it is made of are in memory at a time, beside what `params` takes.
+    that it is made of are in memory at a time, beside what `params` takes. Padding of a parameter that the checkpoint
+    lacks, such as rows of a larger vocabulary, is left out.
 
     Arguments:
         folder: is created; it must not exist, or be empty. A save that fails leaves nothing there.
@@ -58,7 +59,7 @@ def save_merged(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists. Remove it, or choose another folder: save_merged never overwrites.")
     if base.resolve() in target.parents:
-        raise ValueError(f"{target} lies in the checkpoint {base}: choose a folder that is not a part of it.")
+        raise ValueError(f"{target} is inside the checkpoint {base}: choose a folder outside of it.")
     files = open_tensors(base)
     values = TensorValues(params, names, files)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ def read(tensors: dict[str, np.ndarray]) -> Content:
         if factor in ("A", "B") and module:
             modules[module][factor] = tensor
         else:
-            refused.append(f"{name} is no tensor of an adapter: pass loralib.lora_state_dict(model).")
+            refused.append(f"{name} is not a tensor of an adapter: pass loralib.lora_state_dict(model).")
     updates, notes = [], [_ALPHA]
     for name, pair in modules.items():
         try:

@@ -121,7 +121,7 @@ def _layout(method: Method, by_suffix: Tensors) -> Layout:
     """The layout that a module's tensors have.
 
     Raises:
-        ValueError: if the method has none with these tensors, or their shapes do not fit it.
+        ValueError: if the method has no layout with these tensors, or their shapes do not fit it.
     """
     layouts = [layout for layouts in ADAPTERS[type(method)].values() for layout in layouts]
     suffixes = [{row.suffix for row in layout.values()} for layout in layouts]

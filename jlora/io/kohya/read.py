@@ -146,7 +146,7 @@ def _owners(name: str, owners: Owners) -> list[ModuleOwner]:
 
 
 def configurations(metadata: Mapping[str, str]) -> dict[str, Config]:
-    """The configurations of PEFT that diffusers keeps in a file, by component; empty if there are none.
+    """The configurations of PEFT that diffusers keeps in a file, by component; empty if the file has no configuration.
 
     Raises:
         ValueError: if they are damaged.

@@ -118,7 +118,7 @@ def _weight(name: str, entry: ModuleEntry, form: Form, notes: list[str]) -> Tens
     """The tensors of a layer.
 
     Raises:
-        ValueError: if the form has none.
+        ValueError: if the form has no layout for the method.
     """
     location = entry.location
     if location.module.kind not in _KINDS:

@@ -124,7 +124,7 @@ def bind(template: str, values: Mapping[str, str]) -> str:
 def _terms(expression: str) -> list[tuple[int, str]]:
     """The factors of a sum and their indices; a constant has the index ""."""
     if not re.fullmatch(rf"{_TERM}([+-]{_TERM})*", expression):
-        raise ValueError(f"{{{expression}}} is no sum of indices and numbers, such as {{i}} or {{2*i+1}}.")
+        raise ValueError(f"{{{expression}}} is not a sum of indices and numbers, such as {{i}} or {{2*i+1}}.")
     matches = re.findall(r"([+-]?)(?:(\d+)\*)?(?:([A-Za-z_]\w*)|(\d+))", expression)
     return [(int(sign + (factor or number or "1")), index) for sign, factor, index, number in matches]
 

@@ -56,7 +56,7 @@ class TensorEntry:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
-    """The tensors of a safetensors file, in the order in which they lie in it.
+    """The tensors of a safetensors file, in the order of their bytes.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -109,15 +109,15 @@ def _describe_unmatched(solution: Solution, leaves: Mapping[str, Leaf], table: T
 
 def _check_model(solution: Solution, leaves: Mapping[str, Leaf]) -> None:
     """Raises if most parameters that are not constant have no tensor: these are the parameters of another model."""
-    found = [path for path in solution.pieces if path not in solution.constant_paths]
+    matched = [path for path in solution.pieces if path not in solution.constant_paths]
     missing = list(solution.unmatched)
-    if len(found) >= max(len(missing), 1) or (not missing and found) or not (missing or found):
+    if len(matched) >= max(len(missing), 1) or (not missing and matched) or not (missing or matched):
         return
     lines = "\n  ".join(f"{path}: {solution.unmatched[path]}" for path in missing[:8])
     more = f"\n  and {len(missing) - 8} more" if len(missing) > 8 else ""
     raise ValueError(
-        f"The checkpoint is that of another model: of {len(found) + len(missing)} parameters whose elements differ, "
-        f"{len(found)} have a tensor. Pass the checkpoint that the params were loaded from, all its shards, and the "
+        f"The checkpoint is that of another model: of {len(matched) + len(missing)} parameters whose elements differ, "
+        f"{len(matched)} have a tensor. Pass the checkpoint that the params were loaded from, all its shards, and the "
         f"params before any training step.\n  {lines}{more}"
     )
 

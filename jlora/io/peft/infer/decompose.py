@@ -77,7 +77,7 @@ class Decomposer:
         self.leaf, self.domain, self.table = leaf, domain, table
 
     def parts(self, mark: Fingerprint, *, thorough: bool = True) -> list[Part]:
-        """The parts that make up the parameter; empty if there are none.
+        """The parts that make up the parameter; empty if tensors do not make it up.
 
         Arguments:
             mark: its fingerprint.

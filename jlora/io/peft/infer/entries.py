@@ -86,7 +86,7 @@ def _check_blocks(pieces: Sequence[Piece], shape: tuple[int, ...], roles: Sequen
     stacks = _stack_axes(pieces)
     for piece in pieces:
         if piece.leaf.view != shape:
-            raise NoEntryError("its tensors lie in it in turns")
+            raise NoEntryError("its tensors alternate in it, row by row or column by column")
         cut = [a for a, e in enumerate(piece.leaf.index) if a not in stacks and e != range(shape[a])]
         out = [a for a, role in enumerate(roles) if matrix_side(role) == "out" and shape[a] != 1]
         if len(cut) > 1 or (roles and cut and cut[0] != out[0]):

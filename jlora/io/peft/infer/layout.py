@@ -177,7 +177,7 @@ def equal_layouts(leaf: np.ndarray, source: np.ndarray, domain: Domain, layouts:
 
 
 def source_positions(layout: Layout, positions: np.ndarray) -> np.ndarray:
-    """Where elements of the parameter's block lie in the tensor's block; both are flat positions."""
+    """The flat positions in the tensor's block of elements at flat positions of the parameter's block."""
     sizes, order = layout
     coordinates = np.unravel_index(positions, [sizes[axis] for axis in order])
     by_axis = dict(zip(order, coordinates, strict=True))

@@ -98,7 +98,7 @@ class Neighbours:
             self.chosen |= decided
             remaining = [unit for unit in remaining if unit not in decided]
             self._index()
-        for unit, sources in options.items():  # what lies outside of a scope is no proof that there is no tensor
+        for unit, sources in options.items():  # a tensor outside of the scope may still be the one
             options[unit] = sources or ([] if self._own_module(unit) is not None else self._unused(unit))
         self.without_source += [unit for unit, sources in options.items() if not sources]
         return {unit: sources for unit, sources in options.items() if sources}

@@ -74,8 +74,8 @@ class Solver:
         thorough = self._failures[kind] < _MAX_FAILURES
         array = self.leaves[path].array()
         for domain in dict.fromkeys((self.domains[path], self._narrow[path], str(array.dtype))):
-            own = mark if domain == str(array.dtype) else fingerprint(array, domain)
-            parts = Decomposer(array, domain, self.table).parts(own, thorough=thorough)
+            its_mark = mark if domain == str(array.dtype) else fingerprint(array, domain)
+            parts = Decomposer(array, domain, self.table).parts(its_mark, thorough=thorough)
             if parts:
                 self.domains[path], self.parts[path] = domain, parts
                 return
