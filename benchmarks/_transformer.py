@@ -17,7 +17,17 @@ Product = Callable[[jax.Array, Any], jax.Array]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Layers, width of the residual stream, hidden width of the MLP, heads, vocabulary, and tokens of a sequence."""
+    """The sizes of the model.
+
+    Arguments:
+        layers: their number.
+        width: of the residual stream.
+        hidden: width of the MLP.
+        heads: of the attention.
+        vocabulary: tokens that there are.
+        length: tokens of a sequence.
+        biases: whether every kernel of a layer has a bias, `bq` for `wq`.
+    """
 
     layers: int = 4
     width: int = 512
@@ -25,6 +35,7 @@ class Sizes:
     heads: int = 8
     vocabulary: int = 8192
     length: int = 256
+    biases: bool = False
 
 
 def init(key: jax.Array, sizes: Sizes) -> Params:
@@ -38,7 +49,8 @@ def init(key: jax.Array, sizes: Sizes) -> Params:
     def layer(key: jax.Array) -> Params:
         keys = jax.random.split(key, len(shapes))
         kernels = {name: normal(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
-        return {"norm1": jnp.ones(d), "norm2": jnp.ones(d), **kernels}
+        biases = {bias_of(name): jnp.zeros(shape[1]) for name, shape in shapes.items()} if sizes.biases else {}
+        return {"norm1": jnp.ones(d), "norm2": jnp.ones(d), **kernels, **biases}
 
     embed, position, head, *layers = jax.random.split(key, 3 + sizes.layers)
     return {
@@ -48,6 +60,11 @@ def init(key: jax.Array, sizes: Sizes) -> Params:
         "norm": jnp.ones(d),
         "head": normal(head, (d, sizes.vocabulary)),
     }
+
+
+def bias_of(kernel: str) -> str:
+    """The name of a kernel's bias."""
+    return f"b{kernel[1:]}"
 
 
 def stack(params: Params) -> Params:
@@ -87,14 +104,19 @@ def _norm(x: jax.Array, gain: jax.Array) -> jax.Array:
 
 def _block(x: jax.Array, layer: Params, heads: int, product: Product) -> jax.Array:
     x = x + _attention(_norm(x, layer["norm1"]), layer, heads, product)
-    hidden = jax.nn.gelu(product(_norm(x, layer["norm2"]), layer["w1"]))
-    return x + product(hidden, layer["w2"])
+    hidden = jax.nn.gelu(_linear(_norm(x, layer["norm2"]), layer, "w1", product))
+    return x + _linear(hidden, layer, "w2", product)
+
+
+def _linear(x: jax.Array, layer: Params, kernel: str, product: Product) -> jax.Array:
+    y, bias = product(x, layer[kernel]), layer.get(bias_of(kernel))
+    return y if bias is None else y + bias
 
 
 def _attention(x: jax.Array, layer: Params, heads: int, product: Product) -> jax.Array:
     batch, length, width = x.shape
-    q, k, v = (product(x, layer[name]).reshape(batch, length, heads, -1) for name in ("wq", "wk", "wv"))
+    q, k, v = (_linear(x, layer, name, product).reshape(batch, length, heads, -1) for name in ("wq", "wk", "wv"))
     scores = jnp.einsum("bthd,bshd->bhts", q, k) / jnp.sqrt(width // heads)
     scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, -1e30)
     mixed = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v)
-    return product(mixed.reshape(batch, length, width), layer["wo"])
+    return _linear(mixed.reshape(batch, length, width), layer, "wo", product)

@@ -1,17 +1,20 @@
 """One training step of every method against LoRA of the same rank: on a transformer, and on a single large kernel.
 
-    python -m benchmarks.methods                  # about five minutes on two cores
+    python -m benchmarks.methods                  # about fifteen minutes on two cores
     python -m benchmarks.methods --rounds 0       # prints the compiled costs alone
+    python -m benchmarks.methods --rounds 0 --methods DoRA "LoRA, offset"
 
 FLOPs and temporary bytes are XLA's own counts. Wall times are from one run in which all steps run in turns; every ratio
-is the median over rounds of the ratios of one round. Dense methods are marked as dense and have no bar.
+is the median over rounds of the ratios of one round. A method is marked as dense if it materialises a weight.
+`METHODS` has the limits of each.
 """
 
 import argparse
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from math import inf
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,98 +28,141 @@ from benchmarks._measure import Bar
 RANK = 16
 OPTIMISER = optax.adamw(1e-3)
 
+
+class Limits(NamedTuple):
+    """How much a step may cost, in units of LoRA's.
+
+    Arguments:
+        flops: of the transformer.
+        temp_bytes: of the transformer.
+        kernel: whether the step of one kernel has limits too: FLOPs, bytes, and no temporary array as large as it.
+    """
+
+    flops: float = 1.05
+    temp_bytes: float = 1.15
+    kernel: bool = True
+
+
+KERNEL_FLOPS, KERNEL_BYTES = 1.10, 1.15
+LOW_RANK = Limits()
+FORMS_THE_WEIGHT = Limits(flops=1.36, kernel=False)
+NO_LIMITS = Limits(inf, inf, kernel=False)
+
 # All are compared with LoRA(16): the rank of every update is 16 if the method has a rank.
-METHODS: dict[str, jlora.Method] = {
-    "LoRA": jlora.LoRA(RANK),
-    "LoRA, offset": jlora.LoRA(RANK, start="orthogonal", offset=True),
-    "LoRA-FA": jlora.LoRA(RANK, freeze_a=True),
-    "LoRA, 2 groups of 4": jlora.GroupedLoRA(RANK, groups=4, enable=(True, False, True, False)),
-    "DoRA": jlora.DoRA(RANK),
-    "Additive": jlora.Additive(RANK),
-    "Hadamard, k = 2": jlora.Hadamard(8, 2),
-    "Hadamard of additive": jlora.Hadamard(4, 2, "additive"),
-    "LoHa": jlora.LoHa(4),
-    "LoKr": jlora.LoKr(RANK),
-    "VeRA": jlora.VeRA(RANK),
-    "AdaLoRA": jlora.AdaLoRA(RANK),
-    "LoRA-XS": jlora.LoRAXS(RANK),
-    "MiSS": jlora.MiSS(RANK),
-    "DeLoRA": jlora.DeLoRA(RANK),
-    "HRA": jlora.HRA(RANK),
-    "IA3": jlora.IA3(),
+METHODS: dict[str, tuple[jlora.Method, Limits]] = {
+    "LoRA": (jlora.LoRA(RANK), LOW_RANK),
+    "LoRA, offset": (jlora.LoRA(RANK, start="orthogonal", offset=True), LOW_RANK),
+    "LoRA-FA": (jlora.LoRA(RANK, freeze_a=True), LOW_RANK),
+    "LoRA, 2 groups of 4": (jlora.GroupedLoRA(RANK, groups=4, enable=(True, False, True, False)), LOW_RANK),
+    "DoRA": (jlora.DoRA(RANK), LOW_RANK),
+    "Additive": (jlora.Additive(RANK), LOW_RANK),
+    "Hadamard, k = 2": (jlora.Hadamard(8, 2), LOW_RANK),
+    "Hadamard of additive": (jlora.Hadamard(4, 2, "additive"), LOW_RANK),
+    "LoHa": (jlora.LoHa(4), LOW_RANK),
+    "LoKr": (jlora.LoKr(RANK), LOW_RANK),
+    "VeRA": (jlora.VeRA(RANK), LOW_RANK),
+    "AdaLoRA": (jlora.AdaLoRA(RANK), LOW_RANK),
+    "LoRA-XS": (jlora.LoRAXS(RANK), LOW_RANK),
+    "MiSS": (jlora.MiSS(RANK), LOW_RANK),
+    "DeLoRA": (jlora.DeLoRA(RANK), LOW_RANK),
+    "HRA": (jlora.HRA(RANK), LOW_RANK),
+    "IA3": (jlora.IA3(), LOW_RANK),
+    "GraLoRA": (jlora.GraLoRA(RANK, 4), Limits(kernel=False)),
+    "Hadamard of tanh": (jlora.Hadamard(RANK, 2, "tanh"), FORMS_THE_WEIGHT),
+    "Hadamard of sigmoid": (jlora.Hadamard(RANK, 2, "sigmoid"), FORMS_THE_WEIGHT),
+    "HiRA": (jlora.HiRA(RANK), FORMS_THE_WEIGHT),
+    "OFT": (jlora.OFT(RANK), Limits(kernel=False)),
+    "BOFT": (jlora.BOFT(RANK), Limits(kernel=False)),
+    "FourierFT": (jlora.FourierFT(1000), Limits(temp_bytes=1.30, kernel=False)),
+    "RandLoRA": (jlora.RandLoRA(RANK), Limits(flops=1.55, kernel=False)),
+    "SHiRA": (jlora.SHiRA(RANK), Limits(kernel=False)),
+    "Full": (jlora.Full(), NO_LIMITS),
 }
-DENSE: dict[str, jlora.Method] = {
-    "Hadamard of tanh": jlora.Hadamard(RANK, 2, "tanh"),
-    "HiRA": jlora.HiRA(RANK),
-    "OFT": jlora.OFT(RANK),
-    "BOFT": jlora.BOFT(RANK),
-    "FourierFT": jlora.FourierFT(1000),
-    "RandLoRA": jlora.RandLoRA(RANK),
-    "SHiRA": jlora.SHiRA(RANK),
-    "Full": jlora.Full(),
-}
 
 
-def transformer(method: jlora.Method, options: argparse.Namespace) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A step of next-token prediction, every kernel of every layer adapted."""
-    sizes = _transformer.Sizes()
-    forward = partial(_transformer.unrolled, heads=sizes.heads)
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = jax.jit(lambda key: _transformer.init(key, sizes))(keys[0])
-    tokens = jax.random.randint(keys[1], (options.batch, sizes.length), 0, sizes.vocabulary)
-    targets = {f".*/({'|'.join(_transformer.KERNELS)})": method}
+class Problem(NamedTuple):
+    """What all methods train.
 
-    def loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-        following = jnp.roll(tokens, -1, axis=1)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, following).mean()
+    Arguments:
+        forward: `(params, batch) -> y`.
+        loss: `(y, batch) -> scalar`.
+        pattern: of the paths to adapt.
+        params: the base parameters.
+        batch: tokens, or activations.
+    """
 
-    return step(forward, loss, keys[2], targets, params, tokens)
-
-
-def kernel(method: jlora.Method, options: argparse.Namespace) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A step through one square kernel, tanh and a mean squared error."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    width = options.width
-    params = {"w": jax.random.normal(keys[0], (width, width)) / width**0.5}
-    x = jax.random.normal(keys[1], (8, options.tokens // 8, width))
-
-    def forward(params: Any, x: jax.Array) -> jax.Array:
-        return jnp.tanh(x @ params["w"])
-
-    def loss(y: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.mean(jnp.square(y - x))
-
-    return step(forward, loss, keys[2], {"w": method}, params, x)
-
-
-def step(
-    forward: Any, loss: Any, key: jax.Array, targets: dict[str, jlora.Method], params: Any, batch: jax.Array
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """`(adapter, state, params, batch) -> (adapter, state, loss)`, with AdamW on the adapter, and its arguments."""
-    sites = jlora.trace(forward, params, batch)
-    adapter = jax.jit(lambda params: jlora.init(key, sites, targets, params=params))(params)
-    apply = jlora.adapt(forward)
-    tx = optax.masked(OPTIMISER, jlora.mask)
-
-    def run(adapter: Any, state: Any, params: Any, batch: jax.Array) -> tuple[Any, Any, jax.Array]:
-        value, gradients = jax.value_and_grad(lambda a: loss(apply(params, a, batch), batch))(adapter)
-        updates, state = tx.update(gradients, state, adapter)
-        return optax.apply_updates(adapter, updates), state, value
-
-    return run, (adapter, tx.init(adapter), params, batch)
+    forward: Callable[..., jax.Array]
+    loss: Callable[[jax.Array, jax.Array], jax.Array]
+    pattern: str
+    params: Any
+    batch: jax.Array
 
 
 # A step function and its arguments.
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 
-PROGRAMS: dict[str, Callable[[jlora.Method, argparse.Namespace], Program]] = {
-    "transformer": transformer,
-    "kernel": kernel,
+
+def transformer(options: argparse.Namespace, *, biases: bool) -> Problem:
+    """Next-token prediction, every kernel of every layer adapted."""
+    sizes = _transformer.Sizes(biases=biases)
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = jax.jit(lambda key: _transformer.init(key, sizes))(keys[0])
+    tokens = jax.random.randint(keys[1], (options.batch, sizes.length), 0, sizes.vocabulary)
+
+    def loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+        following = jnp.roll(tokens, -1, axis=1)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, following).mean()
+
+    forward = partial(_transformer.unrolled, heads=sizes.heads)
+    return Problem(forward, loss, f".*/({'|'.join(_transformer.KERNELS)})", params, tokens)
+
+
+def kernel(options: argparse.Namespace, *, biases: bool) -> Problem:
+    """One square kernel, tanh and a mean squared error."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    width = options.width
+    params = {"w": jax.random.normal(keys[0], (width, width)) / width**0.5}
+    params |= {"b": jnp.zeros(width)} if biases else {}
+    x = jax.random.normal(keys[1], (8, options.tokens // 8, width))
+
+    def forward(params: Any, x: jax.Array) -> jax.Array:
+        y = x @ params["w"]
+        return jnp.tanh(y + params["b"] if biases else y)
+
+    return Problem(forward, lambda y, x: jnp.mean(jnp.square(y - x)), "w", params, x)
+
+
+PROBLEMS: dict[str, Callable[[argparse.Namespace], Problem]] = {
+    "transformer": partial(transformer, biases=False),
+    "transformer_biased": partial(transformer, biases=True),
+    "kernel": partial(kernel, biases=False),
+    "kernel_biased": partial(kernel, biases=True),
 }
 
 
-def count_weight_sized(function: Callable[..., Any], args: tuple[Any, ...], width: int) -> int:
+def new_adapter(problem: Problem, method: jlora.Method) -> jlora.Adapter:
+    """An adapter with one method for all weights of a problem."""
+    sites = jlora.trace(problem.forward, problem.params, problem.batch)
+    targets = {problem.pattern: method}
+    return jax.jit(lambda params: jlora.init(jax.random.key(1), sites, targets, params=params))(problem.params)
+
+
+def step(problem: Problem, adapter: Any) -> Program:
+    """`(adapter, state, params, batch) -> (adapter, state, loss)`, with AdamW on the adapter, and its arguments."""
+    apply = jlora.adapt(problem.forward)
+    tx = optax.masked(OPTIMISER, jlora.mask)
+
+    def run(adapter: Any, state: Any, params: Any, batch: jax.Array) -> tuple[Any, Any, jax.Array]:
+        value, gradients = jax.value_and_grad(lambda a: problem.loss(apply(params, a, batch), batch))(adapter)
+        updates, state = tx.update(gradients, state, adapter)
+        return optax.apply_updates(adapter, updates), state, value
+
+    return run, (adapter, tx.init(adapter), problem.params, problem.batch)
+
+
+def count_weight_sized(program: Program, width: int) -> int:
     """How many arrays of the kernel's shape the compiled step computes."""
+    function, args = program
     text = jax.jit(function).lower(*args).compile().as_text() or ""
     entry = text[text.index("ENTRY") :]
     operations = re.findall(rf"= f32\[{width},{width}\]\S* (\w+)", entry)
@@ -124,33 +170,42 @@ def count_weight_sized(function: Callable[..., Any], args: tuple[Any, ...], widt
 
 
 def measure(form: str, options: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
-    """Costs and times of all steps in one form, and the bars of those that are not dense."""
-    steps: dict[str, Program] = {}
-    programs: dict[str, _measure.Program] = {}
-    for name, method in tqdm((METHODS | DENSE).items(), f"compiling, {form}"):
-        run, args = steps[name] = PROGRAMS[form](method, options)
-        programs[name] = _measure.compile(run, *args)
+    """Costs and times of all steps in one form, and the bars."""
+    problem = PROBLEMS[form](options)
+    names = [name for name in METHODS if name == "LoRA" or name in (options.methods or METHODS)]
+    adapters = {name: new_adapter(problem, METHODS[name][0]) for name in names}
+    steps = {name: step(problem, adapter) for name, adapter in adapters.items()}
+    programs = {name: _measure.compile(run, *args) for name, (run, args) in tqdm(steps.items(), f"compiling, {form}")}
     seconds = _measure.interleave({name: program.run for name, program in programs.items()}, options.rounds)
     lora = programs["LoRA"]
     rows = {
         name: {
-            "parameters": sum(f.size for update in steps[name][1][0].values() for f in update.factors.values()),
+            "parameters": sum(f.size for update in adapters[name].values() for f in update.factors.values()),
             "flops": program.flops / lora.flops,
             "temp_bytes": program.temp_bytes / lora.temp_bytes,
             "seconds": _measure.median(seconds[name]),
             "of_lora": _measure.ratio(seconds, name, "LoRA") if options.rounds else None,
-            "dense": name in DENSE,
+            "dense": bool(jlora.explain(problem.forward, problem.params, adapters[name], problem.batch).dense),
         }
         for name, program in programs.items()
     }
-    bars = []
-    for name in METHODS:
-        bars.append(Bar(f"{name}: FLOPs / LoRA", rows[name]["flops"], 1.10))
-        bars.append(Bar(f"{name}: temporary bytes / LoRA", rows[name]["temp_bytes"], 1.15))
-        if form == "kernel":
-            count = count_weight_sized(*steps[name], options.width)
-            bars.append(Bar(f"{name}: temporaries as large as the weight", count, 0))
+    bars = [bar for name in names for bar in bars_of(name, form, rows[name], steps[name], options.width)]
     return rows, bars
+
+
+def bars_of(name: str, form: str, row: dict[str, Any], program: Program, width: int) -> list[Bar]:
+    """The limits of one method that are finite."""
+    limits = METHODS[name][1]
+    flops, temp_bytes = limits.flops, limits.temp_bytes
+    if form.startswith("kernel"):
+        flops, temp_bytes = (KERNEL_FLOPS, KERNEL_BYTES) if limits.kernel else (inf, inf)
+    bars = [
+        Bar(f"{name}: FLOPs / LoRA", row["flops"], flops),
+        Bar(f"{name}: temporary bytes / LoRA", row["temp_bytes"], temp_bytes),
+    ]
+    if form.startswith("kernel") and limits.kernel:
+        bars.append(Bar(f"{name}: temporaries as large as the weight", count_weight_sized(program, width), 0))
+    return [bar for bar in bars if bar.limit < inf]
 
 
 def show(form: str, rows: dict[str, Any], bars: list[Bar]) -> None:
@@ -173,12 +228,18 @@ def show(form: str, rows: dict[str, Any], bars: list[Bar]) -> None:
 def main() -> None:
     """Reads the options, measures, prints and writes."""
     parser = _measure.parser(__doc__, "methods.json")
-    parser.add_argument("--forms", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="default: both")
+    parser.add_argument("--forms", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="default: all")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", choices=METHODS, help="to compare with LoRA (default: all)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; 0 only prints compiled costs (default: 5)")
     parser.add_argument("--batch", type=int, default=8, help="sequences of the transformer (default: 8)")
     parser.add_argument("--width", type=int, default=4096, help="of the single kernel (default: 4096)")
     parser.add_argument("--tokens", type=int, default=1024, help="of the single kernel (default: 1024)")
-    _measure.run_forms(parser.parse_args(), "methods", measure, show)
+    options = parser.parse_args()
+    if options.methods and options.rounds and options.out == parser.get_default("out"):
+        parser.error("the result file holds all methods: with --methods pass --rounds 0, or --out with another file.")
+    _measure.run_forms(options, "methods", measure, show)
 
 
 if __name__ == "__main__":
