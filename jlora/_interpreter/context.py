@@ -43,6 +43,8 @@ class Use:
         factored: whether the weight stays factored here. If not, it is materialised.
         dense_in: the primitive that takes the dense weight, if it is not factored: a function with a derivative of its
             own (`custom_vjp_call`) takes it for all uses inside. Empty if it is factored.
+        form: how the update is computed, "factored" or "dense sum" for example.
+        why: what decided on the form; empty if there was no choice.
         flops: of the base program's equation, over all iterations of its loops. With symbolic sizes (`jax.export`) this
             and the next two are expressions of them.
         added: FLOPs that the factors add, or that materialising the weight adds.
@@ -58,6 +60,8 @@ class Use:
     added: float
     bytes: int
     dense_in: str = ""
+    form: str = ""
+    why: str = ""
 
     @property
     def is_lookup(self) -> bool:
@@ -131,6 +135,8 @@ class Context:
         factored: bool = True,
         added: float = 0,
         primitive: str = "",
+        form: str = "",
+        why: str = "",
     ) -> None:
         """Records a use of a weight.
 
@@ -141,6 +147,8 @@ class Context:
             factored: whether the weight stays factored.
             added: FLOPs that the update adds, in one run.
             primitive: the name of the lookup that the equation completes, if it is not the equation's own.
+            form: how the update is computed; by default "factored" or "dense".
+            why: what decided on the form.
         """
         if self.uses is None:
             return
@@ -163,6 +171,8 @@ class Context:
                 added=added * self.trip_count,
                 bytes=0 if factored else f.base.size * f.dtype.itemsize,
                 dense_in="" if factored else self.dense_in or name,
+                form=(form or ("factored" if factored else "dense")) if not self.dense_in else "dense",
+                why=why if not self.dense_in else f"inside {self.dense_in}",
             )
 
     @property

@@ -39,14 +39,15 @@ class Explanation(Tabular):
         rows = []
         for path, positions in fold_layers([(use.path, dataclasses.replace(use, path="")) for use in self.uses]):
             use, count = self.uses[positions[0]], len(positions)
-            form = "factored" if use.factored else "dense"
             numbers = (
                 short_count(count * use.flops),
                 short_count(count * use.added),
                 "" if use.factored else short_integer(count * use.bytes),
             )
-            rows.append((path, str(count), use.primitive, form, *numbers, use.where))
-        head = ("path", "uses", "primitive", "form", "base FLOPs", "added FLOPs", "dense bytes", "where")
+            rows.append((path, str(count), use.primitive, use.form, *numbers, use.where, use.why))
+        head = ("path", "uses", "primitive", "form", "base FLOPs", "added FLOPs", "dense bytes", "where", "why")
+        if not any(use.why for use in self.uses):
+            head, rows = head[:-1], [row[:-1] for row in rows]
         added = sum(use.added for use in self.uses)
         of_base = f"of the base's {short_count(self.flops)}"
         share = f" ({short_share(added, self.flops, 2)} {of_base})" if self.flops != 0 else ""

@@ -107,6 +107,13 @@ def test_an_explanation_is_shown_with_repeated_layers_as_one_row():
     assert re.sub("-+\n", "-----\n", text, count=1) == EXPLANATION
 
 
+def test_an_explanation_names_the_form_of_every_use():
+    targets = {"w_00": jlora.HiRA(rank=2), "head": jlora.LoRA(rank=2)}
+    adapter = jlora.init(jax.random.key(0), layered_sites(), targets)
+    uses = jlora.explain(layered_model, layered_params(), adapter, jnp.ones((2, 4))).uses
+    assert [(use.path, use.form) for use in uses] == [("w_00", "dense sum"), ("head", "factored")]
+
+
 @pytest.mark.parametrize("shown", ["sites", "explanation", "summary"])
 def test_notebooks_show_the_same_cells(shown):
     sites = toy_model.sites()

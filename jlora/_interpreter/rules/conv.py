@@ -110,7 +110,7 @@ def _record(ctx: Context, eqn: Eqn, kernel: _Kernel, y: jax.Array, folded: bool)
     factors = [pair for n in f.networks for pair in zip(n.factors, n.terms, strict=True)]
     grouped = sum(a.size * (1 if set(term) & set(kernel.group) else kernel.group_count) for a, term in factors)
     added = f.base.size if folded else 2 * positions * grouped
-    ctx.record(eqn, f, roles, factored=not folded, added=added)
+    ctx.record(eqn, f, roles, factored=not folded, added=added, form="dense sum" if folded else "")
 
 
 def _channel_scales(kernel: _Kernel) -> tuple[list[jax.Array], list[jax.Array]] | None:

@@ -125,7 +125,7 @@ def multiply(
     rank_flops = sum(a.size for n in f.networks for a in n.factors) // max(f.size(labels.group), 1)
     rows = math.prod(labels.sizes[c] for c in labels.x if c not in labels.contracted)
     added = f.base.size if folded else 2 * rows * rank_flops
-    ctx.record(eqn, f, labels.roles, factored=not folded, added=added)
+    ctx.record(eqn, f, labels.roles, factored=not folded, added=added, form="dense sum" if folded else "")
     form = _Form(
         x=labels.x,
         out=labels.out,
