@@ -1,11 +1,10 @@
-"""The tables of the methods page agree with the methods and with the results of the benchmark."""
+"""The tables of the pages on methods agree with the methods and with the results of the benchmarks."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
-import json
 import re
 from pathlib import Path
 
@@ -15,10 +14,10 @@ import numpy as np
 import pytest
 
 import jlora
+from benchmarks import pages
 from tests.support.pages import ROOT
 
-PAGE = (ROOT / "jlora" / "methods" / "README.md").read_text()
-RESULTS = json.loads((ROOT / "benchmarks" / "results" / "methods.json").read_text())
+PAGE = (ROOT / "jlora" / "methods" / "formulas.md").read_text()
 SIZE = 96  # the smallest weight that all methods of the table fit and in which rank 32 is low
 
 
@@ -29,12 +28,12 @@ def rows(heading: str) -> list[list[str]]:
     return [[cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
 
 
-COSTS = rows("What each method costs")
-every_row = pytest.mark.parametrize("row", COSTS, ids=[row[0] for row in COSTS])
+ABILITIES = rows("What each method can do")
+every_row = pytest.mark.parametrize("row", ABILITIES, ids=[row[0] for row in ABILITIES])
 
 
 def method_of(row: list[str]) -> jlora.Method:
-    return eval(f"jlora.{row[1]}", {"jlora": jlora})
+    return eval(f"jlora.{row[0]}", {"jlora": jlora})
 
 
 def model(params: dict, x: jax.Array) -> jax.Array:
@@ -65,11 +64,16 @@ def test_every_method_is_on_the_page():
         and issubclass(value, jlora.Method)
         and value is not jlora.Method
     }
+    not_of_matrices = {"ConvLoRA", "LoCon", "SharedLoRA"}
     assert {row[0] for row in rows("What each method learns")} == public
+    assert {row[0].partition("(")[0] for row in ABILITIES} == public - not_of_matrices
 
 
-def test_every_result_is_on_the_page():
-    assert [row[0] for row in COSTS] == list(RESULTS["transformer"]["methods"])
+@pytest.mark.parametrize("name", pages.TABLES)
+def test_generated_tables_are_those_of_the_results(name: str):
+    page, make = pages.TABLES[name]
+    text = page.read_text()
+    assert pages.with_table(text, name, make()) == text, "run python -m benchmarks.pages"
 
 
 def convolution(params: dict, x: jax.Array) -> jax.Array:
@@ -92,19 +96,12 @@ def test_axes_are_those_that_the_method_declares(row: list[str]):
 
 
 @every_row
-def test_figures_are_those_of_the_benchmark(row: list[str]):
-    results = [RESULTS[program]["methods"][row[0]] for program in ("transformer", "kernel")]
-    assert row[2:6] == [f"{result[key]:.3f}" for result in results for key in ("flops", "temp_bytes")]
-    assert row[6] == ("dense" if results[0]["dense"] else "factored")
-
-
-@every_row
 def test_unmerge_and_dropout(row: list[str]):
     method = method_of(row)
     params, adapter = example(method)
-    assert row[8] == ("yes" if "dropout" in {field.name for field in dataclasses.fields(method)} else "no")
+    assert row[2] == ("yes" if "dropout" in {field.name for field in dataclasses.fields(method)} else "no")
     merged = jax.jit(jlora.merge)(params, adapter)
-    if row[7] == "no":
+    if row[1] == "no":
         with pytest.raises(ValueError, match="depends on the base"):
             jlora.unmerge(merged, adapter)
     else:
@@ -119,4 +116,4 @@ def test_form_in_peft(row: list[str], tmp_path: Path):
         form = "as LoRA" if changes else "native"
     except ValueError as error:
         form = "beside LoRA" if "adapt a weight by LoRA too" in str(error) else "refused"
-    assert row[9] == form
+    assert row[3] == form

@@ -1,0 +1,68 @@
+"""Writes the tables of pages that are computed from result files.
+
+    python -m benchmarks.pages
+
+A page has the comment `<!-- table: NAME -->` above a table and `<!-- end of the table -->` below it. A test fails if a
+page and its result file differ.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import _measure, methods
+
+METHODS_PAGES = Path(__file__).parents[1] / "jlora" / "methods"
+END = "<!-- end of the table -->"
+
+FORMS = {
+    "transformer": "transformer",
+    "transformer_biased": "with biases",
+    "kernel": "kernel",
+    "kernel_biased": "with a bias",
+}
+
+
+def costs() -> str:
+    """FLOPs, temporary bytes and time of every method, in units of LoRA's."""
+    results = json.loads((_measure.RESULTS / "methods.json").read_text())
+    forms = [form for form in FORMS if form in results]
+    header = [
+        "benchmark's name",
+        "method",
+        "form",
+        *(part for form in forms for part in (f"{FORMS[form]}: FLOPs", "bytes")),
+    ]
+    rows = []
+    for name, row in results["transformer"]["methods"].items():
+        figures = [
+            _measure.number(results[form]["methods"][name][key]) for form in forms for key in ("flops", "temp_bytes")
+        ]
+        rows.append([name, f"`{methods.METHODS[name][0]}`", "dense" if row["dense"] else "factored", *figures])
+    return _measure.table(header, rows)
+
+
+TABLES: dict[str, tuple[Path, Callable[[], str]]] = {"costs": (METHODS_PAGES / "costs.md", costs)}
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """The text of a page with another table of a name.
+
+    Raises:
+        ValueError: if the page has no comments around such a table.
+    """
+    before, start, rest = text.partition(f"<!-- table: {name} -->\n")
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"The page has no table {name!r} between `<!-- table: {name} -->` and `{END}`.")
+    return before + start + f"\n{table}\n\n" + end + after
+
+
+def main() -> None:
+    """Writes all tables."""
+    for name, (page, make) in TABLES.items():
+        page.write_text(with_table(page.read_text(), name, make()))
+
+
+if __name__ == "__main__":
+    main()
