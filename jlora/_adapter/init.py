@@ -25,8 +25,9 @@ def init(
         key: a PRNG key. The key of each update is folded from its path, so adding a target changes no other update.
         sites: from `jlora.trace`.
         targets: a dict from patterns (`re.fullmatch` on the path; the first match decides) to methods, None to exclude;
-            or one method for every weight that is consumed directly by a matmul or a convolution. Weights that are
-            normalised, masked or clipped before use are not selected; `print(sites)` shows all.
+            or a function that returns the method of a path and its `Site`, or None; or one method for every weight that
+            is consumed directly by a matmul or a convolution. Weights that are normalised, masked or clipped before use
+            are not selected; `print(sites)` shows all.
         params: the base parameters, for methods and starts that depend on their values (PiSSA, LoRA-XS, ...).
         dtype: of the factors.
 
@@ -40,6 +41,8 @@ def init(
 
     Example:
         adapter = jlora.init(jax.random.key(0), sites, {r".*/(query|value)/kernel": jlora.LoRA(rank=8)})
+        wide = lambda path, site: jlora.LoRA(rank=8) if site.max_rank > 256 else None
+        adapter = jlora.init(jax.random.key(0), sites, wide)
     """
     leaves = dict(named_leaves(params))
     return {

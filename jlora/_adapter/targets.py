@@ -1,12 +1,13 @@
 """Targets: which weights an adapter updates, and by which method."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+from jlora._interpreter.site import Site
 from jlora._trace.sites import Sites
 from jlora._tree.patterns import select_by_pattern
 from jlora.methods._base import Method
 
-Targets = Mapping[str, Method | None] | Method
+Targets = Mapping[str, Method | None] | Method | Callable[[str, Site], Method | None]
 
 
 def select_methods(sites: Sites, targets: Targets) -> dict[str, Method]:
@@ -18,15 +19,40 @@ def select_methods(sites: Sites, targets: Targets) -> dict[str, Method]:
     """
     if not isinstance(sites, Sites):
         raise TypeError(f"`sites` must come from jlora.trace, not {type(sites).__name__}.")
-    for target in targets.values() if isinstance(targets, Mapping) else [targets]:
-        if targets is None or not isinstance(target, Method | None):
-            given = f"the class {target.__name__}" if isinstance(target, type) else type(target).__name__
-            raise TypeError(
-                f"Targets are a method such as jlora.LoRA(rank=8), or a dict from patterns to methods, not {given}."
-            )
     if isinstance(targets, Method):
         selected = {path: targets for path, site in sites.items() if site.is_product}
         if not selected:
             raise ValueError("No matmul or convolution of the program uses a parameter. print(sites) shows all.")
         return selected
-    return select_by_pattern(sites, targets)
+    if isinstance(targets, Mapping):
+        for pattern, target in targets.items():
+            if not isinstance(target, Method | None):
+                raise _wrong_type(f"the pattern {pattern!r} has", target)
+        return select_by_pattern(sites, targets)
+    if not callable(targets) or isinstance(targets, type):
+        raise _wrong_type("this is", targets)
+    return _select_by_function(sites, targets)
+
+
+def _select_by_function(sites: Sites, choose: Callable[[str, Site], Method | None]) -> dict[str, Method]:
+    selected: dict[str, Method] = {}
+    for path, site in sites.items():
+        method = choose(path, site)
+        if not isinstance(method, Method | None):
+            raise _wrong_type(f"for {path} it returned", method)
+        if method is not None:
+            selected[path] = method
+    if not selected:
+        raise ValueError(
+            f"The function of targets returned None for all {len(sites)} parameters, so nothing would train. It gets "
+            "the path and the site of each, and returns its method."
+        )
+    return selected
+
+
+def _wrong_type(subject: str, target: object) -> TypeError:
+    given = f"the class {target.__name__}" if isinstance(target, type) else type(target).__name__
+    return TypeError(
+        "Targets are a method such as jlora.LoRA(rank=8), a dict from patterns to methods, or a function that returns "
+        f"a method or None for a path and its site; {subject} {given}."
+    )

@@ -10,6 +10,7 @@ import numpy as np
 
 from jlora._adapter.change import matrix_sizes
 from jlora._adapter.svd import Cut, Index, Pair
+from jlora._adapter.targets import Targets, select_methods
 from jlora._adapter.to_lora import decompose, lora_update
 from jlora._interpreter.context import matrix_side
 from jlora._interpreter.site import Site
@@ -17,7 +18,6 @@ from jlora._ir.materialize import accumulation_dtype
 from jlora._trace.sites import Sites
 from jlora._tree.leaves import layer_of
 from jlora._tree.paths import closest_matches, is_array, named_leaves
-from jlora._tree.patterns import select_by_pattern
 from jlora.methods._base import Adapter, Method, Update
 from jlora.methods.full import Full
 from jlora.methods.lora import LoRA
@@ -30,7 +30,7 @@ def extract(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    targets: Mapping[str, Method | None] | None = None,
+    targets: Targets | None = None,
 ) -> tuple[Adapter, dict[str, float]]:
     """Makes an adapter of the difference of two checkpoints: the nearest LoRA to it, a layer at a time.
 
@@ -47,7 +47,7 @@ def extract(
         rank: the rank of every LoRA, at most that of the weight.
         energy: the share of the squared Frobenius norm of the difference to keep in every layer, in (0, 1]: the lowest
             rank that does, at most `rank`. Pass one of the two, or `targets`.
-        targets: instead of both, patterns as for `jlora.init`, each with a `LoRA` of some rank, `Full`, or None.
+        targets: instead of both, as for `jlora.init`: a `LoRA` of some rank, `Full`, or None for each weight.
             Differences of weights that no pattern selects are left out, and have the error 1.
 
     Returns:
@@ -104,13 +104,12 @@ def _misfits(name: str, leaves: Mapping[str, Any], sites: Sites) -> Iterator[str
     yield from (f"{path}: in `{name}`, but not in `sites`" for path in leaves if path not in sites)
 
 
-def _methods(sites: Sites, targets: Mapping[str, Method | None]) -> dict[str, Method]:
+def _methods(sites: Sites, targets: Targets) -> dict[str, Method]:
     """The method of every path that the targets select."""
-    for target in targets.values():
-        if target is not None and not isinstance(target, LoRA | Full):
-            raise TypeError(f"A target of jlora.extract is jlora.LoRA(rank), jlora.Full() or None, not {target!r}.")
-    selected = select_by_pattern(sites, targets)
+    selected = select_methods(sites, targets)
     for path, method in selected.items():
+        if not isinstance(method, LoRA | Full):
+            raise TypeError(f"A target of jlora.extract is jlora.LoRA(rank), jlora.Full() or None, not {method!r}.")
         kept = method.without_init_fields()
         if kept.offset:
             raise ValueError(

@@ -97,7 +97,7 @@ def adapt(
 
     Arguments:
         model: the module, an `nnx.Module`.
-        targets: as for `jlora.init`, a dict from patterns to methods; or an adapter, which then needs no arguments.
+        targets: as for `jlora.init`: patterns, a function or a method; or an adapter, which then needs no arguments.
         args, kwargs: the arguments of a call, which shows how the weights are used. Nothing is computed.
         rngs: the stream `params` has the key for the factors, the stream `dropout` those for methods with dropout.
         method: as for `trace`.
