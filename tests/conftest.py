@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 from collections.abc import Iterator
@@ -30,6 +31,22 @@ def checked_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     marks = {mark.name for mark in request.node.iter_markers()}
     with jax.checking_leaks() if marks & {"check_leaks", "nightly"} else contextlib.nullcontext():
         yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test with the mark `drawn(n)` the default run takes one case in n, and the nightly run the others."""
+    cases: dict[str, list[pytest.Item]] = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("drawn") and not item.get_closest_marker("nightly"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for test, of_test in cases.items():
+        mark = of_test[0].get_closest_marker("drawn")
+        assert mark is not None
+        daily = draw.drawn_cases(test, len(of_test), *mark.args)
+        for number, item in enumerate(of_test):
+            if number not in daily:
+                item.add_marker(pytest.mark.nightly)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -131,6 +131,7 @@ def test_dequantize_takes_trees_and_leaves_plain_arrays_alone():
     assert jlora.dequantize(None) is None
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     "name",
     ["lora", "dora", "ia3", *(pytest.param(name, marks=pytest.mark.nightly) for name in METHODS)],
@@ -180,6 +181,7 @@ def scanned_product(params, x):
     return jax.lax.scan(lambda h, _: (jnp.tanh(h @ product @ product.T), None), x, None, length=3)[0]
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("targets", ["w|v", "w", "v"])
 @pytest.mark.parametrize("method", [jlora.LoRA(2), jlora.DoRA(2)], ids=repr)
 @pytest.mark.parametrize("fun", [chain_of_three, scanned_product], ids=lambda fun: fun.__name__)

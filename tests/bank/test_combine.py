@@ -225,6 +225,7 @@ def kind_cases() -> list[Any]:
     return [pytest.param(k, id=k.name, marks=[] if k.name in EIGHT else [pytest.mark.nightly]) for k in KINDS]
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("kind", kind_cases())
 def test_kinds_of_weight(kind):
     """Exactly, by an SVD of the factors, and by one of the weight's change."""
@@ -255,6 +256,7 @@ def test_the_result_is_saved_loaded_and_exported(tmp_path):
         close(change(loaded), {path: change(combined)[path] for path in loaded}, 1e-6)
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("how", ["svd", "ties", "dare"])
 def test_one_layer_at_a_time(how):
     """Whatever the depth of a stack, less than half of one change is in memory."""

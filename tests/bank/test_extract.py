@@ -156,6 +156,7 @@ def test_a_stack_is_read_one_layer_at_a_time():
 FEW = {"conv_2d", "conv_grouped", "dense_general_in_axes", "experts", "kernel_out_in", "tied_embedding"}
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(
     "kind", [pytest.param(k, id=k.name, marks=[] if k.name in FEW else [pytest.mark.nightly]) for k in KINDS]
 )

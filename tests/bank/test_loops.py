@@ -57,6 +57,7 @@ def bank_for(dtype: Any = jnp.float32) -> jlora.bank.Bank:
     return jlora.bank.stack({str(k): member(k) for k in range(3)})
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("fun", [prepared, nested, row_by_row])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_every_row_has_its_member(fun: Any, dtype: Any) -> None:

@@ -102,7 +102,7 @@ def test_axes_of_trees() -> None:
     state = {"cache": np.ones((2, 10), np.float32), "shift": np.float32(2)}
     axes = {"in_axes": ({"cache": 1, "shift": None}, -1), "out_axes": {"state": 1, "y": 1, "shared": 0}}
     for block in (1, 4):
-        apply = jlora.bank.apply(fun, **axes, block=block)
+        apply = jax.jit(jlora.bank.apply(fun, **axes, block=block))
         out = apply(PARAMS, bank, bank.ids(NAMES), state, x, gain=np.float32(0.5))
         y = 0.5 * by_row(mlp, PARAMS, bank, NAMES, x.T)
         want = {"state": 1 + jnp.tile(y.sum(-1), (2, 1)), "y": y.T, "shared": y + 2}
@@ -118,10 +118,10 @@ def test_gradients() -> None:
         return (jlora.bank.apply(mlp, block=block)(PARAMS, bank, ids, x) ** 2).sum()
 
     for block in (1, 3):
-        gradient = jax.grad(loss)(bank, block)
+        gradient = jax.jit(jax.grad(loss), static_argnums=1)(bank, block)
         for k, name in enumerate(bank):
             rows = x[ids == k]
-            want = jax.grad(lambda a, rows=rows: (jlora.adapt(mlp)(PARAMS, a, rows) ** 2).sum())(bank[name])
+            want = jax.jit(jax.grad(lambda a, rows=rows: (jlora.adapt(mlp)(PARAMS, a, rows) ** 2).sum()))(bank[name])
             for path, update in want.items():
                 for factor, value in update.factors.items():
                     got = gradient.adapter[path].factors[factor][k]
@@ -219,6 +219,7 @@ def test_a_cache_is_not_copied() -> None:
     assert memory(compiled).temp_size_in_bytes < cache.nbytes
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("name", ["conv_2d", "experts", "scan_stacked", "tied_embedding"])
 def test_kinds_of_weights(name: str) -> None:
     """A row is a whole input of the kind."""

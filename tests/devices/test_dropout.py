@@ -136,6 +136,7 @@ CASES = [
 ]
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("check_vma", [pytest.param(True, marks=pytest.mark.nightly), False], ids=["typed", "untyped"])
 @pytest.mark.parametrize(("body", "spec", "varying"), CASES, ids=lambda value: getattr(value, "__name__", None))
 def test_masks_differ_between_inputs_and_not_between_copies(

@@ -116,6 +116,7 @@ def hold(layout: Layout, kind: AxisType, method: jlora.Method) -> Sent:
     return sent(compiled)
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(("layout", "kind"), CASES, ids=named)
 def test_lora(layout: Layout, kind: AxisType) -> None:
     """The law, and that all that is sent beyond what the base sends is as thin as the rank."""
@@ -125,6 +126,7 @@ def test_lora(layout: Layout, kind: AxisType) -> None:
     nothing_large(layout, base, adapted, on_one_device(layout, jlora.LoRA(RANK))[0])
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(("layout", "kind"), FSDP_X_TENSOR, ids=named)
 @pytest.mark.parametrize("name", METHODS)
 def test_methods(name: str, layout: Layout, kind: AxisType) -> None:

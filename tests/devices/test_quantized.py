@@ -129,6 +129,7 @@ def placed(params: Tree, adapter: jlora.Adapter, tokens: jax.Array, mesh: Any) -
     return adapter, params, jax.device_put(tokens, NamedSharding(mesh, P("d")))
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["nf4", "gguf_transposed", *NIGHTLY])
 def test_the_law_inside_shard_map(name: str, kind: str) -> None:

@@ -42,6 +42,7 @@ def law(fun: Any, params: Tree, x: jax.Array) -> None:
     close(*sides(params, adapter, x))
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     ("format_", "shape", "axis", "fits"),
     [
@@ -70,6 +71,7 @@ def test_int4_tiles_that_straddle_a_cut() -> None:
         jlora.adapt(fun)(jlora.quantize(plain_params, sites, {"w": "int4"}), adapter, x)
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("groups", [1, 3, pytest.param(96, marks=pytest.mark.nightly)])
 def test_scales_of_scales_that_straddle_a_cut(groups: int, axis: int) -> None:
@@ -89,6 +91,7 @@ BEFORE = {
 }
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("name", BEFORE)
 def test_a_weight_that_the_program_changed_before(name: str, axis: int) -> None:

@@ -112,6 +112,7 @@ def mesh_of(kind: AxisType) -> Any:
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("format_", [None, "nf4"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_under_shard_map(kind: str, format_: str | None) -> None:

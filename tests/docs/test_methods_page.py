@@ -95,6 +95,7 @@ def test_axes_are_those_that_the_method_declares(row: list[str]):
     assert row[2] == ", ".join(shown)
 
 
+@pytest.mark.drawn(3)
 @every_row
 def test_unmerge_and_dropout(row: list[str]):
     method = method_of(row)
@@ -108,6 +109,7 @@ def test_unmerge_and_dropout(row: list[str]):
         assert np.allclose(jax.jit(jlora.unmerge)(merged, adapter)["w"], params["w"], atol=1e-4)
 
 
+@pytest.mark.drawn(3)
 @every_row
 def test_form_in_peft(row: list[str], tmp_path: Path):
     params, adapter = example(method_of(row))

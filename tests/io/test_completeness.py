@@ -14,6 +14,7 @@ from tests.support.peft_models import MODELS
 NOT_PROMISED = ".base_layer.weight"  # a copy of the base, which PEFT adds to the file or not
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("name", golden()["adapter"])
 def test_a_file_that_lacks_a_tensor_is_refused(name: str, tmp_path: Path) -> None:
     model = name.split()[0]

@@ -140,6 +140,7 @@ def is_refused(folder) -> bool:
     return False
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rounds", [1, pytest.param(15, marks=pytest.mark.nightly)])
 def test_every_span_of_every_file_is_damaged(tmp_path, checkpoints, kind, rounds):
@@ -163,6 +164,7 @@ def test_every_span_of_every_file_is_damaged(tmp_path, checkpoints, kind, rounds
     assert refused >= cases // 4
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("kind", [*KINDS[:-1], pytest.param(KINDS[-1], marks=pytest.mark.nightly)])  # many files
 def test_files_that_are_missing_empty_or_replaced(tmp_path, checkpoints, kind):
     source = checkpoints[kind]

@@ -153,6 +153,7 @@ def test_a_causal_language_model_without_a_head(tmp_path):
     assert jlora.peft.infer_names(params, tmp_path)["embed/embedding"].tied == "lm_head"
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     "name", ["conv1d_part", "fused", "stack_norms", "untied", "tied", "stacked_experts", "convolution"]
 )

@@ -76,6 +76,7 @@ def test_arrays_of_other_shapes_are_refused():
         flax.serialization.from_state_dict(adapter, state)
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(
     "order",
     ["import flax.serialization, jlora", "import jlora, flax.serialization", "import jlora; MAKE; import flax"],

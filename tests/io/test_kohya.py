@@ -44,6 +44,7 @@ def cases(*all_of: Any) -> list[Any]:
     return [pytest.param(*p, id=name, marks=m) for p, name, m in zip(parts, names, marks, strict=True)]
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(("name", "kind"), cases(*READS))
 def test_from_other_libraries(tmp_path, name, kind):
     """What LyCORIS and diffusers merge is what jlora merges; and saving what was read changes no weight."""

@@ -36,6 +36,7 @@ def in_parts_out(params: dict, x: jax.Array) -> jax.Array:
 PROGRAMS = {in_out: (IN, OUT), out_in: (OUT, IN), in_parts_out: (IN, PARTS, PART)}
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(
     "enable", [(True, False, True), (False, False, True), (True, False, False), (True, True, True)]
 )

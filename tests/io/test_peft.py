@@ -59,6 +59,7 @@ def test_from_peft(name, model, tmp_path):
 REWRITTEN = ("vera", "with_base", "tied", "experts")
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("name", peft_exports.EXPORTS)
 def test_to_peft(name, tmp_path):
     """What jlora writes is what PEFT loaded without a warning, and computes what PEFT computed with it.

@@ -20,6 +20,7 @@ from tests.support.peft_files import FILES, content, golden, program
 from tests.support.peft_models import MODELS
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(
     ("alphas", "dtype", "stored"),
     [

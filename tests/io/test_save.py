@@ -26,6 +26,7 @@ def saved(tmp_path):
     return tmp_path / "a", adapter
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("method", [jlora.LoRA(rank=2, alpha=3.0, dropout=0.1), jlora.Full()], ids=repr)
 def test_round_trip(tmp_path, dtype, method):
@@ -172,7 +173,7 @@ PATHS = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from([""
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_adapter_comes_back(tmp_path_factory, data):
     """Random methods, shapes, stacks, dtypes and paths come back exactly."""
     paths = data.draw(st.lists(PATHS, min_size=1, max_size=3, unique=True))

@@ -109,6 +109,7 @@ def by_hand(i: str = "{i}") -> dict[str, Any]:
     }
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("hand", [False, True])
 @pytest.mark.parametrize("tied", [False, True])

@@ -45,6 +45,7 @@ def test_a_dense_update_becomes_a_lora_only_if_a_rank_is_given(name):
     assert 0 < errors["layers"] < 1
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("name", sorted(methods.METHODS.keys() - DENSE))
 def test_a_low_rank_update_becomes_a_lora_that_adds_the_same(name):
     params, adapter = stacked_adapter(name)
@@ -70,6 +71,7 @@ CASES = {"embed": (11, 8), "mix/kernel": (8, 8), "layers/up": (3, 8, 12)}
 MANY = jlora.LoRA(5, 3.0, rank_stabilized=True)
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("method", [MANY, jlora.LoRA(3, offset=True), jlora.Full()], ids=["lora", "offset", "full"])
 @pytest.mark.parametrize("energy", [0.5, 0.95, 1.0])
 def test_the_lowest_rank_that_keeps_an_energy_in_every_layer(method, energy):

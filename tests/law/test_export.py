@@ -100,6 +100,7 @@ def hold(kind: Kind, base: Callable[[np.ndarray], Any] = lambda w: w, *, every_a
         np.testing.assert_allclose(value, expected, rtol=tolerance, atol=tolerance * np.nanmax(np.abs(expected)))
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     "kind", [kind for kind in KINDS if kind.name in ALWAYS or drawn("export", kind.name)], ids=name
 )
@@ -166,6 +167,7 @@ SEQUENCES = [recurrent, attention, row_of_each_token, repeated_for_each_entry, b
 SEQUENCES += [rematerialised, convolutions, gradient]
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("method", [jlora.LoRA(2), jlora.LoHa(2)], ids=lambda method: type(method).__name__)
 @pytest.mark.parametrize("fun", SEQUENCES, ids=lambda fun: fun.__name__)
 def test_batches_and_sequences_of_symbolic_sizes(fun: Callable[..., Any], method: jlora.Method) -> None:

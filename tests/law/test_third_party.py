@@ -17,6 +17,7 @@ from tests.support.third_party import CASES, STATEFUL, Case
 SIZE = 0.4  # of the factors: large ones make deep blocks without a norm so steep that float32 itself is too coarse
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
 def test_every_weight_is_factored_and_the_law_holds(make: Callable[[], Case]) -> None:
     case = make()
@@ -28,6 +29,7 @@ def test_every_weight_is_factored_and_the_law_holds(make: Callable[[], Case]) ->
     check_law(case.fun, case.params, adapter, *case.args, on_dense="error", **case.kwargs)
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("make", STATEFUL, ids=lambda make: make.__name__)
 def test_state_that_a_program_changes_is_that_of_the_merged_program(make: Callable[[], Case]) -> None:
     """The statistics depend on the adapter, and leave the program changed: what is compared above is not trivial."""

@@ -61,6 +61,7 @@ def hold(use: str, method: jlora.Method, sizes: tuple[int, int, int]) -> bool:
     return True
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("use", ["ragged", "ragged_experts_last"])
 @pytest.mark.parametrize(
     ("method", "sizes"),

@@ -30,6 +30,7 @@ def gram(*shape: int) -> np.ndarray:
     return q @ q.swapaxes(-1, -2) + 0.1 * np.eye(shape[-1])
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("make", [turning, gram])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (7, 7), (64, 64), (5, 3, 3), (2, 3, 16, 16), (0, 4, 4)])
 def test_values(make, shape):
@@ -66,6 +67,7 @@ def test_scaled_gradients_call_no_lapack():
     assert calls_lapack(jnp.linalg.inv, jnp.eye(3))
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("start", ["orthogonal", "olora", "pissa_niter_2"])
 def test_starts_of_several_stacks_end(start):
     """So do QR decompositions of whole stacks, which is why they are taken one by one there."""

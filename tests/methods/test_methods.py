@@ -24,7 +24,7 @@ KEY = jax.random.key(0)
 PATHS = ("embed", "layers/down", "layers/up", "mix/kernel")
 NAMES = sorted(METHODS)
 
-# One method of every form in the default run, with a third of the others; all in the nightly run.
+# One method of every form in the default run, with a sixth of the others; all in the nightly run.
 FORMS = {"lora", "additive", "delora", "dora", "full", "hadamard_sigmoid", "hra", "ia3_in", "lokr_both", "oft"}
 MULTIPLICATIVE = {"boft", "dora", "ia3", "ia3_in"}
 DEPENDS_ON_WEIGHT = {"boft", "delora", "dora", "hira", "hra", "oft"}
@@ -35,7 +35,7 @@ def cases(names: Iterable[str]) -> list[Any]:
 
 
 def drawn_cases(label: str) -> list[Any]:
-    marks = {name: [] if name in FORMS or drawn(label, name) else [pytest.mark.nightly] for name in NAMES}
+    marks = {name: [] if name in FORMS or drawn(label, name, one_in=6) else [pytest.mark.nightly] for name in NAMES}
     return [pytest.param(name, marks=marks[name]) for name in NAMES]
 
 

@@ -31,6 +31,7 @@ def expanded(m: int, n: int, part: int, k: int) -> int:
     return min(m, n, 2 * part + (2**k - 2) * part**2)
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(
     ("method", "m", "n", "rank"),
     [
@@ -80,6 +81,7 @@ def test_a_truncation_keeps_the_leading_ranks_at_the_same_scale():
         jlora.truncate(toy_model.adapter(jlora.Full()), 1)
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("shape", [(3, 9, 14), (3, 14, 9), (8, 8)])
 @pytest.mark.parametrize("cut", [{"rank": 4}, {"energy": 0.9}, {"energy": 1 - 1e-12}, {"rank": 9}, {}], ids=str)
 def test_a_truncation_and_its_error_are_those_of_an_svd(shape, cut):

@@ -20,6 +20,7 @@ TERMS = [
 ]
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(("terms", "first"), list(itertools.product(TERMS, (True, False))))
 def test_it_is_einsum(terms: tuple[str, str, str, str], first: bool) -> None:
     arrays = [jax.random.normal(jax.random.key(k), [SIZES[c] for c in term]) for k, term in enumerate(terms[:3])]

@@ -39,6 +39,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(("program", "kind"), PAIRS)
 def test_nothing_of_a_weights_shape_depends_on_the_adapter(program: Program, kind: Kind) -> None:
     fun = program.build(kind.use)

@@ -24,6 +24,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize(("left", "right", "dims"), SHAPES)
 def test_it_is_dot_general(left, right, dims):
     x, w = (jax.random.normal(jax.random.key(k), s) for k, s in enumerate((left, right)))

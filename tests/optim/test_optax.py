@@ -63,6 +63,7 @@ def test_keys_are_not_trained():
     assert all(update.key is False for update in jlora.mask(adapter).values())
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("kind", ["dict", "tuple"])
 @pytest.mark.parametrize("form", list(forms()))
 def test_the_base_is_bitwise_unchanged_after_100_steps(kind, form):

@@ -13,6 +13,7 @@ from tests.support import toy_model
 from tests.support.quantized import FORMS, quantized, weight
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize(
     ("form", "method"),
     [(form, jlora.LoRA(2)) for form in FORMS]
@@ -51,6 +52,7 @@ def test_initialisers_read_the_dequantised_weight(start: str) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.drawn(2)
 @pytest.mark.parametrize("form", FORMS)
 def test_merge_gives_arrays_or_the_same_form(form: str) -> None:
     params = quantized(form)

@@ -68,9 +68,9 @@ METHODS: dict[str, list[jlora.Method]] = {
 
 
 def some(label: str, *always: str) -> list[Any]:
-    """Every method as a case: those named `always` and a fifth of the others, drawn daily, and nightly the rest."""
+    """Every method as a case: those named `always` and a tenth of the others, drawn daily, and nightly the rest."""
     return [
-        pytest.param(name, marks=[] if name in always or drawn(label, name, one_in=5) else [pytest.mark.nightly])
+        pytest.param(name, marks=[] if name in always or drawn(label, name, one_in=10) else [pytest.mark.nightly])
         for name in METHODS
     ]
 
