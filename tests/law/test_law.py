@@ -81,9 +81,9 @@ def case(*values: Any, default: bool) -> Any:
 
 
 def in_default_run(program: Program, kind: Kind) -> bool:
-    """Every kind of weight on its own; in every program one kind, one in three of four others, and one in 32 of the rest.
+    """Every kind of weight on its own, and one kind in every program.
 
-    Pairs are drawn daily.
+    Of the others one in three of four kinds and one in 32 of the rest, drawn daily.
     """
     if program.name == "bare" or program.name in VARIANTS:
         return program.name == "bare"
