@@ -30,7 +30,7 @@ from jlora._ir.algebra import relabel as relabel
 from jlora._ir.lazy import bind as bind
 from jlora._ir.lazy import consume as consume
 from jlora._ir.weight import AdaptedWeight as AdaptedWeight
-from jlora._ir.weight import AxisScale as AxisScale
+from jlora._ir.weight import AxisMap as AxisMap
 from jlora._ir.weight import Index as Index
 from jlora._ir.weight import TensorNetwork as TensorNetwork
 from jlora._ops.treat_as import treat_as as treat_as
@@ -54,12 +54,13 @@ from jlora.methods._common.matrices import dense_matrix as dense_matrix
 from jlora.methods._common.networks import add_matrix as add_matrix
 from jlora.methods._common.networks import add_network as add_network
 from jlora.methods._common.networks import group_labels as group_labels
+from jlora.methods._common.networks import map_axes as map_axes
 from jlora.methods._common.networks import scale_axes as scale_axes
 
 __all__ = [
     "AdaptedWeight",
     "Adapter",
-    "AxisScale",
+    "AxisMap",
     "Context",
     "Index",
     "Initializer",
@@ -80,6 +81,7 @@ __all__ = [
     "group_labels",
     "integer",
     "kaiming",
+    "map_axes",
     "map_index",
     "merge_indices",
     "nonzero",

@@ -13,6 +13,7 @@ import numpy as np
 from jlora._adapter.svd import Index, Layer, Pair, concatenated
 from jlora._adapter.thin_factors import by_factors, contract
 from jlora._interpreter.context import matrix_side
+from jlora._ir.materialize import without_maps
 from jlora._ir.weight import AdaptedWeight
 from jlora._tree.leaves import layer_of
 from jlora.methods._base import Update
@@ -42,7 +43,7 @@ def is_plain(update: Update) -> bool:
 class Change:
     """What an update adds to its weight.
 
-        delta = base * (axis scales - 1) + sum of networks
+        delta = base * (multipliers - 1) + sum of networks
 
     Arguments:
         update: the update, of a weight with or without a matrix form.
@@ -72,7 +73,7 @@ class Change:
         matrix of this size can have; the pair of a LoRA is its own, whatever its rank.
         """
         w = self.weight
-        if w.axis_scales or any(map(w.is_full_rank_network, w.networks)):
+        if w.maps or any(map(w.is_full_rank_network, w.networks)):
             return None
         n_in, n_out = (math.prod(matrix_sizes(self.update, side)) for side in ("in", "out"))
         if not w.networks:
@@ -115,11 +116,11 @@ class Change:
         for network in w.networks:
             terms = [at(np.asarray(a), term) for a, term in zip(network.factors, network.terms, strict=True)]
             total += contract(terms, out, sizes) * dtype(network.scale)
-        if not w.axis_scales:
+        if not w.maps:
             return total
         before = self._base(position, out).astype(dtype)
-        for scale in w.axis_scales:  # each with the product of the earlier ones, so that nothing cancels
-            factor = contract([at(np.asarray(scale.vector), scale.indices)], out, sizes)
+        for m in w.maps:  # each with the product of the earlier ones, so that nothing cancels
+            factor = contract([at(np.asarray(m.array), m.indices)], out, sizes)
             total += before * (factor - 1)
             before = before * factor
         return total
@@ -153,7 +154,7 @@ def change_of(path: str, update: Update, leaf: Any) -> Change:
     needs_leaf = bool(np.any(update.scale)) and (method.depends_on_weight or method.is_multiplicative)
     if not needs_leaf or leaf is not None:
         w = _lower(dataclasses.replace(update, key=None), leaf if needs_leaf else None)
-        if not w.axis_scales or leaf is not None:
+        if not w.maps or leaf is not None:
             return Change(update, leaf, w.map_arrays(lambda array, term: (np.asarray(array), term)))
     name = type(method).__name__
     raise ValueError(f"{path}: the update of {name} depends on the base. Pass params, the base parameters.")
@@ -161,6 +162,6 @@ def change_of(path: str, update: Update, leaf: Any) -> Change:
 
 @jax.jit
 def _lower(update: Update, leaf: Any) -> AdaptedWeight:
-    """The networks and the axis scales of an update, without the base."""
+    """The networks and the multipliers of an update, without the base."""
     leaf = jnp.zeros(update.shape) if leaf is None else leaf
-    return dataclasses.replace(lower_updates([{"": update}], leaf, ""), base=None)
+    return dataclasses.replace(without_maps(lower_updates([{"": update}], leaf, "")), base=None)

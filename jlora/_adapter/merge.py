@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,17 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _compat
-from jlora._ir.materialize import accumulation_dtype, broadcast_axis_scale, delta, dense
+from jlora._ir.materialize import accumulation_dtype, apply_map, delta, dense
+from jlora._ir.weight import AxisMap
 from jlora._tree import leaves as _quantized
 from jlora._tree.paths import flatten, is_array, named_leaves
 from jlora.methods._base import Adapter, Update
+from jlora.methods._common.linalg import inverse
 from jlora.methods._lowering import Adapters, as_adapters, as_single, check_fits, lower_updates
 
 
 def merge(params: Any, adapter: Adapters, *, donate: bool = False, requantize: bool = False) -> Any:
     """Merges an adapter into base parameters: the result costs nothing extra at inference.
 
-        W * axis scales + sum of networks,    in float32 (or wider), rounded once to the dtype of W
+        maps(W) + sum of networks,    in float32 (or wider), rounded once to the dtype of W
 
     Arguments:
         params: the base parameters; they are not changed unless `donate`.
@@ -51,7 +53,7 @@ def merge(params: Any, adapter: Adapters, *, donate: bool = False, requantize: b
 def unmerge(params: Any, adapter: Adapters) -> Any:
     """Removes an adapter from merged parameters: the result is the base, up to rounding.
 
-        (W - sum of networks) / axis scales,    in float32 (or wider), rounded once to the dtype of W
+        maps^-1 (W - sum of networks),    in float32 (or wider), rounded once to the dtype of W
 
     Arguments:
         params: merged parameters.
@@ -116,9 +118,24 @@ def _unmerge(w: jax.Array, adapters: list[Adapter]) -> jax.Array:
     value = w.astype(accumulation_dtype(w.dtype))
     for adapter in reversed(adapters):
         lowered = lower_updates([adapter], value, "")
-        scales = [broadcast_axis_scale(scale, lowered, value.dtype) for scale in lowered.axis_scales]
-        value = functools.reduce(jax.numpy.divide, scales, value - delta(lowered, value.dtype))
+        value = value - delta(lowered, value.dtype)
+        for m in reversed(lowered.maps):
+            value = apply_map(_inverse_of(m), lowered, value)
     return value.astype(w.dtype)
+
+
+def _inverse_of(m: AxisMap) -> AxisMap:
+    """The map that undoes a map: M^-1 = (M^T M)^-1 M^T for each block, which is M^T if M is a rotation."""
+    if not m.new:
+        return dataclasses.replace(m, array=1 / m.array)
+    order = "".join(c for c in m.indices if c not in m.new + m.old) + m.new + m.old
+    array = m.array.transpose([m.indices.index(c) for c in order])
+    batch = array.shape[: len(order) - 2 * len(m.new)]
+    size = math.prod(array.shape[len(batch) : len(batch) + len(m.new)])
+    blocks = array.reshape(*batch, size, size)
+    with jax.default_matmul_precision("highest"):
+        blocks = inverse(blocks.mT @ blocks) @ blocks.mT
+    return AxisMap(blocks.reshape(array.shape), order, m.new, m.old)
 
 
 def scale(adapter: Adapter, factor: float | jax.Array) -> Adapter:

@@ -1,6 +1,6 @@
 """Evaluates a jaxpr with adapted weights in the place of weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jlora import _compat
@@ -9,6 +9,7 @@ from jlora._interpreter.context import Context, Value
 from jlora._interpreter.rules import RULES
 from jlora._interpreter.rules.registry import Rule
 from jlora._ir.algebra import take_picks
+from jlora._ir.materialize import without_maps
 from jlora._ir.weight import AdaptedWeight
 
 # Equations that leave the picks of a weight's factors to those after them: programs inside, and what changes the base
@@ -16,6 +17,16 @@ from jlora._ir.weight import AdaptedWeight
 _INNER_PROGRAMS = ("scan", "while", "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
 _OF_BASE_ALONE = ("copy", "copy_p", "name", "sharding_constraint", "convert_element_type", "stop_gradient", "transpose")
 _KEEPS_PICKS = {*_INNER_PROGRAMS, *_OF_BASE_ALONE}
+
+# Equations whose rules know maps that sum over indices: they leave them to later equations, apply them to activations,
+# or call `without_maps`. Every other rule gets weights without such maps; what has no rule gets the dense weight.
+_PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated", "gather", "dynamic_slice")
+_OF_OTHER_AXES = ("reshape", "squeeze", "broadcast_in_dim", "tile", "slice", "split", "mul", "div", "neg")
+_OF_TYPE_OR_PLACE = (
+    *("layout_constraint", "pvary", "pcast", "reduce_precision", "optimization_barrier", "reshard", "device_put"),
+    *("cond", "shard_map", "custom_jvp_call", "custom_vjp_call", "custom_vmap_call"),
+)
+_KEEPS_MAPS = {*_KEEPS_PICKS, *_PRODUCTS, *_OF_OTHER_AXES, *_OF_TYPE_OR_PLACE}
 
 
 def run(ctx: Context, jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Value]) -> list[Value]:
@@ -35,18 +46,19 @@ def run(ctx: Context, jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Valu
     def read(atom: Any) -> Value:
         return atom.val if _compat.is_literal(atom) else env[atom]
 
-    with_factors: dict[Any, Value] = {}  # weights without picks, each for all equations that read it
+    prepared: dict[Any, dict[str, Value]] = {}  # weights in the form that a rule takes, for all equations that read it
 
-    def read_factors(atom: Any) -> Value:
-        value = read(atom)
-        if not isinstance(value, AdaptedWeight):
+    def read_as(name: str, atom: Any) -> Value:
+        value, form = read(atom), _form_for(name)
+        if not isinstance(value, AdaptedWeight) or form is None:
             return value
-        if atom not in with_factors:
-            with_factors[atom] = take_picks(value)
-        return with_factors[atom]
+        forms = prepared.setdefault(atom, {})
+        if form.__name__ not in forms:
+            forms[form.__name__] = form(value)
+        return forms[form.__name__]
 
     for number, (eqn, unneeded) in enumerate(zip(jaxpr.eqns, _last_uses(jaxpr), strict=True)):
-        operands = list(map(read if eqn.primitive.name in _KEEPS_PICKS else read_factors, eqn.invars))
+        operands = [read_as(eqn.primitive.name, atom) for atom in eqn.invars]
         with _compat.equation_context(eqn):
             if any(isinstance(v, AdaptedWeight) for v in operands):
                 out = _apply(ctx.at(number, eqn), eqn, operands)
@@ -55,8 +67,19 @@ def run(ctx: Context, jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Valu
         env.update(zip(eqn.outvars, out, strict=True))
         for var in unneeded:
             del env[var]
-            with_factors.pop(var, None)
+            prepared.pop(var, None)
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _form_for(name: str) -> Callable[[AdaptedWeight], AdaptedWeight] | None:
+    """What turns a weight into a form that the rule of a primitive takes, None if that takes every form."""
+    if name not in _KEEPS_MAPS and name in RULES:
+        return _without_picks_and_maps
+    return None if name in _KEEPS_PICKS else take_picks
+
+
+def _without_picks_and_maps(f: AdaptedWeight) -> AdaptedWeight:
+    return without_maps(take_picks(f))
 
 
 def _last_uses(jaxpr: Jaxpr) -> list[set[Any]]:

@@ -1,6 +1,6 @@
 """What can be done to an adapted weight without its dense value: rename, split, merge and drop indices, join ranks.
 
-The functions on indices change the networks and the axis scales alone: the result has the old `base`, and the caller
+The functions on indices change the networks and the maps alone: the result has the old `base`, and the caller
 replaces it by what the program's own equation makes of it.
 """
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jlora._ir.weight import AdaptedWeight, Index, TensorNetwork, at_index, fresh_indices
+from jlora._ir.weight import AdaptedWeight, AxisMap, Index, TensorNetwork, at_index, fresh_indices
 
 
 def relabel(f: AdaptedWeight, base: Any, axes: Sequence[str], indices: Iterable[Index] = ()) -> AdaptedWeight:
@@ -30,14 +30,16 @@ def relabel(f: AdaptedWeight, base: Any, axes: Sequence[str], indices: Iterable[
 
 
 def map_index(f: AdaptedWeight, name: str, fn: Callable[[jax.Array, int], jax.Array], size: int) -> AdaptedWeight:
-    """Applies `fn(array, axis)` to every factor, axis scale and dropout key that has the index.
+    """Applies `fn(array, axis)` to every factor, map and dropout key that has the index.
 
     Arguments:
-        f: the weight; its base stays as it is.
+        f: the weight; its base stays as it is. No map sums over the index: see `without_maps`.
         name: the index.
         fn: returns the new array.
         size: of the index afterwards.
     """
+    if name in f.mapped:
+        raise AssertionError(f"{', '.join(f.paths)}: a map sums over the index {name!r}. Use `without_maps` before.")
     return resize_index(f.map_arrays(at_index(name, fn)), name, size)
 
 
@@ -50,8 +52,11 @@ def resize_index(f: AdaptedWeight, name: str, size: int) -> AdaptedWeight:
 def rename_indices(f: AdaptedWeight, names: dict[str, str]) -> AdaptedWeight:
     """Gives indices other names, those that are summed inside networks included."""
     table = str.maketrans(names)
+    networks = (n.map_arrays(lambda array, term: (array, term.translate(table))) for n in f.networks)
     return dataclasses.replace(
-        f.map_arrays(lambda array, term: (array, term.translate(table))),
+        f,
+        networks=tuple(networks),
+        maps=tuple(m.rename(table) for m in f.maps),
         axes=tuple(axis.translate(table) for axis in f.axes),
         indices=tuple(index._replace(name=names.get(index.name, index.name)) for index in f.indices),
     )
@@ -66,8 +71,21 @@ def split_index(f: AdaptedWeight, name: str, sizes: tuple[int, int]) -> AdaptedW
         return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
 
     two = (old._replace(size=sizes[0]), Index(minor, sizes[1], old.origins))
+    at_name = at_index(name, split, major + minor)
+    maps, taken = [], f.used() + minor
+    for m in f.maps:
+        array, indices = at_name(m.array, m.indices)
+        new, old_names = m.new.replace(name, major + minor), m.old
+        if name in m.new:
+            before = m.old[m.new.index(name)]
+            taken += (second := fresh_indices([taken]))
+            array, indices = at_index(before, split, before + second)(array, indices)
+            old_names = old_names.replace(before, before + second)
+        maps.append(AxisMap(array, indices, new, old_names))
     return dataclasses.replace(
-        f.map_arrays(at_index(name, split, major + minor)),
+        f,
+        networks=tuple(n.map_arrays(at_name) for n in f.networks),
+        maps=tuple(maps),
         axes=tuple(axis.replace(name, major + minor) for axis in f.axes),
         indices=tuple(part for index in f.indices for part in (two if index.name == name else (index,))),
     )
@@ -75,19 +93,29 @@ def split_index(f: AdaptedWeight, name: str, sizes: tuple[int, int]) -> AdaptedW
 
 def drop_index(f: AdaptedWeight, name: str) -> AdaptedWeight:
     """Removes an index of size one from every array; the caller removes it from the axes."""
-    return f.map_arrays(at_index(name, jnp.squeeze, ""))
+    squeeze = at_index(name, jnp.squeeze, "")
+    maps = []
+    for m in f.maps:
+        array, indices = squeeze(m.array, m.indices)
+        before = m.old[m.new.index(name)] if name in m.new else ""
+        if before:
+            array, indices = at_index(before, jnp.squeeze, "")(array, indices)
+        maps.append(AxisMap(array, indices, m.new.replace(name, ""), m.old.replace(before, "")))
+    return dataclasses.replace(f, networks=tuple(n.map_arrays(squeeze) for n in f.networks), maps=tuple(maps))
 
 
 def merge_indices(f: AdaptedWeight) -> AdaptedWeight:
     """Labels an axis with one index if every array has all of the axis's indices or none of them.
 
-    An axis of which some factor has a part (a Kronecker product) stays composite.
+    An axis of which some factor has a part (a Kronecker product), or along which a map sums, stays composite.
 
     Arguments:
         f: the weight.
     """
     for axis in f.axes:
-        if len(axis) > 1 and all(set(axis) <= set(term) or not set(axis) & set(term) for _, term in f.arrays):
+        if len(axis) == 1 or set(axis) & set(f.mapped):
+            continue
+        if all(set(axis) <= set(term) or not set(axis) & set(term) for _, term in f.arrays):
             f = _merge_axis(f, axis)
     return f
 
@@ -186,11 +214,9 @@ def barrier(values: Sequence[Any]) -> list[Any]:
     has one, and a base with a tangent makes the backward pass compute the gradient of the whole weight.
     """
     bases = iter([lax.optimization_barrier(v.base) for v in values if isinstance(v, AdaptedWeight)])
-    rest = lax.optimization_barrier(
-        [(v.networks, v.axis_scales) if isinstance(v, AdaptedWeight) else v for v in values]
-    )
+    rest = lax.optimization_barrier([(v.networks, v.maps) if isinstance(v, AdaptedWeight) else v for v in values])
     return [
-        dataclasses.replace(v, base=next(bases), networks=r[0], axis_scales=r[1]) if isinstance(v, AdaptedWeight) else r
+        dataclasses.replace(v, base=next(bases), networks=r[0], maps=r[1]) if isinstance(v, AdaptedWeight) else r
         for v, r in zip(values, rest, strict=True)
     ]
 

@@ -1,37 +1,87 @@
 """The dense value of an adapted weight, of its update, and of one network."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora._ir.algebra import align_axes, take_picks
-from jlora._ir.explicit_mesh import under_auto_axes
+from jlora._ir.algebra import align_axes, merge_indices, take_picks
+from jlora._ir.explicit_mesh import explicit_axes, type_sharding, under_auto_axes
 from jlora._ir.lazy import materialize
+from jlora._ir.partition import index_axes
 from jlora._ir.probe import Probe
-from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork
+from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork
 
 
 def dense(f: AdaptedWeight, dtype: jnp.dtype | None = None) -> jax.Array:
-    """The weight's value, `base * axis scales + sum of networks`: computed in float32 (or wider), rounded once.
+    """The weight's value, `maps(base) + sum of networks`: computed in float32 (or wider), rounded once.
 
     Arguments:
         f: the weight.
         dtype: of the result; that of the weight by default.
     """
     dtype, f = f.dtype if dtype is None else dtype, take_picks(f)
-    if not f.networks and not f.axis_scales:
+    if not f.networks and not f.maps:
         return materialize(f.base).astype(dtype)
     return under_auto_axes(lambda f: _dense(f, accumulation_dtype(f.dtype)).astype(dtype), f.base)(f)
 
 
 def _dense(f: AdaptedWeight, dtype: jnp.dtype) -> jax.Array:
-    value = materialize(f.base).astype(dtype)
-    for scale in f.axis_scales:
-        value = value * broadcast_axis_scale(scale, f, dtype)
+    value = _mapped_base(f, dtype)
     return value + delta(f, dtype) if f.networks else value
+
+
+def _mapped_base(f: AdaptedWeight, dtype: jnp.dtype) -> jax.Array:
+    value = materialize(f.base).astype(dtype)
+    for m in f.maps:
+        value = apply_map(m, f, value)
+    return value
+
+
+def apply_map(m: AxisMap, f: AdaptedWeight, value: jax.Array) -> jax.Array:
+    """A map of a value in the shape of the weight.
+
+    Arguments:
+        m: the map, of the indices of `f`.
+        f: the weight.
+        value: any array of its shape.
+    """
+    array = m.array.astype(value.dtype)
+    if not m.new:
+        return value * _broadcast(array, m.indices, f)
+    before = f.labels.translate(str.maketrans(m.new, m.old))
+    split = value.reshape([f.size(c) for c in f.labels])
+    return einsum([m.indices, before], [array, split], f.labels, value.dtype).reshape(value.shape)
+
+
+def without_maps(f: AdaptedWeight) -> AdaptedWeight:
+    """The weight without maps that sum over indices: what they add to the base is a network as large as the weight.
+
+    The maps of a weight all of whose maps are multipliers stay, as they commute with what is done to the base.
+    """
+    if not f.mapped:
+        return f
+
+    def added(f: AdaptedWeight) -> jax.Array:
+        dtype = accumulation_dtype(f.dtype)
+        change = _mapped_base(f, dtype) - materialize(f.base).astype(dtype)
+        return change.reshape([f.size(c) for c in f.labels])
+
+    placed = None
+    if explicit_axes(f.base):
+        sharding = type_sharding(f.base)
+        mesh_axes = index_axes(f, sharding.spec, sharding.mesh) or {}
+        placed = NamedSharding(sharding.mesh, PartitionSpec(*(mesh_axes.get(c) for c in f.labels)))
+    network = TensorNetwork((under_auto_axes(added, f.base, placed)(f),), (f.labels,))
+    return merge_indices(dataclasses.replace(f, networks=(network, *f.networks), maps=()))
+
+
+def without_maps_along(f: AdaptedWeight, axes: Iterable[int]) -> AdaptedWeight:
+    """The weight, `without_maps` if a map sums over an index of one of these axes."""
+    return without_maps(f) if set(f.mapped) & {c for k in axes for c in f.axes[k]} else f
 
 
 def with_dense_base(f: AdaptedWeight) -> AdaptedWeight:
@@ -50,7 +100,7 @@ def fold_full_rank(f: AdaptedWeight) -> tuple[AdaptedWeight, bool]:
     if not full:
         return f, False
     base = dense(dataclasses.replace(f, networks=tuple(full)))
-    return dataclasses.replace(f, base=base, networks=tuple(thin), axis_scales=()), True
+    return dataclasses.replace(f, base=base, networks=tuple(thin), maps=()), True
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -73,11 +123,6 @@ def broadcast_network(network: TensorNetwork, f: AdaptedWeight, dtype: jnp.dtype
     term = "".join(c for c in f.labels if any(c in t for t in network.terms))
     value = _broadcast(einsum(network.terms, network.factors, term, dtype), term, f)
     return value * jnp.asarray(network.scale, dtype)
-
-
-def broadcast_axis_scale(scale: AxisScale, f: AdaptedWeight, dtype: jnp.dtype) -> jax.Array:
-    """The multiplier of every entry of the weight."""
-    return _broadcast(scale.vector.astype(dtype), scale.indices, f)
 
 
 def _broadcast(array: jax.Array, term: str, f: AdaptedWeight) -> jax.Array:

@@ -11,13 +11,13 @@ from jlora._tree.pieces import num_shards
 
 
 def index_axes(f: AdaptedWeight, spec: PartitionSpec, mesh: Any) -> dict[str, Any] | None:
-    """Maps each index to the mesh axes that shard it, None if they do not divide its size.
+    """Maps each index to the mesh axes that shard it, None if they do not divide its size, or if a map sums over it.
 
     In a composite axis the major index takes all of the mesh axes.
     """
     out: dict[str, Any] = {}
     for axis, entry in zip(f.axes, (*spec, *[None] * (len(f.axes) - len(spec))), strict=True):
-        if entry is not None and f.index(axis[0]).size % num_shards(entry, mesh):
+        if entry is not None and (axis[0] in f.mapped or f.index(axis[0]).size % num_shards(entry, mesh)):
             return None
         out |= {axis[0]: entry, **dict.fromkeys(axis[1:])}
     return out

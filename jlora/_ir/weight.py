@@ -1,6 +1,6 @@
-"""The intermediate form: a weight as its base, axis scales and tensor networks, with every axis labelled by indices.
+"""The intermediate form: a weight as its base, maps and tensor networks, with every axis labelled by indices.
 
-    W = base * axis scales + sum over networks of  scale * einsum(factors, terms -> axes)
+    W = maps(base) + sum over networks of  scale * einsum(factors, terms -> axes)
 
 An index is named by one letter. The label of an axis is a string of indices, major first: `"i"` for a plain axis,
 `"gh"` for a composite one. A network whose terms lack an index of the weight is constant along it.
@@ -97,46 +97,65 @@ class TensorNetwork:
         return self.map_arrays(at_index(name, fn, new))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["vector"], meta_fields=["indices"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["indices", "new", "old"])
 @dataclasses.dataclass(frozen=True)
-class AxisScale:
-    """A multiplier of the base along some of its axes: a vector of one channel axis as a rule.
+class AxisMap:
+    """A linear map of one side of the weight: a matrix for each block of entries, or a multiplier of each entry.
+
+        new weight[.., k, ..] = sum over q of  array[.., k, q] * weight[.., q, ..]
 
     Arguments:
-        vector: the multipliers, one axis for every index.
-        indices: the indices of the weight that the axes of `vector` run along.
+        array: the matrices, or the multipliers.
+        indices: of the axes of `array`: indices of the weight, and those in `old`.
+        new: the indices of the weight that are mapped, k above; none if the array multiplies entries (IA3, DoRA).
+        old: for each index in `new` the one in `indices`, q above, that stands for it in the weight before the map.
+            No other array has it.
     """
 
-    vector: jax.Array
+    array: jax.Array
     indices: str
+    new: str = ""
+    old: str = ""
 
-    def map_arrays(self, fn: ArrayFn) -> "AxisScale":
-        """Applies `fn(array, indices) -> (array, indices)` to the vector."""
-        return AxisScale(*fn(self.vector, self.indices))
+    def __post_init__(self) -> None:
+        if not set(self.new + self.old) <= set(self.indices):
+            raise AssertionError(
+                f"A map of the indices {self.new!r} has lost one of them ({self.indices!r}). Materialise it first by "
+                "`without_maps`."
+            )
 
-    def map(self, name: str, fn: Callable[[jax.Array, int], jax.Array], new: str | None = None) -> "AxisScale":
-        """Applies `fn(array, axis)` to the vector if it has the index `name`, which is called `new` afterwards."""
-        return self.map_arrays(at_index(name, fn, new))
+    @property
+    def kept(self) -> str:
+        """The indices of the weight that the array has, mapped ones included."""
+        return "".join(c for c in self.indices if c not in self.old)
+
+    def map_arrays(self, fn: ArrayFn) -> "AxisMap":
+        """Applies `fn(array, indices) -> (array, indices)` to the array; `fn` keeps the mapped indices."""
+        return AxisMap(*fn(self.array, self.indices), self.new, self.old)
+
+    def rename(self, table: dict[int, str]) -> "AxisMap":
+        """The map with other names for its indices, by a table of `str.maketrans`."""
+        return AxisMap(self.array, *(names.translate(table) for names in (self.indices, self.new, self.old)))
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["base", "networks", "axis_scales"],
+    data_fields=["base", "networks", "maps"],
     meta_fields=["axes", "indices", "paths", "gathered_axes", "multiplied"],
 )
 @dataclasses.dataclass(frozen=True)
 class AdaptedWeight:
-    """What a parameter is inside an adapted program: `base * axis_scales + sum of networks`.
+    """What a parameter is inside an adapted program: `maps(base) + sum of networks`.
 
     Arguments:
         base: the frozen array, or a `LazyArray` that yields it.
-        networks: what is added to the base, after the axis scales.
+        networks: what is added to the base, after the maps.
         axes: for every axis of `base` its indices; none is empty.
         indices: every index in `axes`.
         paths: the parameters that this weight was computed from.
         gathered_axes: axes of parameters along which rows were looked up, several at once.
-        axis_scales: what multiplies the base. They do not act on the networks: a method that scales those too gives
-            each network the vector as one more factor, which costs nothing.
+        maps: linear maps of the base, in the order in which they act. They do not act on the networks: a method that
+            maps those too gives each network the array as one more factor.
         multiplied: of a product of weights the parameters on its left, which are dense if the product is materialised;
             None if the weight is no such product.
     """
@@ -147,7 +166,7 @@ class AdaptedWeight:
     indices: tuple[Index, ...]
     paths: tuple[str, ...]
     gathered_axes: tuple[Origin, ...] = ()
-    axis_scales: tuple[AxisScale, ...] = ()
+    maps: tuple[AxisMap, ...] = ()
     multiplied: tuple[str, ...] | None = None
 
     @property
@@ -178,9 +197,14 @@ class AdaptedWeight:
 
     @property
     def arrays(self) -> list[tuple[jax.Array, str]]:
-        """Every array of the networks and the axis scales, with the indices of its axes."""
-        scales = [(scale.vector, scale.indices) for scale in self.axis_scales]
-        return [pair for network in self.networks for pair in network.arrays] + scales
+        """Every array of the networks and the maps, with the indices of its axes."""
+        maps = [(m.array, m.indices) for m in self.maps]
+        return [pair for network in self.networks for pair in network.arrays] + maps
+
+    @property
+    def mapped(self) -> str:
+        """The indices that a map sums over: what is done to the base along them does not commute with the maps."""
+        return "".join(m.new for m in self.maps)
 
     def used(self) -> str:
         """Every index name that is taken, those that are summed inside networks included."""
@@ -189,8 +213,8 @@ class AdaptedWeight:
     def map_arrays(self, fn: ArrayFn) -> "AdaptedWeight":
         """Applies `fn(array, indices) -> (array, indices)` to every array but the base, in the order of `arrays`."""
         networks = tuple(network.map_arrays(fn) for network in self.networks)
-        scales = tuple(scale.map_arrays(fn) for scale in self.axis_scales)
-        return dataclasses.replace(self, networks=networks, axis_scales=scales)
+        maps = tuple(m.map_arrays(fn) for m in self.maps)
+        return dataclasses.replace(self, networks=networks, maps=maps)
 
     @property
     def is_matrix(self) -> bool:
@@ -200,7 +224,7 @@ class AdaptedWeight:
     @property
     def is_dense(self) -> bool:
         """Whether every network is as large as the weight, so that adding it costs nothing."""
-        return not self.axis_scales and all(map(self.is_full_rank_network, self.networks))
+        return not self.maps and all(map(self.is_full_rank_network, self.networks))
 
     def is_full_rank_network(self, network: TensorNetwork) -> bool:
         """Whether the network is as large as the weight: one factor has all wide indices, none is summed."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jlora._ir.algebra import align_axes
 from jlora._ir.sizes import is_static
-from jlora._ir.weight import AxisScale, TensorNetwork
+from jlora._ir.weight import TensorNetwork
 from jlora._ops.chained_matmul import chained_matmul
 from jlora._ops.matmul import rank_matmul
 
@@ -119,21 +119,6 @@ def apply_dropout(x: jax.Array, labels: str, network: TensorNetwork) -> jax.Arra
     draw = jnp.vectorize(lambda key: jax.random.bernoulli(key, 1 - network.rate, shape), signature=signature)
     mask = draw(key).transpose([(*keyed, *rest).index(k) for k in range(x.ndim)])
     return jnp.where(mask, x / jnp.asarray(1 - network.rate, x.dtype), jnp.zeros_like(x))
-
-
-def apply_axis_scales(x: jax.Array, labels: str, sizes: Mapping[str, int], scales: Sequence[AxisScale]) -> jax.Array:
-    """`x` times every axis scale, in its own shape.
-
-    Arguments:
-        x: the activation; its axes may be composite.
-        labels: the indices of all its axes.
-        sizes: of the indices.
-        scales: the axis scales.
-    """
-    for scale in scales:
-        split = x.reshape([sizes[c] for c in labels])
-        x = (split * align_axes(scale.vector.astype(x.dtype), scale.indices, labels)).reshape(x.shape)
-    return x
 
 
 def _absorb_vectors(network: TensorNetwork) -> list[Factor]:

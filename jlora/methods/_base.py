@@ -88,7 +88,7 @@ Adapter = dict[str, Update]
 class Method:
     """A way to update a weight: hyper-parameters, the axes of the factors, and what they add.
 
-        W * axis scales + scale * sum of networks
+        maps(W) + scale * sum of networks
 
     A method is a frozen dataclass whose fields are numbers, strings, booleans, None or tuples of them, so that it can
     be saved. Most methods are declarations only:

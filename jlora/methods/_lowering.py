@@ -11,8 +11,9 @@ from jax.typing import DTypeLike
 
 from jlora._ir.algebra import concatenate_ranks, widened
 from jlora._ir.explicit_mesh import explicit_axes, type_sharding, under_auto_axes
+from jlora._ir.materialize import accumulation_dtype, dense
 from jlora._ir.partition import shardings_like
-from jlora._ir.weight import AdaptedWeight, as_adapted_weight
+from jlora._ir.weight import AdaptedWeight, TensorNetwork, as_adapted_weight
 from jlora._tree.paths import closest_matches
 from jlora.methods._base import Adapter, Update
 
@@ -122,7 +123,12 @@ def _apply_update(update: Update, w: AdaptedWeight) -> AdaptedWeight:
         return out
     initial = jax.lax.stop_gradient(update.initial)
     at_start = update.method.lower(dataclasses.replace(update, factors=initial), w)
-    subtracted = tuple(dataclasses.replace(n, scale=-n.scale) for n in at_start.networks[len(w.networks) :])
+    added = at_start.networks[len(w.networks) :]
+    if len(at_start.maps) > len(w.maps):
+        dtype = accumulation_dtype(w.dtype)
+        change = (dense(at_start, dtype) - dense(w, dtype)).reshape([out.size(c) for c in out.labels])
+        added = (TensorNetwork((change,), (out.labels,)),)
+    subtracted = tuple(dataclasses.replace(n, scale=-n.scale) for n in added)
     return dataclasses.replace(out, networks=(*out.networks, *subtracted))
 
 

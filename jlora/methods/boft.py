@@ -11,14 +11,14 @@ from jlora.methods._common import rotations
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import positive_integer
 from jlora.methods._common.initializers import ones, zeros
-from jlora.methods._common.matrices import dense_matrix, in_out
-from jlora.methods._common.networks import add_matrix, scale_axes
+from jlora.methods._common.matrices import in_out
+from jlora.methods._common.networks import map_axes, scale_axes
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class BOFT(Method):
-    """Rotates a weight's in space by butterflies of blocks, and scales its columns: a dense update.
+    """Rotates a weight's in space by butterflies of blocks, and scales its columns.
 
         R_levels ... R_1 W diag(s),    R = (I - Q) (I + Q)^-1 for each block,    s: (*stack, *out), ones at the start
 
@@ -38,7 +38,6 @@ class BOFT(Method):
 
     factors = {"q": "*stack levels blocks angles", "s": "*stack *out"}
     initializers = {"q": zeros, "s": ones}
-    depends_on_weight = True
     is_multiplicative = True
 
     def __post_init__(self) -> None:
@@ -58,9 +57,6 @@ class BOFT(Method):
         return site.unsupported_reason or rotations.unsupported_reason(in_out(site)[0], self.block, self.levels)
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        base = rotated = dense_matrix(w, update.roles)
-        for level in range(self.levels):
-            angles = update["q"][..., level, :, :] * update.scale
-            rotated = rotations.rotate_rows(rotated, angles, self.block, 2**level)
-        w = add_matrix(w, update, rotated - base, 1.0)
+        blocks = rotations.butterfly(update["q"] * update.scale, self.block)
+        w = map_axes(w, update, blocks, "*in")
         return scale_axes(w, update, 1 + update.scale * (update["s"] - 1), "*stack *out")

@@ -11,14 +11,14 @@ from jlora.methods._common import rotations
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import positive_integer
 from jlora.methods._common.initializers import zeros
-from jlora.methods._common.matrices import dense_matrix, in_out
-from jlora.methods._common.networks import add_matrix
+from jlora.methods._common.matrices import in_out
+from jlora.methods._common.networks import map_axes
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class OFT(Method):
-    """Rotates a weight's in space, one block at a time: a dense update.
+    """Rotates a weight's in space, one block at a time.
 
         R W,    R = (I - Q) (I + Q)^-1 for each block,    Q antisymmetric, zero at the start
 
@@ -32,7 +32,7 @@ class OFT(Method):
 
     factors = {"q": "*stack blocks angles"}
     initializers = {"q": zeros}
-    depends_on_weight = True
+    is_multiplicative = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,6 +46,4 @@ class OFT(Method):
         return site.unsupported_reason or rotations.unsupported_reason(in_out(site)[0], self.block)
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        base = dense_matrix(w, update.roles)
-        rotated = rotations.rotate_rows(base, update["q"] * update.scale, self.block)
-        return add_matrix(w, update, rotated - base, 1.0)
+        return map_axes(w, update, rotations.cayley(update["q"] * update.scale, self.block), "*in")

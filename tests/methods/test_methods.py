@@ -26,8 +26,8 @@ NAMES = sorted(METHODS)
 
 # One method of every form in the default run, with a sixth of the others; all in the nightly run.
 FORMS = {"lora", "additive", "delora", "dora", "full", "hadamard_sigmoid", "hra", "ia3_in", "lokr_both", "oft"}
-MULTIPLICATIVE = {"boft", "dora", "ia3", "ia3_in"}
-DEPENDS_ON_WEIGHT = {"boft", "delora", "dora", "hira", "hra", "oft"}
+MULTIPLICATIVE = {"boft", "dora", "ia3", "ia3_in", "oft"}
+DEPENDS_ON_WEIGHT = {"delora", "dora", "hira", "hra"}
 
 
 def cases(names: Iterable[str]) -> list[Any]:

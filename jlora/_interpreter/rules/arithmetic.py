@@ -12,7 +12,7 @@ from jlora._interpreter.rules.joining import can_join, join
 from jlora._interpreter.rules.registry import register_rule
 from jlora._ir import lazy
 from jlora._ir.algebra import merge_indices
-from jlora._ir.materialize import dense
+from jlora._ir.materialize import dense, without_maps_along
 from jlora._ir.sizes import is_wide
 from jlora._ir.weight import AdaptedWeight, TensorNetwork
 
@@ -22,7 +22,7 @@ def add(ctx: Context, eqn: Eqn, left: Value, right: Value) -> list[Value] | None
     """The sum of two weights has the networks of both. An array without an update is added to the base."""
     if not (isinstance(left, AdaptedWeight) and isinstance(right, AdaptedWeight)):
         return _add_to_base(ctx, eqn, left, right)
-    if left.shape != right.shape or any(f.gathered_axes or f.axis_scales for f in (left, right)):
+    if left.shape != right.shape or any(f.gathered_axes or f.maps for f in (left, right)):
         return None
     left, right = merge_indices(left), merge_indices(right)
     if not can_join(left, right):
@@ -33,7 +33,7 @@ def add(ctx: Context, eqn: Eqn, left: Value, right: Value) -> list[Value] | None
 
 def _add_to_base(ctx: Context, eqn: Eqn, left: Value, right: Value) -> list[Value] | None:
     f = left if isinstance(left, AdaptedWeight) else right
-    if not f.is_matrix or f.gathered_axes or f.axis_scales or _compat.aval(eqn.outvars[0]).shape != f.shape:
+    if not f.is_matrix or f.gathered_axes or f.maps or _compat.aval(eqn.outvars[0]).shape != f.shape:
         return None
     if f.multiplied is not None:  # it may be an activation
         return None
@@ -58,7 +58,7 @@ def mul(ctx: Context, eqn: Eqn, left: Value, right: Value) -> list[Value] | None
     if factor is None or (divides and f is right) or not _can_multiply(eqn, f, factor):
         return None
     (base,) = lazy.bind(eqn, *((f.base, factor) if f is left else (factor, f.base)))
-    f = merge_indices(f)
+    f = merge_indices(without_maps_along(f, [k for k, n in enumerate(jnp.shape(factor)) if is_wide(n)]))
     term = "".join(axis for axis, n in zip(f.axes, jnp.shape(factor), strict=False) if is_wide(n))
     vector = jnp.asarray(factor).reshape([f.size(c) for c in term])
     networks = tuple(_multiply_network(n, vector, term, divides) for n in f.networks)

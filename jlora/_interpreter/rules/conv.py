@@ -19,9 +19,10 @@ from jlora._ir.algebra import align_axes, merge_indices, split_index
 from jlora._ir.explicit_mesh import under_auto_axes
 from jlora._ir.materialize import einsum, fold_full_rank
 from jlora._ir.probe import Probe, by_path
-from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork, fresh_indices
+from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork, fresh_indices
 from jlora._ops.contraction import apply_dropout, contract_pair, name_intermediate
 from jlora._ops.inputs import compute_dtype, record_rows
+from jlora._ops.maps import apply_maps, form_of
 
 
 @register_rule("conv_general_dilated")
@@ -44,12 +45,13 @@ def conv_general_dilated(ctx: Context, eqn: Eqn, x: Value, f: Value) -> list[Val
     ctx.refuse_parts(f, kernel.spatial + kernel.inner)
     networks = [n for n in f.networks if not isinstance(n, Probe)]
     stages = [s for s in (_divide_factors(n, kernel) for n in networks) if s is not None]
-    scales = _channel_scales(kernel)
-    if len(stages) < len(networks) or scales is None:
+    maps = _channel_maps(kernel)
+    if len(stages) < len(networks) or maps is None:
         return None
-    (y,) = lazy.consume(eqn, _scale_channels(x, scales[0], p["dimension_numbers"].lhs_spec[1]), f.base)
-    y = _scale_channels(y, scales[1], p["dimension_numbers"].out_spec[1])
-    _record(ctx, eqn, kernel, y, folded)
+    x_mapped = _map_channels(x, maps[0], kernel, p["dimension_numbers"].lhs_spec[1], of_input=True)
+    (y,) = lazy.consume(eqn, x_mapped, f.base)
+    y = _map_channels(y, maps[1], kernel, p["dimension_numbers"].out_spec[1], of_input=False)
+    _record(ctx, eqn, kernel, y, folded, form_of(*maps))
 
     def branch(x: jax.Array, n: TensorNetwork, stages: _Stages) -> jax.Array:
         x = apply_dropout(x, fresh_indices([f.used()], x.ndim), n)
@@ -102,39 +104,36 @@ def _label_kernel(f: AdaptedWeight, spec: Sequence[int], group_count: int) -> _K
     return _Kernel(f, spec, group_count, group, f.axes[out_axis][len(group) :], f.axes[in_axis], spatial)
 
 
-def _record(ctx: Context, eqn: Eqn, kernel: _Kernel, y: jax.Array, folded: bool) -> None:
+def _record(ctx: Context, eqn: Eqn, kernel: _Kernel, y: jax.Array, folded: bool, form: str) -> None:
     f, (out_axis, in_axis, *_) = kernel.f, kernel.spec
     roles_of_axes: dict[int, Role] = {out_axis: "out", in_axis: "in"}
     roles: dict[str, Role] = {c: roles_of_axes.get(k, "window") for k, axis in enumerate(f.axes) for c in axis}
     positions = math.prod(n for k, n in enumerate(y.shape) if k != eqn.params["dimension_numbers"].out_spec[1])
     factors = [pair for n in f.networks for pair in zip(n.factors, n.terms, strict=True)]
+    factors += [(m.array, m.indices) for m in f.maps if m.new]
     grouped = sum(a.size * (1 if set(term) & set(kernel.group) else kernel.group_count) for a, term in factors)
     added = f.base.size if folded else 2 * positions * grouped
-    ctx.record(eqn, f, roles, factored=not folded, added=added, form="dense sum" if folded else "")
+    ctx.record(eqn, f, roles, factored=not folded, added=added, form="dense sum" if folded else form)
 
 
-def _channel_scales(kernel: _Kernel) -> tuple[list[jax.Array], list[jax.Array]] | None:
-    """Axis scales as vectors of the input's and of the output's channels, None if one is neither."""
-    of_inputs, of_outputs = [], []
-    for scale in kernel.f.axis_scales:
-        if set(scale.indices) <= set(kernel.group + kernel.outer):
-            of_outputs.append(_channel_vector(scale, kernel.f, kernel.group + kernel.outer))
-        elif set(scale.indices) <= set(kernel.inner):
-            of_inputs.append(jnp.tile(_channel_vector(scale, kernel.f, kernel.inner), kernel.group_count))
-        else:
-            return None
-    return of_inputs, of_outputs
+def _channel_maps(kernel: _Kernel) -> tuple[list[AxisMap], list[AxisMap]] | None:
+    """The maps of the input's channels and those of the output's, None if one is neither."""
+    maps, out, inner = kernel.f.maps, set(kernel.group + kernel.outer), set(kernel.group + kernel.inner)
+    after = [m for m in maps if set(m.kept) <= out]
+    before = [m for m in maps if set(m.kept) <= inner and set(m.kept) & set(kernel.inner) and set(m.new) <= inner]
+    before = [m for m in before if not set(m.new) & set(kernel.group)]
+    return (before, after) if len(before) + len(after) == len(maps) else None
 
 
-def _channel_vector(scale: AxisScale, f: AdaptedWeight, axis: str) -> jax.Array:
-    return jnp.broadcast_to(align_axes(scale.vector, scale.indices, axis), [f.size(c) for c in axis]).reshape(-1)
-
-
-def _scale_channels(x: jax.Array, vectors: list[jax.Array], axis: int) -> jax.Array:
-    for v in vectors:
-        v = jnp.expand_dims(v.astype(x.dtype), [k for k in range(x.ndim) if k != axis])
-        x = under_auto_axes(jnp.multiply, x)(x, v)
-    return x
+def _map_channels(x: jax.Array, maps: list[AxisMap], kernel: _Kernel, axis: int, *, of_input: bool) -> jax.Array:
+    """An activation whose channels are those of the input of all groups, or those of the output, after some maps."""
+    if not maps:
+        return x
+    rest = fresh_indices([kernel.f.used()], x.ndim - 1)
+    labels = rest[:axis] + kernel.group + (kernel.inner if of_input else kernel.outer) + rest[axis:]
+    sizes = kernel.f.sizes | dict(zip(rest, (n for k, n in enumerate(x.shape) if k != axis), strict=True))
+    mapped = functools.partial(apply_maps, labels=labels, sizes=sizes, of_input=of_input)
+    return under_auto_axes(lambda x, maps: mapped(x, maps=maps), x)(x, maps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from jlora._compat import Eqn
 from jlora._interpreter.context import Context, Value
-from jlora._interpreter.rules.products import label_product, multiply, place_axis_scales
+from jlora._interpreter.rules.products import label_product, multiply, place_maps
 from jlora._interpreter.rules.registry import register_rule
 from jlora._interpreter.rules.weight_products import multiply_weights
 from jlora._ir.algebra import merge_indices
@@ -23,10 +23,10 @@ def dot_general(ctx: Context, eqn: Eqn, left: Value, right: Value) -> list[Value
     f, folded = fold_full_rank(merge_indices(ctx.with_dropout_keys(f, 0 if x_is_left else 1)))
     contracted, batch = (pair if x_is_left else pair[::-1] for pair in eqn.params["dimension_numbers"])
     labels = label_product(f, x.shape, contracted, batch, x_is_left=x_is_left)
-    scales = place_axis_scales(f.axis_scales, labels, x.dtype)
-    if scales is None:
+    maps = place_maps(f.maps, labels, x.dtype)
+    if maps is None:
         return None
-    return multiply(ctx, eqn, x, f, labels, scales, folded=folded, x_is_left=x_is_left)
+    return multiply(ctx, eqn, x, f, labels, maps, folded=folded, x_is_left=x_is_left)
 
 
 def _materialize_one(ctx: Context, eqn: Eqn, left: AdaptedWeight, right: AdaptedWeight) -> tuple[Value, Value]:

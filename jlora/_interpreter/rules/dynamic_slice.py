@@ -11,6 +11,7 @@ from jlora._interpreter.rules.lookup import finish_lookup
 from jlora._interpreter.rules.registry import register_rule
 from jlora._ir import lazy
 from jlora._ir.algebra import map_index, merge_indices, relabel
+from jlora._ir.materialize import without_maps_along
 from jlora._ir.weight import AdaptedWeight
 
 
@@ -19,9 +20,10 @@ def dynamic_slice(ctx: Context, eqn: Eqn, f: Value, *starts: Value) -> list[Valu
     """Slices every array that has the index of an axis that is sliced."""
     if not isinstance(f, AdaptedWeight) or any(isinstance(start, AdaptedWeight) for start in starts):
         return None
-    f = merge_indices(f)
     sizes = eqn.params["slice_sizes"]
     sliced = [k for k, n in enumerate(f.shape) if sizes[k] != n]
+    without_maps = without_maps_along(f, sliced)
+    factored, f = without_maps is f, merge_indices(without_maps)
     if any(len(f.axes[k]) > 1 for k in sliced):
         return None
     (base,) = lazy.bind(eqn, f.base, *starts)
@@ -29,7 +31,7 @@ def dynamic_slice(ctx: Context, eqn: Eqn, f: Value, *starts: Value) -> list[Valu
     for k in sliced:
         rows = map_index(rows, f.axes[k], functools.partial(_slice_array, start=starts[k], size=sizes[k]), sizes[k])
     indexed = [f.axes[k] for k in sliced if sizes[k] == 1]
-    return [finish_lookup(ctx, eqn, f, relabel(rows, base, f.axes), indexed, [])]
+    return [finish_lookup(ctx, eqn, f, relabel(rows, base, f.axes), indexed, [], factored=factored)]
 
 
 def _slice_array(a: jax.Array, axis: int, *, start: jax.Array, size: int) -> jax.Array:

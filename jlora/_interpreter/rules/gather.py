@@ -14,11 +14,12 @@ from jlora._compat import Eqn
 from jlora._interpreter.context import Context, Value
 from jlora._interpreter.rules.lookup import finish_lookup, mark_gathered
 from jlora._interpreter.rules.registry import register_rule
-from jlora._interpreter.rules.slicing import spread_axis_scale
+from jlora._interpreter.rules.slicing import spread_multipliers
 from jlora._ir import lazy
 from jlora._ir.algebra import merge_indices, relabel
+from jlora._ir.materialize import without_maps, without_maps_along
 from jlora._ir.sizes import is_wide
-from jlora._ir.weight import AdaptedWeight, AxisScale, Index, TensorNetwork, fresh_indices
+from jlora._ir.weight import AdaptedWeight, Index, TensorNetwork, fresh_indices
 
 
 @register_rule("gather")
@@ -26,14 +27,16 @@ def gather(ctx: Context, eqn: Eqn, f: Value, positions: Value) -> list[Value] | 
     """Looks up the rows of every array that has the index of an axis that is looked up."""
     if not isinstance(f, AdaptedWeight) or isinstance(positions, AdaptedWeight):
         return None
-    lookup = _Lookup(merge_indices(f), eqn, positions)
+    lookup = _Lookup(f, eqn, positions)
+    changed = without_maps(f) if lookup.is_filled_matrix else without_maps_along(f, lookup.cut_axes)
+    factored, lookup = changed is f, _Lookup(merge_indices(changed), eqn, positions)
     if not lookup.is_supported:
         return None
     f = lookup.f
     indexed, batched = ([f.axes[k] for k in axes] for axes in (lookup.indexed_axes, lookup.batching_axes))
     rows = _look_up_weight(lookup)
-    in_bounds = (_in_bounds(lookup), lookup.batch_term) if lookup.fills and f.networks else None
-    value = finish_lookup(ctx, eqn, f, rows, indexed, batched, in_bounds)
+    in_bounds = (_in_bounds(lookup), lookup.batch_term) if lookup.fills and (f.networks or f.mapped) else None
+    value = finish_lookup(ctx, eqn, f, rows, indexed, batched, in_bounds, factored=factored)
     if isinstance(value, AdaptedWeight) and not lookup.is_single:
         return [mark_gathered(value, f, indexed)]
     return [value]
@@ -120,18 +123,27 @@ class _Lookup:
         return set(self.numbers.collapsed_slice_dims) & set(self.numbers.start_index_map) - self.plain_axes
 
     @property
+    def cut_axes(self) -> set[int]:
+        """The weight's axes of which the result has a part, or another part in every row."""
+        return {*self.narrowed_axes, *self.moved_axes, *self.removed_axes}
+
+    @property
+    def is_filled_matrix(self) -> bool:
+        """Whether the result is a weight, some of whose rows may be filled."""
+        return self.fills and sum(is_wide(self.slice_sizes[k]) for k in self.window_axes) > 1
+
+    @property
     def is_supported(self) -> bool:
         """Whether the rows of each factor are rows of the weight, and a filled row has an update of zero."""
-        if not {*self.narrowed_axes, *self.moved_axes, *self.removed_axes} <= self.plain_axes | self.composite_axes:
+        if not self.cut_axes <= self.plain_axes | self.composite_axes:
             return False
         if not self.fills:
             return True
         # A weight that stays a weight can express what was filled by zeros in a factor alone.
-        is_matrix = sum(is_wide(self.slice_sizes[k]) for k in self.window_axes) > 1
         moved = {self.f.axes[k] for k in self.moved_axes}
-        if is_matrix and not all(_has_all(n, moved) for n in self.f.networks):
+        if self.is_filled_matrix and not all(_has_all(n, moved) for n in self.f.networks):
             return False
-        return not (self.composite_axes and (is_matrix or self.f.axis_scales))
+        return not (self.composite_axes and (self.is_filled_matrix or self.f.maps))
 
     @functools.cached_property
     def batch_term(self) -> str:
@@ -148,14 +160,14 @@ def _look_up_weight(lookup: _Lookup) -> AdaptedWeight:
     """The rows of the base and of every other array, as a weight."""
     f, batch_term = lookup.f, lookup.batch_term
     at = _positions_by_index(lookup)
-    scales = f.axis_scales
-    if lookup.fills:  # filled rows are not scaled: each axis scale needs to know them
+    maps = f.maps
+    if lookup.fills:  # filled rows are not multiplied: the multipliers need to know them
         moved = {name: f.size(name) for name in (f.axes[k] for k in lookup.moved_axes)}
-        scales = tuple(spread_axis_scale(scale, moved) for scale in scales)
+        maps = tuple(m if m.new else spread_multipliers(m, moved) for m in maps)
     rows = dataclasses.replace(
         f,
         networks=tuple(_look_up_network(n, lookup, at) for n in f.networks),
-        axis_scales=tuple(AxisScale(*_look_up_array(s.vector, s.indices, lookup, at, fill=1)) for s in scales),
+        maps=tuple(m.map_arrays(functools.partial(_look_up_array, lookup=lookup, at=at, fill=1)) for m in maps),
     )
     batch = [Index(c, n) for c, n in zip(batch_term, lookup.positions.shape[:-1], strict=True)]
     window = [

@@ -62,7 +62,7 @@ def _concatenate(values: Sequence[Value], base: Any, axis: int) -> AdaptedWeight
 
 
 def join(weights: Sequence[AdaptedWeight], base: Any) -> AdaptedWeight:
-    """One weight with the networks and axis scales of several, which have one index for each axis and equal sizes.
+    """One weight with the networks and multipliers of several, which have one index for each axis and equal sizes.
 
     Arguments:
         weights: the weights.
@@ -77,7 +77,7 @@ def join(weights: Sequence[AdaptedWeight], base: Any) -> AdaptedWeight:
         axes=first.axes,
         indices=tuple(Index(name, size, origins[name]) for name, size in zip(first.axes, base.shape, strict=True)),
         paths=tuple(dict.fromkeys(path for f in aligned for path in f.paths)),
-        axis_scales=tuple(scale for f in aligned for scale in f.axis_scales),
+        maps=tuple(m for f in aligned for m in f.maps),
         multiplied=_multiplied(aligned),
     )
 

@@ -25,7 +25,7 @@ def treat_as(ctx: Context, eqn: Eqn, *values: Value) -> list[Value] | None:
     weights = {k: v for k, v in enumerate(values) if isinstance(v, AdaptedWeight)}
     if ctx.trace_only:
         return _trace(ctx, eqn, values)
-    if any(f.axis_scales or f.gathered_axes for f in weights.values()):
+    if any(f.maps or f.gathered_axes for f in weights.values()):
         return None
     updated = {k: f for k, f in weights.items() if f.networks}
     derivative = _derivative(eqn, list(updated))

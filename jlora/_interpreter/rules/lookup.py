@@ -16,8 +16,9 @@ from jlora._ir.explicit_mesh import under_auto_axes
 from jlora._ir.probe import probes
 from jlora._ir.sizes import is_wide
 from jlora._ir.weight import AdaptedWeight, TensorNetwork
-from jlora._ops.contraction import apply_axis_scales, apply_network, name_intermediate
+from jlora._ops.contraction import apply_network, name_intermediate
 from jlora._ops.inputs import record_lookup
+from jlora._ops.maps import apply_maps, form_of
 
 Bounds = tuple[jax.Array, str]  # which rows are within bounds, and the indices of its axes
 
@@ -30,6 +31,8 @@ def finish_lookup(
     indexed: Sequence[str],
     batched: Sequence[str],
     in_bounds: Bounds | None = None,
+    *,
+    factored: bool = True,
 ) -> Value:
     """The rows as an activation if they are vectors; rows that are matrices are still a weight.
 
@@ -41,6 +44,7 @@ def finish_lookup(
         batched: those of the axes that the lookup runs along.
         in_bounds: which rows are within bounds, if the others are filled. The fill value may be NaN, and so may the
             cotangent of such a row: it is masked, so that it does not reach the factors.
+        factored: whether the weight was not materialised before.
     """
     wide_axes = [axis for axis in rows.axes if any(is_wide(rows.index(c).size) and rows.index(c).origins for c in axis)]
     if not indexed or len(wide_axes) > 1:
@@ -50,14 +54,14 @@ def finish_lookup(
     roles |= dict.fromkeys("".join(batched), "stack")
     # A factor may be a scalar: the first one of a Kronecker product of a table with prime sizes.
     added = 2 * sum(rows.base.size * math.prod(n.factors[0].shape[-1:]) for n in rows.networks if n.factors)
-    ctx.record(eqn, f, roles, added=added)
+    ctx.record(eqn, f, roles, factored=factored, added=added, form=form_of((), rows.maps))
     mask, mask_term = in_bounds or (None, "")
     return under_auto_axes(functools.partial(_evaluate, mask_term=mask_term), rows.base)(rows, mask)
 
 
 def _evaluate(rows: AdaptedWeight, mask: jax.Array | None, *, mask_term: str) -> jax.Array:
-    """The base's rows times the axis scales, plus what the networks add to the rows within bounds."""
-    value = apply_axis_scales(lazy.materialize(rows.base), rows.labels, rows.sizes, rows.axis_scales)
+    """The base's rows after the maps, plus what the networks add to the rows within bounds."""
+    value = _mapped_rows(rows, mask, mask_term)
     if probes([rows]):
         return value + record_lookup(rows).astype(value.dtype)
     for n in rows.networks:
@@ -66,6 +70,18 @@ def _evaluate(rows: AdaptedWeight, mask: jax.Array | None, *, mask_term: str) ->
             y = jnp.where(align_axes(mask, mask_term, rows.labels), y, jnp.zeros((), y.dtype))
         value = value + y.reshape(value.shape)
     return value
+
+
+def _mapped_rows(rows: AdaptedWeight, mask: jax.Array | None, mask_term: str) -> jax.Array:
+    """The base's rows after the maps; those out of bounds as they are, and no matrix gets a gradient from them."""
+    value = lazy.materialize(rows.base)
+    if mask is None or not rows.mapped:
+        return apply_maps(value, rows.labels, rows.sizes, rows.maps, of_input=False)
+    split = value.reshape([rows.size(c) for c in rows.labels])
+    is_within = align_axes(mask, mask_term, rows.labels)
+    within = jnp.where(is_within, split, jnp.zeros((), split.dtype))
+    mapped = apply_maps(within, rows.labels, rows.sizes, rows.maps, of_input=False)
+    return jnp.where(is_within, mapped, split).reshape(value.shape)
 
 
 def _evaluate_network(rows: AdaptedWeight, n: TensorNetwork, dtype: jnp.dtype) -> jax.Array:

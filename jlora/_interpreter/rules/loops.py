@@ -14,7 +14,7 @@ from jlora._interpreter.context import Context, Value, fold_dropout_keys, has_dr
 from jlora._interpreter.rules.registry import register_rule
 from jlora._ir import lazy
 from jlora._ir.algebra import pick_along, relabel, take_picks
-from jlora._ir.materialize import with_dense_base
+from jlora._ir.materialize import with_dense_base, without_maps_along
 from jlora._ir.weight import AdaptedWeight, Index, fresh_indices
 
 Slices = tuple[Any, list[jax.Array | None]]  # of a weight's base, and of its other arrays
@@ -164,6 +164,7 @@ def _scanned(ctx: Context, eqn: Eqn, x: Value, length: int) -> "ScannedWeight | 
     """A scanned operand. A weight whose first axis has several indices cannot be scanned: it is materialised."""
     if not isinstance(x, AdaptedWeight):
         return x
+    x = without_maps_along(x, [0])
     return ScannedWeight.of(x, length) if len(x.axes[0]) == 1 else ctx.materialize(eqn, x)
 
 

@@ -1,8 +1,8 @@
-"""What the rules of matrix products share: labels of axes, axis scales before and after, a branch for each network.
+"""What the rules of matrix products share: labels of axes, maps before and after, a branch for each network.
 
 The product of an activation x with an adapted weight is that with its base, plus one branch for each network:
 
-    y = scales_y * ((scales_x * x) @ base) + sum over networks of  scale * einsum(x, factors -> y)
+    y = maps_y(maps_x(x) @ base) + sum over networks of  scale * einsum(x, factors -> y)
 """
 
 import dataclasses
@@ -21,9 +21,10 @@ from jlora._ir import lazy
 from jlora._ir.explicit_mesh import under_auto_axes
 from jlora._ir.materialize import accumulation_dtype
 from jlora._ir.probe import Probe, by_path
-from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork, fresh_indices
-from jlora._ops.contraction import Groups, apply_axis_scales, apply_network
+from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork, fresh_indices
+from jlora._ops.contraction import Groups, apply_network
 from jlora._ops.inputs import record_product
+from jlora._ops.maps import apply_maps, form_of
 
 AxisPairs = tuple[Sequence[int], Sequence[int]]  # axes of the activation and those of the weight that they meet
 
@@ -86,16 +87,16 @@ def label_product(
     )
 
 
-def place_axis_scales(
-    scales: Sequence[AxisScale], labels: ProductLabels, x_dtype: jnp.dtype
-) -> tuple[list[AxisScale], list[AxisScale]] | None:
-    """Divides axis scales into those of the activation and those of the result, None if one is of neither."""
-    contracted = set(labels.contracted)
-    of_x = [s for s in scales if set(s.indices) & contracted and set(s.indices) <= set(labels.x)]
-    of_out = [s for s in scales if not set(s.indices) & contracted]
-    if len(of_x) + len(of_out) < len(scales) or (of_x and not jnp.issubdtype(x_dtype, jnp.floating)):
+def place_maps(
+    maps: Sequence[AxisMap], labels: ProductLabels, x_dtype: jnp.dtype
+) -> tuple[list[AxisMap], list[AxisMap]] | None:
+    """Divides maps into those of the activation and those of the result, None if one is of neither."""
+    contracted, of_x = set(labels.contracted), set(labels.x + labels.group)
+    before = [m for m in maps if set(m.kept) & contracted and set(m.kept) <= of_x and set(m.new) <= contracted]
+    after = [m for m in maps if not set(m.kept) & contracted]
+    if len(before) + len(after) < len(maps) or (before and not jnp.issubdtype(x_dtype, jnp.floating)):
         return None
-    return of_x, of_out
+    return before, after
 
 
 def multiply(
@@ -104,7 +105,7 @@ def multiply(
     x: Any,
     f: AdaptedWeight,
     labels: ProductLabels,
-    scales: tuple[list[AxisScale], list[AxisScale]],
+    maps: tuple[list[AxisMap], list[AxisMap]],
     *,
     folded: bool,
     x_is_left: bool = True,
@@ -116,16 +117,17 @@ def multiply(
         ctx, eqn: the equation of the program.
         x, f: the activation and the weight.
         labels: of the axes.
-        scales: the axis scales of the activation and of the result.
+        maps: those of the activation and those of the result.
         folded: whether networks as large as the weight were added to its base.
         x_is_left: whether the activation is the left operand.
         group_sizes: of a ragged product.
     """
     ctx.refuse_parts(f, labels.contracted)
-    rank_flops = sum(a.size for n in f.networks for a in n.factors) // max(f.size(labels.group), 1)
+    factors = [a for n in f.networks for a in n.factors] + [m.array for m in f.maps if m.new]
+    rank_flops = sum(a.size for a in factors) // max(f.size(labels.group), 1)
     rows = math.prod(labels.sizes[c] for c in labels.x if c not in labels.contracted)
     added = f.base.size if folded else 2 * rows * rank_flops
-    ctx.record(eqn, f, labels.roles, factored=not folded, added=added, form="dense sum" if folded else "")
+    ctx.record(eqn, f, labels.roles, factored=not folded, added=added, form="dense sum" if folded else form_of(*maps))
     form = _Form(
         x=labels.x,
         out=labels.out,
@@ -136,7 +138,7 @@ def multiply(
         precision=eqn.params["precision"],
         is_for_cpu=_compat.is_for_cpu(x),
     )
-    operands = x, f.base, f.networks, scales, group_sizes
+    operands = x, f.base, f.networks, maps, group_sizes
     if group_sizes is None and _is_plain(x, f, form):
         return [_traced_once(*operands, form=form, eqn=_Equation(eqn.primitive, tuple(eqn.params.items())))]
     return [_evaluate(*operands, form=form, product=functools.partial(lazy.consume, eqn))]
@@ -174,6 +176,10 @@ class _Form:
         """The index of the rows of a ragged product: the only one of the activation that the weight lacks."""
         return next(c for c in self.out if c in self.x and c not in self.weight)
 
+    def groups(self, group_sizes: jax.Array | None) -> Groups | None:
+        """The groups of a ragged product, None for other products."""
+        return None if group_sizes is None else Groups(self.group, self.row, group_sizes)
+
 
 def _is_plain(x: Any, f: AdaptedWeight, form: _Form) -> bool:
     """Whether nothing but shapes distinguishes the product: no mesh, no symbolic size, no lazy base."""
@@ -203,22 +209,22 @@ def _evaluate(
     x: jax.Array,
     base: Any,
     networks: Sequence[TensorNetwork],
-    scales: tuple[list[AxisScale], list[AxisScale]],
+    maps: tuple[list[AxisMap], list[AxisMap]],
     group_sizes: jax.Array | None,
     *,
     form: _Form,
     product: Callable[..., list[Any]],
 ) -> jax.Array:
-    """The product with the base between axis scales, plus that with each network."""
+    """The product with the base between maps, plus that with each network."""
     sizes = form.sizes
-    x_scaled = _scale(x, form.x, scales[0], sizes)
-    operands = (x_scaled, base) if form.x_is_left else (base, x_scaled)
+    x_mapped = _map(x, form.x, maps[0], group_sizes, form, of_input=True)
+    operands = (x_mapped, base) if form.x_is_left else (base, x_mapped)
     (y,) = product(*operands, *(() if group_sizes is None else (group_sizes,)))
-    y = _scale(y, form.out, scales[1], sizes)
+    y = _map(y, form.out, maps[1], group_sizes, form, of_input=False)
 
     def branch(x: jax.Array, n: TensorNetwork | Sequence[Probe], group_sizes: jax.Array | None) -> jax.Array:
         x = x.reshape([sizes[c] for c in form.x])
-        groups = None if group_sizes is None else Groups(form.group, form.row, group_sizes)
+        groups = form.groups(group_sizes)
         if not isinstance(n, TensorNetwork):
             return jnp.broadcast_to(record_product(x, form.x, n, form.out, groups).astype(y.dtype), y.shape)
         z = apply_network(
@@ -241,7 +247,14 @@ def _evaluate(
     return y
 
 
-def _scale(x: jax.Array, term: str, scales: list[AxisScale], sizes: dict[str, int]) -> jax.Array:
-    if not scales:
+def _map(
+    x: jax.Array, term: str, maps: list[AxisMap], group_sizes: jax.Array | None, form: _Form, *, of_input: bool
+) -> jax.Array:
+    if not maps:
         return x
-    return under_auto_axes(lambda x, scales: apply_axis_scales(x, term, sizes, scales), x)(x, scales)
+
+    def mapped(x: jax.Array, maps: list[AxisMap], group_sizes: jax.Array | None) -> jax.Array:
+        groups, precision = form.groups(group_sizes), form.precision
+        return apply_maps(x, term, form.sizes, maps, of_input=of_input, precision=precision, groups=groups)
+
+    return under_auto_axes(mapped, x)(x, maps, group_sizes)

@@ -1,15 +1,12 @@
 """Expert products: `ragged_dot_general` of rows in groups, each with a kernel of its own."""
 
-import jax
-import jax.numpy as jnp
-
 from jlora._compat import Eqn
 from jlora._interpreter.context import Context, Value
-from jlora._interpreter.rules.products import label_product, multiply, place_axis_scales
+from jlora._interpreter.rules.products import label_product, multiply, place_maps
 from jlora._interpreter.rules.registry import register_rule
 from jlora._ir.algebra import merge_indices
 from jlora._ir.materialize import fold_full_rank
-from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork
+from jlora._ir.weight import AdaptedWeight, TensorNetwork
 
 
 @register_rule("ragged_dot_general")
@@ -30,17 +27,16 @@ def ragged_dot_general(ctx: Context, eqn: Eqn, x: Value, f: Value, group_sizes: 
     # An update of a kernel that all groups share is no ragged product: it would reach the rows that are in no group.
     folded = folded or (ctx.trace_only and not any(f.index(c).origins for c in f.axes[groups[0]]))
     labels = label_product(f, x.shape, contracted, batch, groups=groups)
-    row = labels.x[rows[0]]
-    by_row = [_scale_rows(s, labels.group, row, group_sizes, x.shape[rows[0]]) for s in f.axis_scales]
-    scales = place_axis_scales(by_row, labels, x.dtype)
-    if scales is None:
+    maps = place_maps(f.maps, labels, x.dtype)
+    if maps is None:
         return None
-    return multiply(ctx, eqn, x, f, labels, scales, folded=folded, group_sizes=group_sizes)
+    return multiply(ctx, eqn, x, f, labels, maps, folded=folded, group_sizes=group_sizes)
 
 
 def _is_supported(f: AdaptedWeight, group_axis: int, batch_axes: tuple[int, ...]) -> bool:
-    """Whether each axis has one index, and each network is a ragged product of the activation."""
-    if any(len(axis) > 1 for axis in f.axes):
+    """Whether each axis has one index, or is that of a map alone, and each network is a ragged product."""
+    composite = [k for k, axis in enumerate(f.axes) if len(axis) > 1]
+    if composite and (f.networks or not f.mapped or group_axis in composite):
         return False
     group, batch = f.axes[group_axis], {f.axes[k] for k in batch_axes}
     return all(_is_ragged(n, group, batch) for n in f.networks)
@@ -50,9 +46,3 @@ def _is_ragged(n: TensorNetwork, group: str, batch: set[str]) -> bool:
     """Whether some factor has the groups, and each that has them has the batch axes, as a ragged product needs."""
     terms = [term for term in n.terms if group in term]
     return bool(terms) and all(batch <= set(term) for term in terms)
-
-
-def _scale_rows(scale: AxisScale, group: str, row: str, group_sizes: jax.Array, rows: int) -> AxisScale:
-    """The axis scale of each expert as one of each of its rows."""
-    expert = jnp.repeat(jnp.arange(len(group_sizes)), group_sizes, total_repeat_length=rows)
-    return scale.map(group, lambda a, axis: jnp.take(a, expert, axis=axis), row)

@@ -14,7 +14,7 @@ from jlora._interpreter.rules.registry import register_rule
 from jlora._ir import lazy
 from jlora._ir.explicit_mesh import explicit_axes, under_auto_axes
 from jlora._ir.lazy import LazyArray
-from jlora._ir.materialize import with_dense_base
+from jlora._ir.materialize import with_dense_base, without_maps
 from jlora._ir.partition import index_axes, specs_like
 from jlora._ir.probe import probes, refuse
 from jlora._ir.weight import AdaptedWeight
@@ -35,6 +35,7 @@ def shard_map(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
     outer_axes = ctx.device_axes.get(ctx.stack, (frozenset(),) * len(values))
     device_axes = [outer | spec_axes(spec) for outer, spec in zip(outer_axes, p.in_specs, strict=True)]
     inner = ctx.child_on_devices(p.body, device_axes, values)
+    values = tuple(_with_whole_blocks(v, spec, p.mesh) for v, spec in zip(values, p.in_specs, strict=True))
     axes = [_mesh_axes(v, spec, p.mesh) for v, spec in zip(values, p.in_specs, strict=True)]
     for v, cut in zip(values, axes, strict=True):
         for probe in probes([v]):
@@ -61,6 +62,13 @@ def shard_map(ctx: Context, eqn: Eqn, *values: Value) -> list[Value]:
         axis_names=p.axis_names,
         check_vma=p.check_vma,
     )(*operands)
+
+
+def _with_whole_blocks(value: Value, spec: Any, mesh: Any) -> Value:
+    """The value; a weight whose maps sum over entries of several devices without its maps."""
+    if not isinstance(value, AdaptedWeight) or index_axes(value, spec, mesh) is not None:
+        return value
+    return without_maps(value)
 
 
 def _mesh_axes(value: Value, spec: Any, mesh: Any) -> Axes | None:

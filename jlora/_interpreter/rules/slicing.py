@@ -14,7 +14,8 @@ from jlora._interpreter.context import Context, Value
 from jlora._interpreter.rules.registry import register_rule
 from jlora._ir import lazy
 from jlora._ir.algebra import map_index, merge_indices, resize_index
-from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork
+from jlora._ir.materialize import without_maps_along
+from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork, at_index
 
 Bounds = tuple[int, int, int]  # start, limit and stride along one axis
 
@@ -45,7 +46,8 @@ def _slice_axes(f: AdaptedWeight, bounds: Sequence[Bounds]) -> AdaptedWeight | N
     """The update of a part of the weight, with the old base. A composite axis can be cut between blocks of its minor
     indices only.
     """
-    f = merge_indices(f)
+    cut_axes = [k for k, bound in enumerate(bounds) if bound != (0, f.shape[k], 1)]
+    f = merge_indices(without_maps_along(f, cut_axes))
     for k, (start, limit, stride) in enumerate(bounds):
         if (start, limit, stride) == (0, f.shape[k], 1):
             continue
@@ -78,19 +80,20 @@ def pad(ctx: Context, eqn: Eqn, f: Value, value: Value) -> list[Value] | None:
 
 
 def pad_index(f: AdaptedWeight, name: str, config: tuple[int, int, int], size: int) -> AdaptedWeight:
-    """Pads networks with zeros and axis scales with ones along an index.
+    """Pads networks with zeros and multipliers with ones along an index.
 
     Arguments:
-        f: the weight.
-        name: the index. Networks and axis scales that are constant along it get an axis for it, so that they end at
+        f: the weight; none of its maps sums over indices.
+        name: the index. Networks and multipliers that are constant along it get an axis for it, so that they end at
             the padding.
         config: of the padding, as for `jax.lax.pad`.
         size: the size of the index afterwards.
     """
     old_size = f.index(name).size
     networks = tuple(_spread_network(n, name, old_size).map(name, _padding(0, config)) for n in f.networks)
-    scales = tuple(spread_axis_scale(s, {name: old_size}).map(name, _padding(1, config)) for s in f.axis_scales)
-    return resize_index(dataclasses.replace(f, networks=networks, axis_scales=scales), name, size)
+    maps = [spread_multipliers(m, {name: old_size}) for m in f.maps]
+    maps = tuple(m.map_arrays(at_index(name, _padding(1, config))) for m in maps)
+    return resize_index(dataclasses.replace(f, networks=networks, maps=maps), name, size)
 
 
 def _spread_network(n: TensorNetwork, name: str, size: int) -> TensorNetwork:
@@ -100,11 +103,11 @@ def _spread_network(n: TensorNetwork, name: str, size: int) -> TensorNetwork:
     return dataclasses.replace(n, factors=(*n.factors, jnp.ones(size, n.factors[0].dtype)), terms=(*n.terms, name))
 
 
-def spread_axis_scale(scale: AxisScale, sizes: dict[str, int]) -> AxisScale:
-    """The axis scale with an axis for each of the indices; `sizes` holds their sizes by name."""
-    new = [name for name in sizes if name not in scale.indices]
-    vector = jnp.broadcast_to(scale.vector, (*(sizes[name] for name in new), *scale.vector.shape))
-    return AxisScale(vector, "".join(new) + scale.indices)
+def spread_multipliers(m: AxisMap, sizes: dict[str, int]) -> AxisMap:
+    """The map with an axis for each of the indices; `sizes` holds their sizes by name."""
+    new = [name for name in sizes if name not in m.indices]
+    array = jnp.broadcast_to(m.array, (*(sizes[name] for name in new), *m.array.shape))
+    return dataclasses.replace(m, array=array, indices="".join(new) + m.indices)
 
 
 def _padding(value: int, config: tuple[int, int, int]) -> Any:

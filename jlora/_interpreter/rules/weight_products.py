@@ -19,12 +19,12 @@ from jlora._interpreter.context import Context, Role
 from jlora._ir import lazy
 from jlora._ir.algebra import align_axes, concatenate_ranks, merge_indices, rename_indices, split_index
 from jlora._ir.explicit_mesh import explicit_axes
-from jlora._ir.materialize import accumulation_dtype, einsum, fold_full_rank
+from jlora._ir.materialize import accumulation_dtype, einsum, fold_full_rank, without_maps
 from jlora._ir.probe import probes, refuse
 from jlora._ir.weight import AdaptedWeight, Index, TensorNetwork, fresh_indices
 
 Factor = tuple[jax.Array, str]  # an array and the indices of its axes
-Part = tuple[list[Factor], float]  # the factors and the scale of a network, or of a base with its axis scales
+Part = tuple[list[Factor], float]  # the factors and the scale of a network, or of a base with its multipliers
 
 
 def multiply_weights(ctx: Context, eqn: Eqn, left: AdaptedWeight, right: AdaptedWeight) -> AdaptedWeight | None:
@@ -34,6 +34,7 @@ def multiply_weights(ctx: Context, eqn: Eqn, left: AdaptedWeight, right: Adapted
     """
     for probe in probes((left, right)):
         refuse(probe.path, f"it is multiplied with another parameter, at {ctx.where}")
+    left, right = without_maps(left), without_maps(right)
     contracted, batch = eqn.params["dimension_numbers"]
     if not (_is_supported(left) and _is_supported(right)):
         return None
@@ -118,12 +119,12 @@ class _Product:
     def value(self) -> AdaptedWeight:
         """The product."""
         (base,) = lazy.bind(self.eqn, self.left.base, self.right.base)
-        scales = (*self.left.axis_scales, *self.right.axis_scales)
+        maps = (*self.left.maps, *self.right.maps)
         networks = self._networks()
-        if any(set(scale.indices) & set(self.inner) for scale in scales):  # the product of the bases is a network
+        if any(set(m.indices) & set(self.inner) for m in maps):  # the product of the bases is a network
             if not lazy.is_zero(base):
                 networks.append(_network(_joined(_base_part(self.left), _base_part(self.right))))
-            base, scales = lazy.zeros(base.shape, base.dtype), ()
+            base, maps = lazy.zeros(base.shape, base.dtype), ()
         reported = self.left.paths if self.ctx.trace_only or not self.left.is_dense else ()
         return AdaptedWeight(
             base,
@@ -131,7 +132,7 @@ class _Product:
             axes=self.axes,
             indices=tuple(map(self._index, "".join(self.axes))),
             paths=tuple(dict.fromkeys((*self.left.paths, *self.right.paths))),
-            axis_scales=scales,
+            maps=maps,
             multiplied=reported,
         )
 
@@ -216,7 +217,7 @@ def _base_part(f: AdaptedWeight) -> Part:
     if lazy.is_zero(f.base):
         return [], 1.0
     base = lazy.materialize(f.base).reshape([f.size(c) for c in f.labels])
-    return [(base, f.labels), *((scale.vector, scale.indices) for scale in f.axis_scales)], 1.0
+    return [(base, f.labels), *((m.array, m.indices) for m in f.maps)], 1.0
 
 
 def _part(n: TensorNetwork) -> Part:

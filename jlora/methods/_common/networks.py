@@ -1,4 +1,4 @@
-"""Builders of adapted weights: tensor networks and axis scales from factors with declared axes."""
+"""Builders of adapted weights: tensor networks and maps from factors with declared axes."""
 
 import dataclasses
 import math
@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jlora._interpreter.context import Role
 from jlora._ir.algebra import split_index
-from jlora._ir.weight import AdaptedWeight, AxisScale, TensorNetwork, fresh_indices
+from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork, fresh_indices
 from jlora.methods._common.factor_axes import GROUPS, STACKS, WeightAxes
 
 Term = tuple[jax.Array, str]  # a factor and its declared axes
@@ -123,9 +124,64 @@ def scale_axes(w: AdaptedWeight, update: UpdateLike, vector: jax.Array, declared
     labels = group_labels(w, update)
     term = "".join(labels[token] for token in declared.split())
     vector = _reshape_to_indices(w, WeightAxes.of(update), vector, declared, labels, ())
-    networks = tuple(dataclasses.replace(n, factors=(*n.factors, vector), terms=(*n.terms, term)) for n in w.networks)
-    scales = (*w.axis_scales, AxisScale(vector, term))
-    return dataclasses.replace(w, networks=networks, axis_scales=scales)
+    return add_map(w, AxisMap(vector, term))
+
+
+def map_axes(w: AdaptedWeight, update: UpdateLike, blocks: jax.Array, group: str) -> AdaptedWeight:
+    """Multiplies one side of a weight, base and networks, by a block-diagonal matrix.
+
+        new[n b + k] = sum over q of  blocks[n, k, q] * old[n b + q],    along the joint axis of a group
+
+    Products apply the blocks to the activation, and never to the weight. If blocks end within an axis that they do not
+    divide, (3, 4) in blocks of 6, they are one block as large as the side.
+
+    Arguments:
+        w, update: as for `add_network`.
+        blocks: (*stack, size / b, b, b).
+        group: the axes that are mapped, "*in" or "*out".
+    """
+    labels, size = group_labels(w, update), blocks.shape[-1]
+    if not splits_evenly([w.size(c) for c in labels[group]], size):
+        blocks = _block_diagonal(blocks)
+        size = blocks.shape[-1]
+    w, number, part = split_group(w, labels[group], size)
+    old = fresh_indices([w.used()], len(part))
+    indices = labels["*stack"] + number + part
+    array = blocks.reshape([w.size(c) for c in indices + part])
+    return add_map(w, AxisMap(array, indices + old, part, old))
+
+
+def _block_diagonal(blocks: jax.Array) -> jax.Array:
+    """All blocks as one, (*stack, 1, size, size)."""
+    *stack, number, size, _ = blocks.shape
+    full = jnp.zeros((*stack, number, size, number, size), blocks.dtype)
+    at = jnp.arange(number)
+    full = full.at[..., at, :, at, :].set(jnp.moveaxis(blocks, -3, 0))
+    return full.reshape(*stack, 1, number * size, number * size)
+
+
+def add_map(w: AdaptedWeight, m: AxisMap) -> AdaptedWeight:
+    """Applies a map to a weight: to the base as a map, and to each network as one more factor.
+
+    Arguments:
+        w: the weight.
+        m: the map, of indices of the weight. Axes of size one are removed from it if it has matrices.
+    """
+    if m.new:
+        lone = {c for c in m.kept if w.size(c) == 1}
+        lone |= {q for k, q in zip(m.new, m.old, strict=True) if k in lone}
+        kept = [c for c in m.indices if c not in lone]
+        array = m.array.reshape([n for c, n in zip(m.indices, m.array.shape, strict=True) if c not in lone])
+        new, old = ("".join(c for c in names if c not in lone) for names in (m.new, m.old))
+        m = AxisMap(array, "".join(kept), new, old)
+    summed = fresh_indices([w.used(), m.indices], len(m.old))
+    before, indices = str.maketrans(m.new, summed), m.indices.translate(str.maketrans(m.old, summed))
+
+    def mapped(n: TensorNetwork) -> TensorNetwork:
+        terms = tuple(term.translate(before) for term in n.terms)
+        return dataclasses.replace(n, factors=(*n.factors, m.array), terms=(*terms, indices))
+
+    return dataclasses.replace(w, networks=tuple(map(mapped, w.networks)), maps=(*w.maps, m))
 
 
 def split_group(w: AdaptedWeight, indices: str, minor: int) -> tuple[AdaptedWeight, str, str]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jlora._ir.algebra import align_axes
 from jlora._ir.lazy import LazyArray, materialize
-from jlora._ir.materialize import accumulation_dtype, einsum
+from jlora._ir.materialize import accumulation_dtype, einsum, without_maps
 from jlora._ir.weight import AdaptedWeight, TensorNetwork, fresh_indices
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.networks import UpdateLike, group_labels
@@ -37,10 +37,11 @@ def norm(w: AdaptedWeight, update: UpdateLike, along: str) -> jax.Array:
 
 def _norm(w: AdaptedWeight, along: str) -> jax.Array:
     """The norm for every value of the indices `along`, with one axis for each."""
+    w = without_maps(w)
     dtype = accumulation_dtype(w.dtype)
     base = materialize(w.base).reshape([w.size(index) for index in w.labels]).astype(dtype)
-    for scale in w.axis_scales:
-        base = base * align_axes(scale.vector.astype(dtype), scale.indices, w.labels)
+    for m in w.maps:
+        base = base * align_axes(m.array.astype(dtype), m.indices, w.labels)
     total = jnp.square(base).sum([axis for axis, index in enumerate(w.labels) if index not in along])
     order = "".join(index for index in w.labels if index in along)
     base_network = TensorNetwork((base,), (w.labels,))

@@ -35,14 +35,36 @@ def rotate_rows(matrix: jax.Array, angles: jax.Array, block: int, distance: int 
     shape = (-1, 1, 1, block) if distance == 1 else (-1, 2, distance, block // 2)
     halves = matrix.reshape(*stack, *shape, n_out).swapaxes(-4, -3)
     blocks = halves.reshape(*stack, -1, block, n_out)
-    blocks = jnp.matmul(_cayley(angles.astype(matrix.dtype), block), blocks, precision=jax.lax.Precision.HIGHEST)
+    blocks = jnp.matmul(cayley(angles.astype(matrix.dtype), block), blocks, precision=jax.lax.Precision.HIGHEST)
     return blocks.reshape(halves.shape).swapaxes(-4, -3).reshape(matrix.shape)
 
 
-def _cayley(angles: jax.Array, block: int) -> jax.Array:
-    """The rotation (I - Q) (I + Q)^-1 = 2 (I + Q)^-1 - I of every block."""
+def cayley(angles: jax.Array, block: int) -> jax.Array:
+    """The rotation (I - Q) (I + Q)^-1 = 2 (I + Q)^-1 - I of every block, (*blocks, block, block).
+
+    Arguments:
+        angles: the entries above the diagonal of each Q, (*blocks, block (block - 1) / 2).
+        block: the size of the blocks.
+    """
     rows, columns = jnp.triu_indices(block, 1)
     q = jnp.zeros((*angles.shape[:-1], block, block), angles.dtype).at[..., rows, columns].set(angles)
     q = q - q.mT
     identity = identity_like(q)
     return 2 * inverse(identity + q) - identity
+
+
+def butterfly(angles: jax.Array, block: int) -> jax.Array:
+    """The product of several levels of rotations, which is block-diagonal: (*stack, blocks / 2^(levels - 1), n, n).
+
+    Arguments:
+        angles: (*stack, levels, blocks, block (block - 1) / 2). A block of level j joins two half blocks that are
+            2^(j - 1) half blocks apart.
+        block: the size of the blocks of one level; n is block 2^(levels - 1).
+    """
+    *stack, levels, blocks, _ = angles.shape
+    size = block * 2 ** (levels - 1)
+    shape = (*stack, blocks * block // size, size, size)
+    product = jnp.broadcast_to(jnp.eye(size, dtype=angles.dtype), shape).reshape(*stack, -1, size)
+    for level in range(levels):
+        product = rotate_rows(product, angles[..., level, :, :], block, 2**level)
+    return product.reshape(shape)

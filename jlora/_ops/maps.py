@@ -1,0 +1,87 @@
+"""Maps of a weight, applied to the activation that meets it or to the result: never to the weight itself."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora._ir.algebra import align_axes
+from jlora._ir.sizes import is_static
+from jlora._ir.weight import AxisMap
+from jlora._ops.contraction import Groups, by_row, contract_pair
+
+_FEW = 2  # up to this size a sum is cheaper as additions of arrays than as a product of small matrices
+
+
+def apply_maps(
+    x: jax.Array,
+    labels: str,
+    sizes: Mapping[str, int],
+    maps: Sequence[AxisMap],
+    *,
+    of_input: bool,
+    precision: Any = None,
+    groups: Groups | None = None,
+) -> jax.Array:
+    """An activation after some maps, in its own shape.
+
+    (M W) x is W (M^T x) if x meets the mapped axis, so the maps of an input act transposed, the last one first.
+
+    Arguments:
+        x: the activation; its axes may be composite.
+        labels: the indices of all its axes.
+        sizes: of the indices.
+        maps: of the weight. The activation has all their indices, but for those of groups.
+        of_input: whether the activation meets the weight, or else is the result of a product or of a lookup.
+        precision: as in `jax.lax.dot_general`.
+        groups: of a ragged product.
+    """
+    for m in reversed(maps) if of_input else maps:
+        split = x.reshape([sizes[c] for c in labels])
+        x = _apply(split, labels, m, of_input, precision, groups).reshape(x.shape)
+    return x
+
+
+def form_of(before: Sequence[AxisMap], after: Sequence[AxisMap]) -> str:
+    """How `explain` calls a product between maps that sum over indices; empty if there are none."""
+    sides = {"the input": before, "the output": after}
+    names = [side for side, maps in sides.items() if any(m.new for m in maps)]
+    return f"map of {' and '.join(names)}" if names else ""
+
+
+def _apply(x: jax.Array, labels: str, m: AxisMap, of_input: bool, precision: Any, groups: Groups | None) -> jax.Array:
+    array, indices = m.array.astype(x.dtype), m.indices
+    if not m.new:
+        if groups and groups.name in indices:
+            array, indices = by_row(array, indices, groups, x.shape[labels.index(groups.row)])
+        return x * align_axes(array, indices, labels)
+    with_old = labels.translate(str.maketrans(m.new, m.old))
+    before, after = (labels, with_old) if of_input else (with_old, labels)
+    has_groups = groups is not None and groups.name in indices
+    size = math.prod(array.shape[indices.index(c)] for c in m.new)
+    if len(m.new) == 1 and is_static(size) and size <= _FEW and not has_groups:
+        summed, reached = (m.new, m.old) if of_input else (m.old, m.new)
+        return _sum_of_parts(x, before, array, indices, summed, reached)
+    kept = after + (groups.name if has_groups and groups else "")
+    y, ys = contract_pair(
+        x, before, array, indices, kept, dtype=x.dtype, precision=precision, groups=groups if has_groups else None
+    )
+    return align_axes(y, ys, after)
+
+
+def _sum_of_parts(x: jax.Array, labels: str, array: jax.Array, indices: str, summed: str, reached: str) -> jax.Array:
+    """The same product by additions of slices: a pair of entries costs four products of activations with vectors."""
+    rest, axis = labels.replace(summed, ""), labels.index(summed)
+    sums = []
+    for i in range(array.shape[indices.index(reached)]):
+        row, names = jnp.take(array, i, axis=indices.index(reached)), indices.replace(reached, "")
+        parts = []
+        for j in range(x.shape[axis]):
+            multiplier = jnp.take(row, j, axis=names.index(summed))
+            part = jax.lax.index_in_dim(x, j, axis, keepdims=False)
+            parts.append(part * align_axes(multiplier, names.replace(summed, ""), rest))
+        sums.append(functools.reduce(jnp.add, parts))
+    return jnp.stack(sums, axis)
