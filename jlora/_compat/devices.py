@@ -18,12 +18,26 @@ def topology_devices(name: str, platform: str, **options: Any) -> tuple[Any, ...
 
 def is_for_cpu(*arrays: Any) -> bool:
     """Whether a program is traced for the CPU, as far as is known: it is the default device, and there is no mesh."""
-    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    platform = getattr(device, "platform", device) or jax.default_backend()
-    return platform == "cpu" and has_no_mesh(*arrays)
+    return _default_platform() == "cpu" and has_no_mesh(*arrays)
+
+
+def is_for_gpu(*arrays: Any) -> bool:
+    """Whether a program is traced for GPUs, as far as is known: by the meshes in sight, or else the default device."""
+    devices = [getattr(mesh, "abstract_device", None) for mesh in _meshes(*arrays)]
+    platforms = [device.platform for device in devices if device is not None]
+    return (platforms[0] if platforms else _default_platform()) in ("gpu", "cuda", "rocm")
 
 
 def has_no_mesh(*arrays: Any) -> bool:
     """Whether no mesh is in sight: neither a context mesh nor one in the arrays' types."""
-    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(a).sharding.mesh for a in arrays)]
-    return all(mesh.empty for mesh in meshes)
+    return all(mesh.empty for mesh in _meshes(*arrays))
+
+
+def _default_platform() -> str:
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return getattr(device, "platform", device) or jax.default_backend()
+
+
+def _meshes(*arrays: Any) -> list[Any]:
+    """The context mesh, and those in the arrays' types."""
+    return [jax.sharding.get_abstract_mesh(), *(jax.typeof(a).sharding.mesh for a in arrays)]

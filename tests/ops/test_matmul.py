@@ -2,6 +2,7 @@
 
 import jax
 import jax.export
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -159,3 +160,35 @@ def test_the_gradient_makes_no_copy_of_a_cotangent():
 
     ours = temporary(lambda x, b: rank_matmul(x, b, ((2,), (0,)), precision=None, dtype=jnp.dtype(jnp.float32)))
     assert ours.temp_size_in_bytes < np.prod(g.shape) * 4 / 8
+
+
+def test_products_for_gpus_are_not_joined():
+    """The compiler for GPUs would join two products of the cotangent. Values and derivatives are those of the law."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params, x = {"w": jax.random.normal(keys[0], (6, 8))}, jax.random.normal(keys[1], (2, 4, 6))
+
+    def f(params, x):
+        return jnp.sin(x @ params["w"])
+
+    adapter = jlora.init(keys[2], jlora.trace(f, params, x), {"w": jlora.LoRA(rank=3)})
+    adapter = jax.tree.map(lambda a: a + 0.1, adapter)
+
+    def all_of(f):
+        def loss(adapter, x):
+            return jnp.sum(f(adapter, x) ** 2)
+
+        def run(adapter, x):
+            tangents = jax.jvp(f, (adapter, x), (adapter, x))
+            mapped = jax.vmap(f, (None, 0))(adapter, x)
+            return jax.grad(loss, (0, 1))(adapter, x), tangents, mapped
+
+        return run
+
+    adapted = all_of(lambda adapter, x: jlora.adapt(f)(params, adapter, x))
+    with jax.default_device("gpu"):  # only traced
+        program = jax.make_jaxpr(adapted)(adapter, x)
+    assert "optimization_barrier" in str(program)
+    assert "optimization_barrier" not in str(jax.make_jaxpr(adapted)(adapter, x))
+    values = jax.jit(jax.extend.core.jaxpr_as_fun(program))(*jax.tree.leaves((adapter, x)))
+    merged = all_of(lambda adapter, x: f(jlora.merge(params, adapter), x))
+    close(values, jax.tree.leaves(jax.jit(merged)(adapter, x)), 1e-5)

@@ -137,6 +137,7 @@ def multiply(
         x_is_left=x_is_left,
         precision=eqn.params["precision"],
         is_for_cpu=_compat.is_for_cpu(x),
+        is_for_gpu=_compat.is_for_gpu(x),
     )
     operands = x, f.base, f.networks, maps, group_sizes
     if group_sizes is None and _is_plain(x, f, form):
@@ -155,6 +156,7 @@ class _Form:
         x_is_left: whether the activation is the left operand.
         precision: of the program's product.
         is_for_cpu: whether the program is traced for the CPU, which has products of its own.
+        is_for_gpu: whether the program is traced for GPUs.
     """
 
     x: str
@@ -165,6 +167,7 @@ class _Form:
     x_is_left: bool
     precision: Any
     is_for_cpu: bool
+    is_for_gpu: bool
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -237,6 +240,10 @@ def _evaluate(
             precision=form.precision,
             groups=groups,
         )
+        if form.is_for_gpu:
+            # In the backward pass XLA's compiler for GPUs joins products that share the cotangent of `y`: it would copy
+            # the base and the factor into one array.
+            z = jax.lax.optimization_barrier(z)
         return jnp.broadcast_to(z, [sizes[c] for c in form.out]).reshape(y.shape)
 
     if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != base.dtype:
