@@ -1,12 +1,9 @@
-"""FLOPs of products and collectives of a compiled program, over all iterations of its loops, from its HLO text."""
+"""The text of an optimised HLO module: its instructions, its types, and how often each computation runs."""
 
-import collections
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterable
-
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,<=]*)\]")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = ")
@@ -18,41 +15,7 @@ _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
-    """Collectives of one kind and shape, as one device runs them in one step.
-
-    Arguments:
-        kind: `all-gather`, `all-reduce`, `reduce-scatter`, `all-to-all`, `ragged-all-to-all`, `collective-permute`.
-        shape: the array that is gathered, reduced or sent, on one device, as HLO writes it.
-        bytes: the size of that array.
-        count: how often the collective runs.
-        exact: whether the count is exact. If not, loops of unknown length and branches count once.
-    """
-
-    kind: str
-    shape: str
-    bytes: int
-    count: int
-    exact: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What a program does in one run on one device.
-
-    Arguments:
-        flops: of products and convolutions.
-        exact: whether the lengths of all loops with products in them are known. Other loops count once.
-        collectives: the collectives, in descending order of bytes.
-    """
-
-    flops: float
-    exact: bool
-    collectives: tuple[Collective, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
     """One line of HLO: `[ROOT] %name = type opcode(arguments), attributes`."""
 
     name: str
@@ -64,53 +27,49 @@ class _Instruction:
 
     @property
     def operands(self) -> list[str]:
+        """The names of the operands."""
         return re.findall(r"%([\w.-]+)", self.arguments)
 
     def attribute(self, name: str) -> str:
+        """The value of an attribute, "" if it is not there."""
         match = re.search(rf"\b{name}=%?([\w.-]+)", self.attributes)
         return match[1] if match else ""
 
 
-_Computation = dict[str, _Instruction]
+Computation = dict[str, Instruction]
 
 
-def cost(text: str) -> Cost:
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """An optimised module.
+
+    Arguments:
+        computations: the instructions of every computation, by name.
+        entry: the name of the computation that runs first.
+    """
+
+    computations: dict[str, Computation]
+    entry: str
+
+    @functools.cached_property
+    def runs(self) -> dict[str, tuple[int, bool]]:
+        """How often each computation runs in one run of the program, and whether that number is exact."""
+        return _run_counts(self.computations, self.entry)
+
+    @functools.cached_property
+    def sequential(self) -> list[str]:
+        """The computations whose instructions run one by one; not those of fusions and reductions."""
+        names = [self.entry]
+        for name in names:
+            for i in self.computations[name].values():
+                if i.opcode in ("while", "conditional", "call", "async-start"):
+                    names += [inner for inner in called(i) if inner not in names]
+        return names
+
+
+def parse(text: str) -> Program:
     """Reads the text of an optimised module."""
-    computations, entry = _parse(text)
-    run_counts = _run_counts(computations, entry)
-    flops, exact = 0.0, True
-    collectives: dict[object, Collective] = {}
-    for name, computation in computations.items():
-        count, is_exact = run_counts.get(name, (0, True))
-        types = {i.name: i.type for i in computation.values()}
-        for i in computation.values() if count else ():
-            work = _flops(i, types)
-            flops += count * work
-            exact &= is_exact or not work
-            kind = i.opcode.removesuffix("-start")
-            if kind in KINDS:
-                # The TPU splits an asynchronous collective over several computations with one channel.
-                channel = re.search(r"channel_id=(\d+)", i.attributes)
-                key = (kind, channel[1]) if channel else (name, i.name)
-                kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
-                most = max(count, collectives[key].count) if key in collectives else count
-                collectives[key] = Collective(kind, *_transferred(i, types), most, is_exact)
-    return Cost(flops, exact, _totals(collectives.values()))
-
-
-def _totals(runs: Iterable[Collective]) -> tuple[Collective, ...]:
-    """Collectives of one kind and shape as one, in descending order of bytes."""
-    totals: dict[tuple[str, str, int], Collective] = {}
-    for c in runs:
-        key = c.kind, c.shape, c.bytes
-        before = totals.get(key, Collective(*key, count=0, exact=True))
-        totals[key] = Collective(*key, count=before.count + c.count, exact=before.exact and c.exact)
-    return tuple(sorted(totals.values(), key=lambda c: (-c.bytes * c.count, c.kind, c.shape, c.bytes)))
-
-
-def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-    """The instructions of every computation, and the name of the entry."""
-    computations: dict[str, _Computation] = {}
+    computations: dict[str, Computation] = {}
     current, entry = "", ""
     for line in text.splitlines():
         head = _COMPUTATION.match(line)
@@ -120,14 +79,14 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             entry = current if head[1] else entry
         elif current and (match := _INSTRUCTION.match(line)):
             computations[current][match[2]] = _instruction(match[2], bool(match[1]), line[match.end() :])
-    return computations, entry
+    return Program(computations, entry)
 
 
-def _instruction(name: str, root: bool, text: str) -> _Instruction:
+def _instruction(name: str, root: bool, text: str) -> Instruction:
     kind_of, text = (text[: _close(text) + 1], text[_close(text) + 2 :]) if text[0] == "(" else text.split(" ", 1)
     opcode, text = text.split("(", 1)
     end = _close("(" + text) - 1
-    return _Instruction(name, root, kind_of, opcode.strip(), text[:end], text[end + 1 :])
+    return Instruction(name, root, kind_of, opcode.strip(), text[:end], text[end + 1 :])
 
 
 def _close(text: str) -> int:
@@ -140,7 +99,7 @@ def _close(text: str) -> int:
     raise ValueError(f"No parenthesis closes the first one of {text[:100]!r}.")
 
 
-def _run_counts(computations: dict[str, _Computation], entry: str) -> dict[str, tuple[int, bool]]:
+def _run_counts(computations: dict[str, Computation], entry: str) -> dict[str, tuple[int, bool]]:
     """How often each computation runs in one run of the entry, and whether that number is exact."""
     counts: dict[str, tuple[int, bool]] = {entry: (1, True)}
     for name in reversed(computations):  # HLO prints a computation before those that call it
@@ -150,20 +109,20 @@ def _run_counts(computations: dict[str, _Computation], entry: str) -> dict[str, 
         for i in computations[name].values():
             trips = _trip_count(i, computations[name], computations) if i.opcode == "while" else 1
             exact_inside = exact and trips is not None and i.opcode != "conditional"
-            for inner in _called(i):
+            for inner in called(i):
                 before, exact_before = counts.get(inner, (0, True))
                 counts[inner] = (before + count * (trips or 1), exact_before and exact_inside)
     return counts
 
 
-def _called(i: _Instruction) -> list[str]:
+def called(i: Instruction) -> list[str]:
     """The computations that an instruction runs."""
     if i.opcode in ("async-update", "async-done"):
         return []
     return [name for called in _CALLED.findall(i.attributes) for name in re.findall(r"[\w.-]+", called)]
 
 
-def _trip_count(loop: _Instruction, computation: _Computation, computations: dict[str, _Computation]) -> int | None:
+def _trip_count(loop: Instruction, computation: Computation, computations: dict[str, Computation]) -> int | None:
     """How often a loop runs: as HLO specifies it, or else as its counter shows; None if neither does.
 
     The counter is an element of the loop's state that starts at a constant, is compared with a constant by `<`, and is
@@ -173,7 +132,7 @@ def _trip_count(loop: _Instruction, computation: _Computation, computations: dic
     if specified:
         return int(specified[1])
     condition, body = computations[loop.attribute("condition")], computations[loop.attribute("body")]
-    test, state = _root(condition), _defining(loop.operands[0], computation)
+    test, state = root(condition), _defining(loop.operands[0], computation)
     if test.opcode != "compare" or test.attribute("direction") != "LT" or state is None or state.opcode != "tuple":
         return None
     counter = _defining(test.operands[0], condition)
@@ -188,9 +147,9 @@ def _trip_count(loop: _Instruction, computation: _Computation, computations: dic
     return max(0, math.ceil((stop - start) / step))
 
 
-def _increment(body: _Computation, number: str) -> int | None:
+def _increment(body: Computation, number: str) -> int | None:
     """By which constant a loop's body increases this element of its state, None if it does not."""
-    new = _defining(_root(body).operands[int(number)], body)
+    new = _defining(root(body).operands[int(number)], body)
     if new is None or new.opcode != "add":
         return None
     old, *added = (_defining(name, body) for name in new.operands)
@@ -198,11 +157,12 @@ def _increment(body: _Computation, number: str) -> int | None:
     return _constant(added[0]) if is_old else None
 
 
-def _root(computation: _Computation) -> _Instruction:
+def root(computation: Computation) -> Instruction:
+    """The instruction whose value a computation returns."""
     return next(i for i in computation.values() if i.is_root)
 
 
-def _defining(name: str, computation: _Computation) -> _Instruction | None:
+def _defining(name: str, computation: Computation) -> Instruction | None:
     """The instruction that computes the value with this name; copies are skipped."""
     i = computation.get(name)
     while i and i.opcode in ("copy", "bitcast"):
@@ -210,11 +170,11 @@ def _defining(name: str, computation: _Computation) -> _Instruction | None:
     return i
 
 
-def _constant(i: _Instruction | None) -> int | None:
+def _constant(i: Instruction | None) -> int | None:
     return int(i.arguments) if i and i.opcode == "constant" and re.fullmatch(r"-?\d+", i.arguments) else None
 
 
-def _arrays(shape: str) -> list[tuple[int, tuple[int, ...]]]:
+def arrays(shape: str) -> list[tuple[int, tuple[int, ...]]]:
     """For every array in a type: the bits of an element, and the shape."""
     return [
         (int(bits or 8), tuple(int(n.removeprefix("<=")) for n in dims.split(",") if n))
@@ -222,58 +182,11 @@ def _arrays(shape: str) -> list[tuple[int, tuple[int, ...]]]:
     ]
 
 
-def _bytes(shape: str) -> int:
-    return sum(-(-bits * math.prod(dims) // 8) for bits, dims in _arrays(shape))
+def size_in_bytes(shape: str) -> int:
+    """The bytes of all arrays in a type."""
+    return sum(-(-bits * math.prod(dims) // 8) for bits, dims in arrays(shape))
 
 
-def _transferred(i: _Instruction, types: dict[str, str]) -> tuple[str, int]:
-    """The larger of a collective's operands and results, and its bytes."""
-    operands, results = ", ".join(types.get(name, "") for name in i.operands), i.type
-    if i.opcode in ("all-gather-start", "collective-permute-start"):  # (operands, results, ...)
-        arrays, count = _names(results), len(_arrays(operands))
-        results = ", ".join(arrays[count : 2 * count])
-    larger = max(results, operands, key=_bytes)
-    counts = collections.Counter(_names(larger))
-    return " + ".join(f"{n}x {name}" if n > 1 else name for name, n in counts.items()), _bytes(larger)
-
-
-def _names(shape: str) -> list[str]:
+def array_names(shape: str) -> list[str]:
+    """All arrays in a type as HLO writes them, `bf16[4,8]`."""
     return [match[0] for match in _SHAPE.finditer(shape)]
-
-
-def _flops(i: _Instruction, types: dict[str, str]) -> float:
-    """FLOPs of a product or a convolution, two for each multiply-add; 0 for any other instruction."""
-    if i.opcode not in ("dot", "convolution"):
-        return 0.0
-    ((_, out),) = _arrays(i.type)
-    left, right = (_arrays(types[name])[0][1] for name in i.operands)
-    if i.opcode == "dot":
-        inner = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
-        return 2.0 * math.prod(out) * math.prod(left[int(k)] for k in inner[1].split(",") if k) if inner else 0.0
-    return 2.0 * _convolution(i.attributes, left, right, out)
-
-
-def _convolution(attributes: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> int:
-    """Multiplications of a convolution, without those by padding and by the holes of a dilated input."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
-    assert labels, attributes
-    window = (re.search(r"window=\{([^}]*)\}", attributes) or [""])[0]
-    fields = {key: value.split("x") for key, value in re.findall(r"(\w+)=([\dx_-]+)", window)}
-    taps = 1
-    for k in sorted(int(c) for c in labels[2] if c.isdigit()):
-        length, size, n = (
-            shape[label.index(str(k))]
-            for shape, label in zip((left, right, out), (labels[1], labels[2], labels[3]), strict=True)
-        )
-        taps *= _taps({key: values[k] for key, values in fields.items()}, length, size, n)
-    batch, features, channels = out[labels[3].index("b")], out[labels[3].index("f")], right[labels[2].index("i")]
-    groups = re.search(r"batch_group_count=(\d+)", attributes)
-    return taps * batch * features * channels // (int(groups[1]) if groups else 1)
-
-
-def _taps(window: dict[str, str], length: int, size: int, outputs: int) -> int:
-    """Along one spatial axis, how many pairs of an output and an entry of the kernel meet an entry of the input."""
-    stride, dilation = int(window.get("stride", 1)), int(window.get("lhs_dilate", 1))
-    kernel_dilation, low = int(window.get("rhs_dilate", 1)), int(window.get("pad", "0_0").split("_")[0])
-    positions = (o * stride + t * kernel_dilation - low for o in range(outputs) for t in range(size))
-    return sum(p % dilation == 0 and 0 <= p // dilation < length for p in positions)

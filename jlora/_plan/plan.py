@@ -12,14 +12,16 @@ import jax
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jlora._plan import hlo as _hlo
 from jlora._plan import topology as _topology
-from jlora._plan.hlo import Collective
+from jlora._plan.cost import Collective, cost
+from jlora._plan.hlo import parse
+from jlora._plan.kernels import Kernels, kernels
 from jlora._tree.paths import is_array, named_leaves
 from jlora._tree.short_forms import short_bytes
 from jlora._tree.tables import Table
 
 _OVER = re.compile(r"\(([\d.]+)([KMGTP]?)\) exceeds available HBM \(([\d.]+)([KMGTP]?)\)")
+_NO_ASSEMBLER = re.compile(r"No PTX compilation provider|libdevice")
 _USED = re.compile(r"Used ([\d.]+)([KMGTP]?) of ([\d.]+)([KMGTP]?) hbm")
 
 
@@ -29,20 +31,25 @@ class Plan:
 
     Arguments:
         topology: the name of the topology.
-        device: the kind of a device, as JAX calls it. A device is a chip, or half a chip of v2, v3 and TPU7x.
+        device: the kind of a device, as JAX calls it. A device is a GPU, a chip of a TPU, or half a chip of v2, v3 and
+            TPU7x.
         devices: the number of devices.
         fits: whether the program fits into the memory of a device; None if its size is not known (the CPU).
-        hbm: bytes of a device's memory that a program can use; None if that is not known.
+        hbm: bytes of a device's memory that a program can use; None if that is not known. Of a GPU JAX gives a program
+            75%, or the part that XLA_CLIENT_MEM_FRACTION says.
         needed: bytes that the program needs: arguments + outputs - aliased + temporaries + code. If the compiler
             refuses the program, the number in its message.
         argument_bytes, output_bytes, aliased_bytes, temporary_bytes, code_bytes: bytes on each device. Aliased outputs
             reuse the buffers of donated arguments. None if the compiler refuses the program.
         flops: FLOPs of products and convolutions on each device, over all iterations of loops. Those of custom kernels
             are unknown to the compiler and do not count.
-        bytes_accessed: the compiler's own count for each device, in which the body of a loop counts once.
+        bytes_accessed: the compiler's own count for each device, in which the body of a loop counts once. None for
+            GPUs, whose compiler counts nothing: see `kernels`.
         exact: whether the lengths of all loops with products in them are known. Loops of unknown length count once.
         collectives: what a device sends and receives, in descending order of bytes.
         refusal: the compiler's message if it refuses the program for lack of memory.
+        kernels: of GPUs, the kernels of a step and the bytes that they move.
+        leaves_out: what the figures do not contain.
     """
 
     topology: str
@@ -61,6 +68,8 @@ class Plan:
     exact: bool = True
     collectives: tuple[Collective, ...] = ()
     refusal: str | None = None
+    kernels: Kernels | None = None
+    leaves_out: str | None = None
 
     def json(self) -> str:
         """The plan as JSON, sizes in bytes."""
@@ -72,8 +81,8 @@ class Plan:
         head = f"{self.topology}, {self.devices} x {self.device}: {verdict}, {short_bytes(self.needed)}{room} a device"
         if self.refusal:
             return f"{head}\n{self.refusal}"
-        sums = self._sums().text()
-        return "\n\n".join([head, sums, self._collectives().text() if self.collectives else "no collectives"])
+        parts = [head, self._sums().text(), self._collectives().text() if self.collectives else "no collectives"]
+        return "\n\n".join([*parts, self.leaves_out] if self.leaves_out else parts)
 
     def _sums(self) -> Table:
         """Bytes and FLOPs of a device."""
@@ -81,7 +90,11 @@ class Plan:
         sizes = [(f"{name} bytes", getattr(self, f"{name}_bytes")) for name in names]
         rows = [(name, f"{size:,}", short_bytes(size)) for name, size in sizes]
         rows.append(("FLOPs of products", f"{self.flops:.4g}", "" if self.exact else "loops of unknown length once"))
-        rows.append(("bytes accessed", f"{self.bytes_accessed:.4g}", "bodies of loops once"))
+        if self.bytes_accessed is not None:
+            rows.append(("bytes accessed", f"{self.bytes_accessed:.4g}", "bodies of loops once"))
+        if self.kernels is not None:
+            rows.append(("kernels", f"{self.kernels.count:,}", f"{self.kernels.products:,} of them products"))
+            rows.append(("bytes moved", f"{self.kernels.bytes_moved:,}", "by kernels, all iterations"))
         return Table(("a device", "", ""), rows, right=(1,))
 
     def _collectives(self) -> Table:
@@ -108,13 +121,18 @@ def plan(step: Callable[..., Any], *args: Any, topology: str, **kwargs: Any) -> 
         args, kwargs: its arguments. Their shardings are `NamedSharding`s on one mesh of any kind, abstract
             (`jax.sharding.AbstractMesh`) or of other devices: the plan uses that mesh's shape and axis names. Arrays
             without a sharding are replicated.
-        topology: a name such as `"v5e:16x16"`, as in `jlora.topology`.
+        topology: a name such as `"v5e:16x16"` or `"h100:8"`, as in `jlora.topology`.
+
+    Programs for GPUs are compiled without trying kernels, for which a GPU would be needed. The plan leaves out the
+    workspaces of tuned kernels, of cuDNN and of NCCL, code, and what fragmentation takes.
 
     Returns:
-        the plan. If the compiler refuses the program for lack of memory, `fits` is False; that is not an error.
+        the plan. If the program does not fit, `fits` is False; that is not an error. The compiler for TPUs refuses such
+        a program; that for GPUs does not, and the plan compares what it needs with the memory of the card.
 
     Raises:
-        ImportError: if libtpu is missing; `pip install 'jlora[plan]'` installs it.
+        ImportError: if the compiler is missing: `pip install 'jlora[plan]'` installs that for TPUs,
+            `pip install 'jlora[plan-gpu]'` that for GPUs.
         ValueError: if there is no such topology, or if the arguments' mesh has another number of devices.
     """
     devices = _topology.topology(topology)
@@ -134,9 +152,9 @@ def plan(step: Callable[..., Any], *args: Any, topology: str, **kwargs: Any) -> 
             refusal = message.splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
             return Plan(*about, fits=False, hbm=hbm, needed=needed, refusal=refusal)
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
-    if memory is None or analysis is None or text is None:
-        raise NotImplementedError(f"The compiler for {topology} reports no memory or no costs.")
-    cost, hbm = _hlo.cost(text), _topology.hbm(devices[0])
+    if memory is None or text is None:
+        raise NotImplementedError(f"The compiler for {topology} reports no memory.")
+    hbm, program = _topology.hbm(devices[0]), parse(text)
     sizes = {
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
@@ -144,31 +162,44 @@ def plan(step: Callable[..., Any], *args: Any, topology: str, **kwargs: Any) -> 
         "code_bytes": memory.generated_code_size_in_bytes,
     }
     aliased = memory.alias_size_in_bytes
+    needed, work, is_gpu = sum(sizes.values()) - aliased, cost(program), devices[0].platform == "gpu"
     return Plan(
         *about,
-        fits=None if hbm is None else True,
+        # The compiler for TPUs has refused what does not fit.
+        fits=None if hbm is None else needed <= hbm or not is_gpu,
         hbm=hbm,
-        needed=sum(sizes.values()) - aliased,
+        needed=needed,
         **sizes,
         aliased_bytes=aliased,
-        flops=cost.flops,
-        bytes_accessed=analysis["bytes accessed"],
-        exact=cost.exact,
-        collectives=cost.collectives,
+        flops=work.flops,
+        bytes_accessed=analysis["bytes accessed"] if analysis else None,
+        exact=work.exact,
+        collectives=work.collectives,
+        kernels=kernels(program) if is_gpu else None,
+        leaves_out=_topology.leaves_out(devices[0]),
     )
 
 
 def _compile(lowered: Any, platform: str) -> tuple[Any, str | None]:
     """The compiled program and its HLO text."""
-    if platform != "tpu":
-        compiled = lowered.compile()
-        return compiled, compiled.as_text()
-    # The compiler writes the text, because jaxlib cannot parse all programs of libtpu: it refuses some updates of
-    # asynchronous gathers (jaxlib 0.10.2, libtpu 0.0.52, v5p).
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        (file,) = Path(folder).glob("*.after_optimizations.txt")
-        return compiled, file.read_text()
+    if platform == "tpu":
+        # The compiler writes the text, because jaxlib cannot parse all programs of libtpu: it refuses some updates of
+        # asynchronous gathers (jaxlib 0.10.2, libtpu 0.0.52, v5p).
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            (file,) = Path(folder).glob("*.after_optimizations.txt")
+            return compiled, file.read_text()
+    options = {"xla_gpu_autotune_level": 0} if platform == "gpu" else {}
+    try:
+        compiled = lowered.compile(options)
+    except jax.errors.JaxRuntimeError as error:
+        if platform == "gpu" and _NO_ASSEMBLER.search(str(error)):
+            raise ImportError(
+                "Compiling for a GPU requires ptxas and libdevice of CUDA 12, which are not installed: "
+                "pip install 'jlora[plan-gpu]'"
+            ) from error
+        raise
+    return compiled, compiled.as_text()
 
 
 def _placed(tree: Any, devices: Sequence[Any], name: str) -> tuple[Any, Mesh]:

@@ -2,7 +2,9 @@
 
 import pytest
 
-from jlora._plan import hlo as _hlo
+from jlora._plan.cost import cost
+from jlora._plan.hlo import parse
+from jlora._plan.products import convolution_taps
 
 # A loop's length as HLO says it, and as the TPU's leaves it to be read from the counter; an all-gather that the TPU
 # spreads over two computations; and what a start's result holds besides.
@@ -57,9 +59,9 @@ ENTRY %main (x: f32[2,8], w: f32[8,8]) -> f32[2,8] {
     ],
 )
 def test_hlo(change, turns, exact):
-    cost = _hlo.cost(HLO.replace(*change).replace("SAID", ""))
-    assert (cost.flops, cost.exact) == (turns * 2 * 2 * 8 * 8, exact)
-    assert [(c.kind, c.shape, c.bytes, c.count, c.exact) for c in cost.collectives] == [
+    work = cost(parse(HLO.replace(*change).replace("SAID", "")))
+    assert (work.flops, work.exact) == (turns * 2 * 2 * 8 * 8, exact)
+    assert [(c.kind, c.shape, c.bytes, c.count, c.exact) for c in work.collectives] == [
         ("all-gather", "f32[4,8]", 4 * 8 * 4, turns, exact),
         ("collective-permute", "f32[2,8]", 2 * 8 * 4, turns, exact),
     ]
@@ -82,4 +84,4 @@ def test_hlo(change, turns, exact):
     ],
 )
 def test_convolutions(left, right, out, rest, multiplications):
-    assert _hlo._convolution(rest, left, right, out) == multiplications
+    assert convolution_taps(rest, left, right, out) == multiplications
