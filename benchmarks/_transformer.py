@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 # The projections of one layer: the weights that LoRA adapts.
-KERNELS = ("wq", "wk", "wv", "wo", "w1", "w2")
+KERNELS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 Params = dict[str, Any]
 # x (..., in), weight -> (..., out). The weight is an array, or what a model with factors holds in its place.
@@ -27,6 +27,7 @@ class Sizes:
         vocabulary: tokens that there are.
         length: tokens of a sequence.
         biases: whether every kernel of a layer has a bias, `bq` for `wq`.
+        gated: whether the MLP is a SwiGLU, `(silu(x w1) * (x w3)) w2`, and not `gelu(x w1) w2`.
     """
 
     layers: int = 4
@@ -36,12 +37,14 @@ class Sizes:
     vocabulary: int = 8192
     length: int = 256
     biases: bool = False
+    gated: bool = False
 
 
 def init(key: jax.Array, sizes: Sizes) -> Params:
     """Parameters with a list of layers, kernels `(in, out)`."""
     d, h = sizes.width, sizes.hidden
     shapes = {"wq": (d, d), "wk": (d, d), "wv": (d, d), "wo": (d, d), "w1": (d, h), "w2": (h, d)}
+    shapes |= {"w3": (d, h)} if sizes.gated else {}
 
     def normal(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
         return jax.random.normal(key, shape) / jnp.sqrt(shape[0])
@@ -104,7 +107,9 @@ def _norm(x: jax.Array, gain: jax.Array) -> jax.Array:
 
 def _block(x: jax.Array, layer: Params, heads: int, product: Product) -> jax.Array:
     x = x + _attention(_norm(x, layer["norm1"]), layer, heads, product)
-    hidden = jax.nn.gelu(_linear(_norm(x, layer["norm2"]), layer, "w1", product))
+    y = _norm(x, layer["norm2"])
+    hidden = _linear(y, layer, "w1", product)
+    hidden = jax.nn.silu(hidden) * _linear(y, layer, "w3", product) if "w3" in layer else jax.nn.gelu(hidden)
     return x + _linear(hidden, layer, "w2", product)
 
 

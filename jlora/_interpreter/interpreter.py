@@ -8,6 +8,7 @@ from jlora._compat import Eqn, Jaxpr
 from jlora._interpreter.context import Context, Value
 from jlora._interpreter.rules import RULES
 from jlora._interpreter.rules.registry import Rule
+from jlora._interpreter.sums import PendingSum, waiting_operands
 from jlora._ir.algebra import take_picks
 from jlora._ir.materialize import without_maps
 from jlora._ir.weight import AdaptedWeight
@@ -44,7 +45,11 @@ def run(ctx: Context, jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Valu
     env: dict[Any, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
 
     def read(atom: Any) -> Value:
-        return atom.val if _compat.is_literal(atom) else env[atom]
+        if _compat.is_literal(atom):
+            return atom.val
+        if isinstance(env[atom], PendingSum):
+            env[atom] = env[atom].value
+        return env[atom]
 
     prepared: dict[Any, dict[str, Value]] = {}  # weights in the form that a rule takes, for all equations that read it
 
@@ -58,9 +63,10 @@ def run(ctx: Context, jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Valu
         return forms[form.__name__]
 
     for number, (eqn, unneeded) in enumerate(zip(jaxpr.eqns, _last_uses(jaxpr), strict=True)):
-        operands = [read_as(eqn.primitive.name, atom) for atom in eqn.invars]
+        waiting = waiting_operands(eqn, env, unneeded)
         with _compat.equation_context(eqn):
-            if any(isinstance(v, AdaptedWeight) for v in operands):
+            operands = [env[atom] if atom in waiting else read_as(eqn.primitive.name, atom) for atom in eqn.invars]
+            if any(isinstance(v, (AdaptedWeight, PendingSum)) for v in operands):
                 out = _apply(ctx.at(number, eqn), eqn, operands)
             else:
                 out = _compat.bind(eqn, *operands)
@@ -95,6 +101,8 @@ def _last_uses(jaxpr: Jaxpr) -> list[set[Any]]:
 
 def _apply(ctx: Context, eqn: Eqn, operands: list[Value]) -> list[Value]:
     """Applies the primitive's rule. If there is no rule, or it returns None, the weights are materialised."""
+    if sums := [v for v in operands if isinstance(v, PendingSum)]:
+        return [sums[0].after(eqn, [ctx.to_array(eqn, v) for v in operands])]
     rule = RULES.get(eqn.primitive.name)
     out = rule(ctx, eqn, *operands) if rule else None
     if rule is None or out is None:

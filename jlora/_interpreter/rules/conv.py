@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from jlora import _compat
 from jlora._compat import Eqn
 from jlora._interpreter.context import Context, Role, Value
 from jlora._interpreter.rules.registry import register_rule
+from jlora._interpreter.sums import add_up
 from jlora._ir import lazy
 from jlora._ir.algebra import align_axes, merge_indices, split_index
 from jlora._ir.explicit_mesh import under_auto_axes
@@ -57,12 +59,11 @@ def conv_general_dilated(ctx: Context, eqn: Eqn, x: Value, f: Value) -> list[Val
         x = apply_dropout(x, fresh_indices([f.used()], x.ndim), n)
         return _apply_stages(x, n, kernel, stages, eqn, y.dtype)
 
-    for n, stage in zip(networks, stages, strict=True):
-        y = y + under_auto_axes(functools.partial(branch, stages=stage), y)(x, n)
+    pairs = zip(networks, stages, strict=True)
+    terms = (under_auto_axes(functools.partial(branch, stages=stage), y)(x, n) for n, stage in pairs)
     record = functools.partial(_record_windows, kernel=kernel, eqn=eqn)
-    for group in by_path(f.networks):
-        y = y + under_auto_axes(record, y)(x, group)
-    return [y]
+    records = (under_auto_axes(record, y)(x, group) for group in by_path(f.networks))
+    return [add_up(y, itertools.chain(terms, records), is_for_cpu=_compat.is_for_cpu(y))]
 
 
 @dataclasses.dataclass(frozen=True)

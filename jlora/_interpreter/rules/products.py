@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jlora import _compat
 from jlora._compat import Eqn, Primitive
 from jlora._interpreter.context import Context, Role, Value
+from jlora._interpreter.sums import PendingSum, add_up
 from jlora._ir import lazy
 from jlora._ir.explicit_mesh import under_auto_axes
 from jlora._ir.materialize import accumulation_dtype
@@ -203,7 +204,7 @@ class _Equation:
 
 
 @functools.partial(jax.jit, static_argnames=("form", "eqn"), inline=True)
-def _traced_once(*operands: Any, form: _Form, eqn: Any) -> jax.Array:
+def _traced_once(*operands: Any, form: _Form, eqn: Any) -> jax.Array | PendingSum:
     """The product, traced and differentiated once for all layers of the same shapes. The program has no `jit` of it."""
     return _evaluate(*operands, form=form, product=functools.partial(_compat.bind, eqn))
 
@@ -217,7 +218,7 @@ def _evaluate(
     *,
     form: _Form,
     product: Callable[..., list[Any]],
-) -> jax.Array:
+) -> jax.Array | PendingSum:
     """The product with the base between maps, plus that with each network."""
     sizes = form.sizes
     x_mapped = _map(x, form.x, maps[0], group_sizes, form, of_input=True)
@@ -249,9 +250,9 @@ def _evaluate(
     if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != base.dtype:
         # A mixed product is as exact as its wider operand.
         x = x.astype(max(map(accumulation_dtype, (x.dtype, base.dtype)), key=lambda dtype: dtype.itemsize))
-    for n in (*(n for n in networks if not isinstance(n, Probe)), *by_path(networks)):
-        y = y + under_auto_axes(branch, y)(x, n, group_sizes)
-    return y
+    updates = *(n for n in networks if not isinstance(n, Probe)), *by_path(networks)
+    terms = (under_auto_axes(branch, y)(x, n, group_sizes) for n in updates)
+    return add_up(y, terms, is_for_cpu=form.is_for_cpu)
 
 
 def _map(
