@@ -117,6 +117,8 @@ class Method:
         networks: products of factors that are added to the weight, `"a b"`; axes that the weight lacks are summed.
         depends_on_weight: whether the update depends on the weight's value, so that merging cannot be undone.
         is_multiplicative: whether the update multiplies the weight, and so equals the base at the start without offset.
+        earlier_values: the values of hyper-parameters that saved adapters of earlier releases lack, if these are not
+            the defaults.
         dropout: the share of the input of the low-rank branch that is dropped in training.
     """
 
@@ -127,6 +129,7 @@ class Method:
     networks: ClassVar[tuple[str, ...]] = ()
     depends_on_weight: ClassVar[bool] = False
     is_multiplicative: ClassVar[bool] = False
+    earlier_values: ClassVar[Mapping[str, Any]] = {}
     dropout = 0.0  # a field if the method has dropout
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

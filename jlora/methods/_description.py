@@ -27,6 +27,7 @@ def rebuild_method(description: Mapping[str, Any]) -> Method:
             f"The method {name!r} is not known: upgrade jlora, or import the module that defines it before loading."
         )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in description["hyperparameters"].items()}
+    values = {**method_class.earlier_values, **values}
     try:
         return method_class(**values)
     except (TypeError, ValueError) as error:

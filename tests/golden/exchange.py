@@ -20,6 +20,9 @@ import numpy as np
 import peft  # pyright: ignore[reportMissingImports]
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig  # pyright: ignore[reportMissingImports]
+from peft.tuners.lora.corda import preprocess_corda  # pyright: ignore[reportMissingImports]
+from peft.tuners.lora.loraga import preprocess_loraga  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 
 from tests.support import peft_exports
@@ -74,6 +77,11 @@ IN_ATTENTION = ["q_proj", "v_proj"]
 
 def lora(*targets: str, **options: Any) -> peft.LoraConfig:
     return peft.LoraConfig(target_modules=list(targets), **(LORA | options))
+
+
+def adalora(*targets: str, **options: Any) -> peft.AdaLoraConfig:
+    sizes: dict[str, Any] = {"init_r": 3, "target_r": 2, "lora_alpha": 5, "total_step": 10}
+    return peft.AdaLoraConfig(target_modules=list(targets), **sizes, **options)
 
 
 # Adapters that PEFT makes, each for a model.
@@ -131,6 +139,11 @@ ADAPTERS: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
     ),
     "tokens_tied": ("llama_tied", lambda: lora("q_proj", trainable_token_indices={"embed_tokens": [1, 5]})),
     "tied": ("llama_tied", lambda: lora("embed_tokens", "q_proj", ensure_weight_tying=True)),
+    "tied_saved": ("llama_tied", lambda: lora("q_proj", modules_to_save=["lm_head"], ensure_weight_tying=True)),
+    "tokens_alone_tied": (
+        "llama_tied",
+        lambda: peft.TrainableTokensConfig(token_indices=[2, 9], target_modules=["embed_tokens"]),
+    ),
     "experts": (
         "mixtral",
         lambda: peft.LoraConfig(
@@ -143,6 +156,48 @@ ADAPTERS: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
     "one_parameter": (
         "mixtral",
         lambda: peft.LoraConfig(target_modules=[], target_parameters=["mlp.experts.down_proj"], **LORA),
+    ),
+    "drawn": ("bert", lambda: peft.VeraConfig(r=4, target_modules=["query", "output.dense"], save_projection=False)),
+    "output_bias": ("bert", lambda: lora("query", "output.dense", lora_bias=True)),
+    "output_bias_beside": ("bert", lambda: lora("query", lora_bias=True, bias="lora_only")),
+    "conv1d_output_bias": ("gpt2", lambda: lora("c_attn", lora_bias=True, fan_in_fan_out=True)),
+    "pissa": ("llama", lambda: lora("q_proj", "down_proj", "embed_tokens", init_lora_weights="pissa")),
+    "pissa_dora": ("bert", lambda: lora("query", "output.dense", init_lora_weights="pissa", use_dora=True)),
+    "conv1d_pissa": ("gpt2", lambda: lora("c_attn", "c_proj", init_lora_weights="pissa", fan_in_fan_out=True)),
+    "olora": ("bert", lambda: lora("query", "dense", init_lora_weights="olora", use_rslora=True)),
+    "pissa_iterated": ("bert", lambda: lora("query", "output.dense", init_lora_weights="pissa_niter_2")),
+    "corda": ("bert", lambda: lora("query", "output.dense", init_lora_weights="corda")),
+    "lora_ga": ("bert", lambda: lora("query", "output.dense", init_lora_weights="lora_ga")),
+    "adalora": ("bert", lambda: adalora("query", "dense")),
+    "adalora_pruned": ("bert", lambda: adalora("query", "output.dense", alpha_pattern={"query": 7}, use_rslora=True)),
+    "convolution_adalora": ("cnn", lambda: adalora("0", "5")),
+    "weights": (
+        "bert",
+        lambda: peft.LoraConfig(
+            target_modules=[],
+            target_parameters=["query.weight", "word_embeddings.weight"],
+            rank_pattern={"query.weight": 2},
+            **LORA,
+        ),
+    ),
+    "conv1d_weights": (
+        "gpt2",
+        lambda: peft.LoraConfig(target_modules=[], target_parameters=["c_attn.weight", "wpe.weight"], **LORA),
+    ),
+    "weights_pissa": (
+        "llama",
+        lambda: peft.LoraConfig(
+            target_modules=["up_proj"], target_parameters=["q_proj.weight"], init_lora_weights="pissa", **LORA
+        ),
+    ),
+    "convolution_output_bias": ("cnn", lambda: lora("0", "5", lora_bias=True)),
+    "effective_loha": (
+        "cnn",
+        lambda: peft.LoHaConfig(r=2, alpha=3, target_modules=["0", "2"], use_effective_conv2d=True),
+    ),
+    "effective_lokr": (
+        "cnn",
+        lambda: peft.LoKrConfig(r=1, alpha=3, target_modules=["0", "2", "5"], use_effective_conv2d=True),
     ),
     "convolution": ("cnn", lambda: lora("0", "2", "5")),
     "convolution_dora": ("cnn", lambda: lora("0", "2", "5", use_dora=True)),
@@ -191,17 +246,51 @@ def files(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.frombuffer((folder / name).read_bytes(), np.uint8) for name in FILES}
 
 
+def prepare(name: str, base: nn.Module, config: peft.PeftConfig) -> None:
+    """What CorDA and LoRA-GA do with data before the adapter is made."""
+    x = torch.from_numpy(example("bert")).long()
+    if name == "corda":
+        config.corda_config = CordaConfig()
+        preprocess_corda(base, config, run_model=lambda: base(x[:1]))
+    if name == "lora_ga":
+        config.lora_ga_config = LoraGAConfig()
+        preprocess_loraga(base, config, train_step=lambda: base(x).last_hidden_state.square().mean().backward())
+
+
+def prune(made: peft.PeftModel) -> None:
+    """What AdaLoRA's allocation of ranks leaves: all ranks of a layer, some, or none."""
+    pattern = {}
+    for key, e in made.base_model.model.named_parameters():
+        if "lora_E" in key:
+            keep = [[True, False, True], [False] * 3, [True] * 3][len(pattern) % 3]
+            pattern[key] = keep
+            e.data[~torch.tensor(keep)] = 0
+    made.peft_config["default"].rank_pattern = pattern
+
+
+RELATIVE = ("pissa_iterated", "corda", "lora_ga")  # to a base that the base and the configuration do not determine
+
+
 def adapted(name: str) -> dict[str, np.ndarray]:
     """An adapter of PEFT, all its numbers at random."""
-    own, config = ADAPTERS[name]
+    own, make_config = ADAPTERS[name]
     torch.manual_seed(0)
-    made = peft.get_peft_model(model(own), config()).eval()
+    base, config = model(own), make_config()
+    prepare(name, base, config)
+    made = peft.get_peft_model(base, config).eval()
+    before = {}
+    if name in RELATIVE:
+        with tempfile.TemporaryDirectory() as folder:
+            made.save_pretrained(folder)
+            before = {"start": files(Path(folder))[FILES[1]]}
     for key, p in made.named_parameters():
         if p.requires_grad:
             p.data += torch.from_numpy(numbers(f"{name} {key}", *p.shape))  # in place: some share their numbers
+    if name == "adalora_pruned":
+        prune(made)
     with tempfile.TemporaryDirectory() as folder:
         made.save_pretrained(folder)
-        return files(Path(folder)) | {"y": output(made, own)}
+        return files(Path(folder)) | before | {"y": output(made, own)}
 
 
 def exported(name: str) -> dict[str, np.ndarray]:

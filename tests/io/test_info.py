@@ -96,7 +96,7 @@ def test_a_checkpoint_and_a_bank(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora_bias": True}, "lora_bias = True"),
+        ({"use_qalora": True}, "use_qalora = True"),
         ({"peft_type": "PREFIX_TUNING"}, "peft_type 'PREFIX_TUNING'"),
         ({"r": 2}, r"encoder.layer.0.attention.self.query: its tensors have the shapes .*LoRA\(rank=2"),
         ({"use_dora": True}, r"query: DoRA: missing \['lora_magnitude_vector'\], left over \[\]"),
@@ -181,7 +181,7 @@ def test_the_command(given_files, capsys):
     assert printed == json.loads(json.dumps(jlora.info(given_files).as_json()))
     assert (printed["format"], printed["refused"]) == ("PEFT", [])
     assert printed["adapters"][""]["updates"][0]["hyperparameters"]["alpha"] == 5.0
-    change_configuration(given_files, lora_bias=True)
+    change_configuration(given_files, layer_replication=[[0, 1]])
     assert main(["info", str(given_files)]) == 1
     assert "Would be refused:" in capsys.readouterr().out
     assert main(["info", str(given_files / "none"), "--json"]) == 2

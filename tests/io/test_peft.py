@@ -14,7 +14,7 @@ import pytest
 
 import jlora
 from tests.support import peft_exports
-from tests.support.peft_files import BOUND, FILES, content, error, golden, program, unpack
+from tests.support.peft_files import BOUND, FILES, NIGHTLY, content, error, golden, program, unpack
 from tests.support.peft_models import MODELS
 
 LIBRARIES = ("torch", "transformers", "peft")
@@ -27,10 +27,10 @@ def test_the_models_are_those_of_torch(model):
     assert error(run(params), golden()["input"][MODELS[model].torch]["y"]) <= BOUND
 
 
-def imports() -> list[tuple[str, str]]:
+def imports() -> list[Any]:
     """Every adapter of PEFT for its model, and some for the scanned and fused forms of Llama."""
     return [
-        (name, model)
+        pytest.param(name, model, marks=[pytest.mark.nightly] * (name.split()[1] in NIGHTLY))
         for name in golden()["adapter"]
         for model in MODELS
         if MODELS[model].torch == name.split()[0] and (model in (name.split()[0], "mixtral_scanned") or name in FORMS)
@@ -42,8 +42,10 @@ def test_from_peft(name, model, tmp_path):
     """What PEFT wrote computes the same here; and saving what was read, and reading that, changes no byte."""
     files = golden()["adapter"][name]
     params, sites, run = program(model)
-    folder = unpack(files, tmp_path / "given")
-    adapter = jlora.peft.load(folder, sites, MODELS[model].names, params=params)
+    folder, start = unpack(files, tmp_path / "given"), None
+    if "start" in files:
+        start = unpack({**files, FILES[1]: files["start"]}, tmp_path / "start")
+    adapter = jlora.peft.load(folder, sites, MODELS[model].names, params=params, start=start)
     assert error(run(jlora.merge(params, adapter)), files["y"]) <= BOUND
     jlora.peft.save(tmp_path / "one", adapter, MODELS[model].names, params=params)
     again = jlora.peft.load(tmp_path / "one", sites, MODELS[model].names, params=params)
@@ -54,9 +56,16 @@ def test_from_peft(name, model, tmp_path):
         assert content(tmp_path / "one")[FILES[1]] == files[FILES[1]].tobytes()
 
 
-# Adapters that are not written as they were read: VeRA with torch's matrices becomes LoRA, a base embedding is left
-# out, and experts get one rank.
-REWRITTEN = ("vera", "with_base", "tied", "experts")
+# Adapters that are not written as they were read. A base embedding is left out, experts get one rank, and what PEFT has
+# in another form becomes the plain one: VeRA with torch's matrices and AdaLoRA become LoRA, a start that changes the
+# base doubles the rank, and `lora_bias` becomes a trained bias.
+REWRITTEN = (
+    *("vera", "drawn", "with_base", "tied", "tied_saved", "tokens_alone_tied", "experts"),
+    *("weights", "conv1d_weights", "weights_pissa"),
+    *("output_bias", "output_bias_beside", "conv1d_output_bias", "convolution_output_bias"),
+    *("pissa", "pissa_dora", "conv1d_pissa", "pissa_iterated", "olora", "corda", "lora_ga"),
+    *("adalora", "adalora_pruned", "convolution_adalora", "effective_loha", "effective_lokr"),
+)
 
 
 @pytest.mark.drawn(3)
@@ -107,7 +116,7 @@ if all(importlib.util.find_spec(library) for library in LIBRARIES):
         for key, expected in flat.items():
             if key.endswith(FILES[0]):
                 assert settled(recorded[key]) == settled(expected), key
-            elif key.endswith(FILES[1]):
+            elif key.endswith((FILES[1], "start")):
                 assert recorded[key].tobytes() == expected.tobytes(), key
             else:
                 assert error(recorded[key], expected) <= BOUND, key

@@ -29,15 +29,16 @@ from tests.support.peft_models import MODELS
         ({"r": ...}, r"lacks r, and jlora takes no default"),
         ({"lora_alpha": ...}, "lacks lora_alpha"),
         ({"peft_type": "PREFIX_TUNING"}, "peft_type 'PREFIX_TUNING'"),
-        ({"peft_type": "ADALORA"}, "peft_type 'ADALORA'"),
-        ({"lora_bias": True}, "lora_bias = True"),
+        ({"peft_type": "ADALORA"}, "lacks init_r"),
+        ({"peft_type": "ADALORA", "init_r": 3, "layer_replication": [[0, 2]]}, "layer_replication"),
         ({"layer_replication": [[0, 2]]}, r"layer_replication = \[\[0, 2\]\]"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"use_qalora": True}, "use_qalora = True"),
         ({"something_new": {"a": 1}}, "something_new"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa': PEFT changes the base"),
-        ({"init_lora_weights": "olora"}, "PEFT changes the base"),
-        ({"init_lora_weights": "loftq"}, "PEFT changes the base"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4': PEFT changes the base.*start=folder"),
+        ({"init_lora_weights": "corda"}, "'corda': PEFT changes the base.*start=folder"),
+        ({"init_lora_weights": "lora_ga"}, "'lora_ga': PEFT changes the base.*start=folder"),
+        ({"init_lora_weights": "loftq"}, "'loftq': PEFT changes the base.*Set it to true"),
         ({"bias": "some"}, "bias = 'some'"),
         ({"r": "3"}, "rank of .* must be a positive integer; .* '3'"),
         ({"r": 2}, r"lora_A.weight has shape \(3, 16\), and 2 x 16 was expected"),
@@ -61,7 +62,10 @@ def test_a_configuration_that_is_refused(given_files, fields, message):
     ("change", "message"),
     [
         (lambda t: {k: v for k, v in t.items() if k != f"{QUERY}.lora_B.weight"}, r"missing \['lora_B.weight'\]"),
-        (lambda t: t.update({f"{QUERY}.lora_E": np.ones((3, 1), np.float32)}), "query.lora_E"),
+        (
+            lambda t: t.update({f"{QUERY}.lora_E": np.ones((3, 1), np.float32)}),
+            r"query, LoRA of linear: missing \[\], left over \['lora_E'\]",
+        ),
         (lambda t: t.update({"other.weight": np.ones(3, np.float32)}), "start with base_model.model."),
         (lambda t: t.update({f"{QUERY}.base_layer.bias": np.ones(16, np.float32)}), "does not name"),
         (lambda t: t.update({f"{QUERY}.lora_A.weight": np.ones((3, 15), np.float32)}), r"\(3, 15\)"),
@@ -85,8 +89,43 @@ def test_a_grouped_convolution_and_random_matrices_of_torch(tmp_path):
     with pytest.raises(ValueError, match="all channels of a grouped convolution"):
         jlora.peft.load(folder, sites, MODELS["cnn"].names, params=params)
     folder = unpack(golden()["adapter"]["bert vera"], tmp_path / "vera")
+    change_tensors(folder, lambda t: {name: tensor for name, tensor in t.items() if name != "base_model.vera_A"})
+    with pytest.raises(ValueError, match=r"lacks \['base_model.vera_A'\], the random matrices"):
+        load_for_bert(folder)
     change_configuration(folder, save_projection=False)
-    with pytest.raises(ValueError, match=r"save_projection = False: .*torch's generator"):
+    with pytest.raises(ValueError, match=r"has base_model.vera_B, and save_projection = False"):
+        load_for_bert(folder)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_changes_a_base_that_is_not_given(given_files, start):
+    change_configuration(given_files, init_lora_weights=start)
+    _, sites, _ = program("bert")
+    with pytest.raises(ValueError, match=f"init_lora_weights = '{start}' changes the base.*Pass params="):
+        jlora.peft.load(given_files, sites, NAMES)
+
+
+def test_a_start_of_another_shape(given_files, tmp_path):
+    """The adapter before training must have the modules and ranks of the trained one."""
+    params, sites, _ = program("bert")
+    start = unpack(golden()["adapter"]["bert lora"], tmp_path / "start")
+    change_tensors(start, lambda t: t.update({f"{QUERY}.lora_A.weight": np.ones((2, 16), np.float32)}))
+    with pytest.raises(ValueError, match=r"lora_A.weight has shape \(2, 16\)"):
+        jlora.peft.load(given_files, sites, NAMES, params=params, start=start)
+    change_tensors(start, lambda t: {name: tensor for name, tensor in t.items() if QUERY not in name})
+    with pytest.raises(ValueError, match=r"missing \['lora_A.weight', 'lora_B.weight'\]"):
+        jlora.peft.load(given_files, sites, NAMES, params=params, start=start)
+
+
+def test_a_bias_of_b_without_a_bias_of_the_module(tmp_path):
+    """`lora_bias` of a module whose bias is not in the map, or of a file without it."""
+    folder = unpack(golden()["adapter"]["bert output_bias"], tmp_path / "a")
+    names = {path: module for path, module in NAMES.items() if not path.endswith("query/bias")}
+    written = r"names\['layer_{i}/attention/query/bias'\] = Module\('encoder.layer.{i}.attention.self.query.bias'"
+    with pytest.raises(ValueError, match=rf"bias of B for .*self.query \(lora_bias\).*{written}"):
+        load_for_bert(folder, names)
+    change_configuration(folder, lora_bias=False)
+    with pytest.raises(ValueError, match=r"has biases of B for .*lora_bias"):
         load_for_bert(folder)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from jlora._adapter.summary import UpdateSummary
 from jlora.io.info.modules import FileFactors, fits, summarize
 from jlora.io.info.report import Content
+from jlora.io.peft import plain_forms
 from jlora.io.peft.api import CONFIG, TENSORS
 from jlora.io.peft.config import PREFIX, Config, read_config
 from jlora.io.peft.layouts import ADAPTERS, SUFFIXES, Layout
@@ -58,8 +59,11 @@ def content(config: Config | None, tensors: Tensors, refused: list[str]) -> Cont
     adapters: dict[str, Tensors] = collections.defaultdict(dict)
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        suffix = next((suffix for suffix in SUFFIXES if name.endswith(f".{suffix}")), "")
+        suffix = next((suffix for suffix in (*SUFFIXES, *plain_forms.SUFFIXES) if name.endswith(f".{suffix}")), "")
         if key in PROJECTIONS:
+            continue
+        if name.endswith(".lora_B.bias"):
+            notes.append(f"{name} is a bias of B: jlora.peft.load adds it to the bias of the module.")
             continue
         if name == key:
             refused.append(f"The file has the tensor {key}, and all of PEFT's start with {PREFIX}")
@@ -76,9 +80,12 @@ def content(config: Config | None, tensors: Tensors, refused: list[str]) -> Cont
 
 
 def _module(config: Config, name: str, adapters: Mapping[str, Tensors], refused: list[str]) -> UpdateSummary | None:
-    """The summary of a module; None if it is refused, and then the reason is added to `refused`."""
+    """The summary of a module; None if its rank is 0, or it is refused, and then the reason is added to `refused`."""
     try:
-        by_suffix, (method, is_certain) = adapters[name], _method(config, name, adapters)
+        method, is_certain = _method(config, name, adapters)
+        if method is None:
+            return None
+        by_suffix = plain_forms.plain(config, name, adapters[name], "linear")
         layout = _layout(method, by_suffix)
         arrays = {factor: by_suffix[row.suffix] for factor, row in layout.items()}
         scale = 1.0
@@ -90,16 +97,16 @@ def _module(config: Config, name: str, adapters: Mapping[str, Tensors], refused:
         return None
 
 
-def _method(config: Config, name: str, adapters: Mapping[str, Tensors]) -> tuple[Method, bool]:
-    """The method of a module, and whether it is certain.
+def _method(config: Config, name: str, adapters: Mapping[str, Tensors]) -> tuple[Method | None, bool]:
+    """The method of a module, None if it has no rank left, and whether it is certain.
 
     Experts are parameters of one module. Which of them a tensor belongs to follows from the model. Here it follows from
     the ranks: A has one row for each rank of each expert.
     """
     bare = _without_wrappers(name)
     parameters = [p for p in config.get("target_parameters") or () if f".{bare}".endswith(f".{p.rpartition('.')[0]}")]
-    if not parameters:
-        return method_of(config, bare), True
+    if not parameters or plain_forms.parameter_of(config, bare) != bare:
+        return method_of(config, plain_forms.parameter_of(config, bare)), True
     methods = [method_of(config, f"{bare}.{p.rpartition('.')[2]}") for p in parameters]
     rows = {other: len(t["lora_A.weight"]) for other, t in adapters.items() if _without_wrappers(other) == bare}
     num_experts = sum(rows.values()) / sum(_rank(method) for method in methods)
@@ -113,7 +120,7 @@ def _without_wrappers(name: str) -> str:
     return re.sub(r"(\.base_layer)+$", "", name)
 
 
-def _rank(method: Method) -> int:
+def _rank(method: Method | None) -> int:
     return getattr(method, "rank", None) or 1
 
 

@@ -63,7 +63,9 @@ def fit(read: ModuleContent, location: WeightLocation) -> ModuleContent:
     method, arrays = read.method, read.arrays
     assert isinstance(method, LoKr)
     axes, majors = WeightAxes(*location.weight), _majors(arrays)
-    for factor in (-1, max(majors)):
+    totals = axes.count("*channels"), axes.count("*out")
+    minors = [total // major for total, major in zip(totals, majors, strict=True) if major]
+    for factor in (-1, max(majors), *minors):
         candidate = LoKr(method.rank, method.alpha, factor, method.decompose_both)
         sizes = candidate.sizes(axes)
         if (sizes["in_major"], sizes["out_major"]) != majors:
@@ -74,8 +76,8 @@ def fit(read: ModuleContent, location: WeightLocation) -> ModuleContent:
         return _whole(arrays, scale, factor, location.kernel[1:])
     raise ValueError(
         f"its Kronecker product has a first factor of {majors[1]} x {majors[0]}, and no LoKr of jlora divides "
-        f"{location.path} {location.weight.shape} so: jlora's LoKr takes the largest divisors up to one factor. Merge "
-        "the adapter with LyCORIS, or train it without unbalanced factorisation."
+        f"{location.path} {location.weight.shape} so: jlora's LoKr splits both sizes by one factor. Merge the adapter "
+        "with LyCORIS, or train it without unbalanced factorisation."
     )
 
 

@@ -14,7 +14,7 @@ from jlora.io.kohya import kronecker
 from jlora.io.kohya.content import ModuleContent
 from jlora.io.kohya.forms import contents
 from jlora.io.kohya.keys import ByKey, by_module, names_by_key
-from jlora.io.peft.config import Config, check_config
+from jlora.io.peft.config import Config, check_config, check_start
 from jlora.io.peft.deltas import BaseParams, to_delta
 from jlora.io.peft.infer.result import for_weights
 from jlora.io.peft.layouts import axis_groups
@@ -176,7 +176,13 @@ def with_configuration(content: ModuleContent, name: str, configs: Mapping[str, 
     rank = content.method.rank
     defaults = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": None}
     config = check_config(f"the file's {METADATA}", defaults | configs[component])
+    check_start(f"the file's {METADATA}", config)
+    if config.get("lora_bias"):
+        raise ValueError(
+            f"the file's {METADATA} has lora_bias = True, and jlora reads such biases in PEFT's files alone."
+        )
     method = method_of(config, re.sub(r"^.*?\.", "", name) if component else name)
-    if config["peft_type"] != "LORA" or type(method) is not type(content.method) or method.rank != rank:
+    is_alike = config["peft_type"] == "LORA" and type(method) is type(content.method)
+    if not is_alike or getattr(method, "rank", None) != rank:
         raise ValueError(f"its tensors are {content.method!r}, and the file's {METADATA} has {method!r}.")
     return content._replace(method=method)

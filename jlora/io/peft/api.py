@@ -17,7 +17,14 @@ from jlora.methods._lowering import as_single, with_static_scale
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def load(folder: str | os.PathLike[str], sites: Sites, names: Names, *, params: Tree = None) -> Adapter:
+def load(
+    folder: str | os.PathLike[str],
+    sites: Sites,
+    names: Names,
+    *,
+    params: Tree = None,
+    start: str | os.PathLike[str] | None = None,
+) -> Adapter:
     """Reads an adapter that PEFT wrote, or `save`.
 
         sites = jlora.trace(model.apply, variables, tokens)
@@ -28,6 +35,8 @@ def load(folder: str | os.PathLike[str], sites: Sites, names: Names, *, params: 
     is missing, left over or of another shape, and an adapter for one use of a weight that the program uses twice. VeRA
     with other random matrices than those that jlora draws from the seed becomes the equal LoRA. LoRAs of several ranks
     or scales in one stacked weight become one of the largest rank, with zeros in A and in B that no gradient reaches.
+    What PEFT has in another form becomes the equal plain one: AdaLoRA a LoRA of the ranks that are left, a bias of B a
+    `Full` of the module's bias, and PiSSA and OLoRA a LoRA of twice the rank, relative to the base in `params`.
 
     Arguments:
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
@@ -37,7 +46,10 @@ def load(folder: str | os.PathLike[str], sites: Sites, names: Names, *, params: 
             anything but a linear layer.
         params: the base parameters. Needed for what PEFT stores absolutely and jlora as a difference: DoRA's
             magnitudes, biases, `modules_to_save`, trained tokens, a base embedding in the file, and biases that IA3
-            scales.
+            scales; and for PiSSA and OLoRA, whose files are relative to a base that they have changed.
+        start: the folder of the adapter before training, for a file that is relative to a base that its start has
+            changed in a way that `params` does not determine: CorDA, LoRA-GA, PiSSA by iterations. It is what PEFT
+            calls `path_initial_model_for_weight_conversion`. The update is a LoRA of twice the rank.
 
     Returns:
         the adapter. Its arrays have the dtypes of the file; differences are float32.
@@ -47,8 +59,9 @@ def load(folder: str | os.PathLike[str], sites: Sites, names: Names, *, params: 
         ValueError: if the file is damaged, or does not fit the program; the message states what to do.
     """
     folder = absolute(folder)
-    config = read_config(folder / CONFIG)
-    return read_adapter(config, load_tensors(folder / TENSORS), sites, names, params)
+    config = read_config(folder / CONFIG, has_start=start is not None)
+    before = None if start is None else load_tensors(absolute(start) / TENSORS)
+    return read_adapter(config, load_tensors(folder / TENSORS), sites, names, params, before)
 
 
 def save(

@@ -1,56 +1,9 @@
 """Checks that a file of PEFT holds all that its configuration names, and nothing else."""
 
-from collections.abc import Mapping
-
-import numpy as np
-
-from jlora._trace.sites import Sites
 from jlora.io.peft.config import Config
-from jlora.io.peft.method_fields import method_of
+from jlora.io.peft.plain_forms import parameter_of
 from jlora.io.peft.targets import is_saved, is_target, is_target_parameter, trained_tokens
-from jlora.io.peft.tensors import Tensors
-from jlora.io.torch.weight_location import Owners, WeightLocation
-
-_TIED = (("lora_embedding_A", "lora_B.weight"), ("lora_embedding_B", "lora_A.weight"))  # transposes of each other
-
-
-def tied_heads(
-    adapters: Mapping[str, Tensors], locations: Mapping[str, WeightLocation], sites: Sites, config: Config
-) -> set[str]:
-    """The output heads that the file adapts together with the embedding that they are tied to.
-
-    Arguments:
-        adapters: for every adapted module its tensors by suffix.
-        locations: of the weights that the map knows.
-        sites: of the program.
-        config: the configuration.
-
-    Raises:
-        ValueError: if the names or the file tie other weights than the program: jlora adapts every use of a weight.
-    """
-    heads = set()
-    for path, location in locations.items():
-        head, embedding = location.module.tied, location.first_modules[0]
-        is_tied = sites[path].is_lookup and sites[path].is_product
-        if head is not None and not is_tied:
-            raise ValueError(f"The names tie {path} to {head}, and in the program it is no output head.")
-        if not is_tied or not (embedding in adapters or head in adapters):
-            continue
-        if head is None or not _are_alike(config, adapters, embedding, head):
-            raise ValueError(
-                f"{path} is an embedding and the output head at once, and jlora adapts both uses alike; the file does "
-                "not. Train with ensure_weight_tying=True and name the head, Module(..., 'embedding', tied='lm_head'), "
-                "or untie them in the program."
-            )
-        heads.add(head)
-    return heads
-
-
-def _are_alike(config: Config, adapters: Mapping[str, Tensors], embedding: str, head: str) -> bool:
-    """Whether the file has the same update for an embedding and for the head, whose weight is the transpose."""
-    one, other = adapters.get(embedding, {}), adapters.get(head, {})
-    is_equal = all(e in one and h in other and np.array_equal(one[e], other[h].T) for e, h in _TIED)
-    return is_equal and method_of(config, embedding) == method_of(config, head)
+from jlora.io.torch.weight_location import Owners
 
 
 def check_complete(config: Config, adapted: set[str], trained: set[str], tokens: set[str], owners: Owners) -> None:
@@ -101,5 +54,9 @@ def _named_targets(config: Config, owners: Owners) -> set[str]:
     if config["peft_type"] == "TRAINABLE_TOKENS":
         return set()
     parameters = {name for name, weights in owners.items() if weights[0].location.module.kind == "parameter"}
-    modules = {name for name in owners if name not in parameters and is_target(config, name)}
+    modules = {
+        name
+        for name in owners
+        if name not in parameters and (is_target(config, name) or parameter_of(config, name) != name)
+    }
     return modules | {name for name in parameters if is_target_parameter(config, name)}

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
+from jlora.io.peft.changed_base import FROM_BASE
 from jlora.methods import IA3, DoRA, LoHa, LoKr, LoRA, VeRA
 from jlora.methods._base import Method
 
@@ -28,6 +30,7 @@ _IGNORED = {
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
     *("runtime_config", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config"),
     *("lora_ga_config", "init_weights", "init_ia3_weights", "fan_in_fan_out", "d_initial"),
+    *("rank_dropout", "rank_dropout_scale", "module_dropout", "velora_config"),  # of training alone
 }
 # Fields that jlora reads for every type.
 _COMMON = {
@@ -38,23 +41,39 @@ _COMMON = {
 _READ = {
     "LORA": [
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout"),
-        *("init_lora_weights", "trainable_token_indices", "target_parameters", "ensure_weight_tying"),
+        *("init_lora_weights", "trainable_token_indices", "target_parameters", "ensure_weight_tying", "lora_bias"),
     ],
-    "LOHA": ["r", "alpha", "rank_pattern", "alpha_pattern"],
-    "LOKR": ["r", "alpha", "rank_pattern", "alpha_pattern", "decompose_both", "decompose_factor"],
+    # PEFT gives AdaLoRA all fields of LoRA; those in the last three lines change nothing there.
+    "ADALORA": [
+        *("init_r", "lora_alpha", "rank_pattern", "lora_dropout", "trainable_token_indices", "ensure_weight_tying"),
+        *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
+        *("r", "alpha_pattern", "use_rslora", "lora_bias", "init_lora_weights"),
+    ],
+    "LOHA": ["r", "alpha", "rank_pattern", "alpha_pattern", "use_effective_conv2d"],
+    "LOKR": [
+        *("r", "alpha", "rank_pattern", "alpha_pattern", "decompose_both", "decompose_factor", "use_effective_conv2d"),
+    ],
     "VERA": ["r", "projection_prng_key", "save_projection", "vera_dropout"],
     "IA3": ["feedforward_modules"],
     "TRAINABLE_TOKENS": ["token_indices"],
 }
 _REQUIRED = {
     "LORA": ("r", "lora_alpha"),
+    "ADALORA": ("init_r", "lora_alpha"),
     "LOHA": ("r", "alpha"),
     "LOKR": ("r", "alpha"),
     "VERA": ("r", "projection_prng_key"),
     "IA3": ("feedforward_modules",),
     "TRAINABLE_TOKENS": ("token_indices",),
 }
-_UNCHANGED_BASE = (True, False, "gaussian", "orthogonal", "eva")  # values of init_lora_weights
+# Why a field is refused, and what to do, if there is more to say than that jlora does not implement it.
+_REASONS = {
+    "layer_replication": "the model has other layers than its base: give the program these layers, and merge with PEFT",
+    "alora_invocation_tokens": "the adapter acts from certain tokens on, so no weight is equal to it",
+    "arrow_config": "a router chooses among several adapters for each token, so no weight is equal to it",
+    "megatron_config": "the layers are Megatron's: save the adapter from a model of transformers",
+}
+_UNCHANGED_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")  # values of init_lora_weights
 _BIASES = ("none", "all", "lora_only", "vera_only")
 # The types of fields that are not a plain number or switch: of the value, and of the items in it.
 _FIELD_TYPES: dict[str, tuple[tuple[type, ...], type]] = {
@@ -73,8 +92,12 @@ _FIELD_TYPES: dict[str, tuple[tuple[type, ...], type]] = {
 _LISTS_OF_EXPRESSIONS = ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save")
 
 
-def read_config(path: str | os.PathLike[str]) -> Config:
+def read_config(path: str | os.PathLike[str], *, has_start: bool = False) -> Config:
     """The configuration in a file.
+
+    Arguments:
+        path: of the file.
+        has_start: whether the adapter before training is at hand.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -86,7 +109,10 @@ def read_config(path: str | os.PathLike[str]) -> Config:
             config = json.load(file)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    return check_config(path, config)
+    config = check_config(path, config)
+    if not has_start:
+        check_start(path, config, (*_UNCHANGED_BASE, *FROM_BASE))
+    return config
 
 
 def check_config(path: str | os.PathLike[str], config: Any) -> Config:
@@ -106,8 +132,35 @@ def check_config(path: str | os.PathLike[str], config: Any) -> Config:
         _check_type(path, name, config.get(name))
         _check_expressions(path, name, config.get(name))
     _check_fields(path, peft_type, config)
-    _check_base(path, peft_type, config)
     return config
+
+
+def check_start(path: str | os.PathLike[str], config: Config, accepted: Iterable[str | bool] = _UNCHANGED_BASE) -> None:
+    """Raises if the adapter is relative to a base that its start changed, and that base is not known.
+
+    Arguments:
+        path: where the configuration comes from, for errors.
+        config: the configuration.
+        accepted: the values of `init_lora_weights` that are accepted; by default those that leave the base as it is.
+
+    Raises:
+        ValueError: if the start is another one; the message says what to do.
+    """
+    start = config.get("init_lora_weights", True)
+    start = start.lower() if isinstance(start, str) else start
+    if config["peft_type"] != "LORA" or start in accepted:
+        return
+    if start == "loftq":
+        what = "Set it to true in the file, and pass or merge with the base that LoftQ has quantised"
+    elif start in FROM_BASE:
+        what = "Load it by jlora.peft.load with params="
+    else:
+        what = "Load it by jlora.peft.load(..., start=folder), the folder of the adapter before training"
+    raise ValueError(
+        f"{path} has init_lora_weights = {start!r}: PEFT changes the base, and the adapter is relative to the changed "
+        f"base. {what}; or save it with PEFT as a plain LoRA: "
+        "model.save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+    )
 
 
 def write_config(path: str | os.PathLike[str], config: Config) -> None:
@@ -133,6 +186,8 @@ def _items(name: str, value: Any) -> list[Any]:
     items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
     if name == "trainable_token_indices" and isinstance(value, dict):
         return [index for rows in items for index in (rows if isinstance(rows, list) else [None])]
+    if name == "rank_pattern":  # AdaLoRA's says of each rank whether it is kept
+        return [item for rank in items for item in (rank if isinstance(rank, list) else [rank])]
     return items
 
 
@@ -152,7 +207,11 @@ def _check_fields(path: str | os.PathLike[str], peft_type: str, config: Config) 
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}, and jlora takes no default for it: add it to the file.")
     readable = {*_IGNORED, *_COMMON, *_READ[peft_type]}
-    unknown = [f"{name} = {value!r}" for name, value in config.items() if value and name not in readable]
+    unknown = [
+        f"{name} = {value!r}" + (f" ({_REASONS[name]})" if name in _REASONS else "")
+        for name, value in config.items()
+        if value and name not in readable
+    ]
     if unknown:
         raise ValueError(
             f"{path} sets fields that jlora does not implement: {'; '.join(unknown)}. Merge the adapter with PEFT and "
@@ -161,19 +220,3 @@ def _check_fields(path: str | os.PathLike[str], peft_type: str, config: Config) 
     bias = config.get("bias", "none")
     if bias not in _BIASES:
         raise ValueError(f"{path} has bias = {bias!r}; it must be one of {', '.join(_BIASES)}.")
-
-
-def _check_base(path: str | os.PathLike[str], peft_type: str, config: Config) -> None:
-    """Raises if PEFT would need more than the file and the base: another base, or torch's random numbers."""
-    start = config.get("init_lora_weights", True)
-    if start not in _UNCHANGED_BASE:
-        converted = "model.save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        what = "the model that LoftQ produced, merged" if start == "loftq" else f"it there as a plain LoRA: {converted}"
-        raise ValueError(
-            f"{path} has init_lora_weights = {start!r}: PEFT changes the base when it loads that. Save {what}."
-        )
-    if peft_type == "VERA" and not config.get("save_projection", True):
-        raise ValueError(
-            f"{path} has save_projection = False: its matrices are drawn by torch's generator, which jlora does not "
-            "have. Save it with save_projection=True."
-        )

@@ -80,6 +80,17 @@ def check_stored_base(name: str, tensor: np.ndarray, owners: list[ModuleOwner], 
         )
 
 
+def base_matrix(owners: list[ModuleOwner], base: BaseParams, purpose: str) -> np.ndarray:
+    """The base weight of a module as a matrix (in, out); of several weights that are parts of it, all together.
+
+    Arguments:
+        owners: the weights.
+        base: the base parameters.
+        purpose: what it is needed for, for errors.
+    """
+    return np.concatenate([_base_value(owner, base, purpose) for owner in owners], axis=-1)
+
+
 def _base_value(owner: ModuleOwner, base: BaseParams, purpose: str) -> np.ndarray:
     """The base weight of a module, flattened."""
     location = owner.location

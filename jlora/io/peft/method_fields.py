@@ -5,7 +5,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jlora.io.peft.adalora import adalora_method
 from jlora.io.peft.config import Config
+from jlora.io.peft.lokr import decompose_factor
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
 from jlora.io.peft.targets import by_pattern, exact_patterns, is_feedforward
 from jlora.io.torch.factor_layout import ModuleFactors
@@ -13,8 +15,8 @@ from jlora.methods import IA3, DoRA, LoHa, LoKr, LoRA, VeRA
 from jlora.methods._base import Method
 
 
-def method_of(config: Config, name: str) -> Method:
-    """The method of a module.
+def method_of(config: Config, name: str) -> Method | None:
+    """The method of a module; None if AdaLoRA has left it no rank.
 
     Raises:
         ValueError: if a rank, an alpha or a dropout is not a number that makes sense.
@@ -25,11 +27,13 @@ def method_of(config: Config, name: str) -> Method:
         case "VERA":
             start, dropout = (_number(config.get(field, 0.0), field) for field in ("d_initial", "vera_dropout"))
             return VeRA(_rank(config, name), start, config["projection_prng_key"], dropout)
+        case "ADALORA":
+            return adalora_method(config, name)
         case "LOHA":
             return LoHa(_rank(config, name), _alpha(config, name, "alpha"))
         case "LOKR":
             factor, decompose_both = config.get("decompose_factor", -1), bool(config.get("decompose_both"))
-            return LoKr(_rank(config, name), _alpha(config, name, "alpha"), factor, decompose_both)
+            return LoKr(_rank(config, name), _alpha(config, name, "alpha"), factor, decompose_both, split="peft")
         case _:
             rank, alpha = _rank(config, name), _alpha(config, name, "lora_alpha")
             dropout = _number(config.get("lora_dropout", 0.0), "lora_dropout")
@@ -82,7 +86,7 @@ def rank_fields(entries: Mapping[str, ModuleEntry]) -> Config:
     fields |= {"alpha": alpha, "init_weights": True, "module_dropout": 0.0, "rank_dropout": 0.0}
     if isinstance(methods[0], LoKr):
         fields["decompose_both"] = shared_field(entries, "decompose_both")
-        fields["decompose_factor"] = shared_field(entries, "factor")
+        fields["decompose_factor"] = decompose_factor(entries)
     return fields | {"use_effective_conv2d": False}
 
 

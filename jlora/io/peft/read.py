@@ -9,23 +9,25 @@ from typing import Any, NamedTuple
 import jax
 
 from jlora._trace.sites import Sites
-from jlora.io.peft.completeness import check_complete, tied_heads
+from jlora.io.peft import plain_forms
+from jlora.io.peft.completeness import check_complete
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, scaled_bias, scaled_biases, to_delta
 from jlora.io.peft.full_weights import check_stored_base, read_full, read_token_rows
 from jlora.io.peft.infer.result import for_weights, unnamed_weights
-from jlora.io.peft.layouts import SUFFIXES, layout_of
-from jlora.io.peft.method_fields import is_unscaled, method_of
+from jlora.io.peft.layouts import SUFFIXES
+from jlora.io.peft.output_biases import with_output_biases
+from jlora.io.peft.read_module import ModuleReader
 from jlora.io.peft.targets import is_target_parameter
-from jlora.io.peft.tensors import Tensors, from_file, sizes_of
-from jlora.io.peft.vera import PROJECTIONS, read_vera
+from jlora.io.peft.tensors import Tensors, sizes_of
+from jlora.io.peft.tied import tied_heads, tied_modules, without_tied_heads
+from jlora.io.peft.vera import PROJECTIONS, drawn_projections
 from jlora.io.torch.collected import Collected, add_module, check_updates, new_collection, update_of
-from jlora.io.torch.factor_layout import ModuleFactors, flat_axes, own_sizes
 from jlora.io.torch.module_names import Names, no_match_error
 from jlora.io.torch.weight_location import Owners, Weight, WeightLocation, locate_weights, owners_of
-from jlora.methods import LoKr, VeRA
 from jlora.methods._base import Adapter
 
+_BIAS = "lora_B.bias"
 _TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
 
 
@@ -34,18 +36,22 @@ class FileContent(NamedTuple):
 
     Arguments:
         adapters: for every adapted module its tensors by suffix.
+        biases: of every module that has one, the trained bias of B (`lora_bias`).
         trained: parameters that are trained in full: biases and `modules_to_save`.
         bases: base weights of adapted modules, which PEFT may store beside them.
         tokens: trained rows of embeddings.
     """
 
     adapters: dict[str, Tensors]
+    biases: Tensors
     trained: Tensors
     bases: Tensors
     tokens: Tensors
 
 
-def read_adapter(config: Config, tensors: Tensors, sites: Sites, names: Names, params: Any) -> Adapter:
+def read_adapter(
+    config: Config, tensors: Tensors, sites: Sites, names: Names, params: Any, start: Tensors | None = None
+) -> Adapter:
     """The adapter that a configuration and its tensors describe.
 
     Arguments:
@@ -54,6 +60,7 @@ def read_adapter(config: Config, tensors: Tensors, sites: Sites, names: Names, p
         sites: of the program.
         names: the map.
         params: the base parameters, or None.
+        start: the tensors before training, if the adapter is relative to a base that its start changed.
 
     Raises:
         ValueError: if the file and the program do not fit.
@@ -68,17 +75,26 @@ def read_adapter(config: Config, tensors: Tensors, sites: Sites, names: Names, p
     owners = owners_of(locations)
     content = _group_tensors(tensors, owners, config)
     heads = tied_heads(content.adapters, locations, sites, config)
+    embeddings = tied_modules(locations, sites)
+    saved_heads = {embeddings[name] for name in content.trained if name in embeddings}
+    content = content._replace(
+        trained=without_tied_heads(content.trained, embeddings, config),
+        tokens=without_tied_heads(content.tokens, embeddings, config),
+    )
     unplaced = {name: owners for part in content for name in part if name not in owners and name not in heads}
     if unplaced:
         hints = unnamed_weights(inferred, unplaced)
         raise no_match_error("These in the file have no weight in the program:", unplaced, names, sites, hints)
     check_complete(config, set(content.adapters) - heads, set(content.trained), set(content.tokens), owners)
-    collected = _collect(config, content, owners, heads, tensors, sites, base)
+    reader = ModuleReader(config, owners, _with_drawn_projections(config, content, owners, tensors), base)
+    before = None if start is None else _group_tensors(start, owners, config).adapters
+    collected = _collect(reader, content, before, heads, saved_heads, sites)
     # The configuration has named every layer that has an adapter, unless it leaves that to torch's classes.
     are_named = config["target_modules"] != "all-linear"
     adapter = {path: update_of(by_index, locations[path], are_named) for path, by_index in collected.items()}
     check_updates(adapter, sites)
     adapter = {path: to_delta(path, update, base) for path, update in adapter.items()}
+    adapter = with_output_biases(adapter, content.adapters, content.biases, reader, sites, names)
     adapter |= _implied_biases(adapter, sites, locations, base, names)
     factors = jax.device_put({path: adapter[path].factors for path in sites if path in adapter})
     return {path: dataclasses.replace(adapter[path], factors=arrays) for path, arrays in factors.items()}
@@ -96,19 +112,38 @@ def _implied_biases(
     return biases
 
 
+def _with_drawn_projections(config: Config, content: FileContent, owners: Owners, tensors: Tensors) -> Tensors:
+    """The tensors of a file with the random matrices of VeRA that it leaves out."""
+    if config["peft_type"] != "VERA" or config.get("save_projection", True):
+        return tensors
+    surplus = [name for name in PROJECTIONS if name in tensors]
+    if surplus:
+        raise ValueError(
+            f"The file has {', '.join(surplus)}, and save_projection = False: set it to true, or remove them."
+        )
+    sizes = [sizes_of(owners[name]).axes for name in content.adapters]
+    outs = [len(by_suffix["vera_lambda_b"]) for by_suffix in content.adapters.values() if "vera_lambda_b" in by_suffix]
+    return tensors | drawn_projections(config, max((axes["in"] for axes in sizes), default=1), max(outs, default=1))
+
+
 def _group_tensors(tensors: Tensors, owners: Owners, config: Config) -> FileContent:
     """The tensors by what they are, by the suffixes of their names."""
-    content = FileContent(collections.defaultdict(dict), {}, {}, {})
+    content = FileContent(collections.defaultdict(dict), {}, {}, {}, {})
     for key, tensor in tensors.items():
         if key in PROJECTIONS:
             continue
         if not key.startswith(PREFIX):
             raise ValueError(f"The file has the tensor {key}, and all of PEFT's start with {PREFIX}")
         name = key.removeprefix(PREFIX)
-        suffix = next((suffix for suffix in (*SUFFIXES, *_TOKENS) if name.endswith(f".{suffix}")), "")
+        suffix = next(
+            (suffix for suffix in (*SUFFIXES, *plain_forms.SUFFIXES, _BIAS, *_TOKENS) if name.endswith(f".{suffix}")),
+            "",
+        )
         module = name.removesuffix(f".{suffix}")
         if suffix in _TOKENS:
             content.tokens[module] = tensor
+        elif suffix == _BIAS:
+            content.biases[module] = tensor
         elif suffix:
             content.adapters[_wrapped_parameter(module, owners, config)][suffix] = tensor
         elif name.endswith(".base_layer.weight"):
@@ -130,22 +165,32 @@ def _wrapped_parameter(module: str, owners: Owners, config: Config) -> str:
 
 
 def _collect(
-    config: Config,
+    reader: ModuleReader,
     content: FileContent,
-    owners: Owners,
+    before: Mapping[str, Tensors] | None,
     heads: set[str],
-    tensors: Tensors,
+    saved_heads: set[str],
     sites: Sites,
-    base: BaseParams,
 ) -> Collected:
-    """The factors of every module in the file, by the weights that they belong to."""
-    collected = new_collection()
+    """The factors of every module in the file, by the weights that they belong to.
+
+    Arguments:
+        reader: of the file.
+        content: of the file.
+        before: the tensors of every adapted module before training, or None.
+        heads: the tied output heads, which are read as embeddings.
+        saved_heads: the embeddings that are trained in full together with their heads.
+        sites: of the program.
+    """
+    collected, owners, config, base = new_collection(), reader.owners, reader.config, reader.base
     for name, by_suffix in content.adapters.items():
         if name not in heads:
-            add_module(collected, name, _adapted_module(config, name, by_suffix, owners, tensors), owners)
+            factors = reader.read(name, by_suffix, None if before is None else before.get(name, {}))
+            if factors is not None:
+                add_module(collected, name, factors, owners)
     for name, tensor in content.trained.items():
         site = sites[owners[name][0].location.path]
-        if site.is_lookup and site.is_product:
+        if site.is_lookup and site.is_product and name not in saved_heads:
             raise ValueError(
                 f"{site.path} is an embedding and the output head at once, and the file trains {name} alone: untie "
                 "them in the program."
@@ -157,37 +202,3 @@ def _collect(
         if name not in heads:
             check_stored_base(name, tensor, owners[name], base)
     return collected
-
-
-def _adapted_module(config: Config, name: str, by_suffix: Tensors, owners: Owners, tensors: Tensors) -> ModuleFactors:
-    """The factors of an adapted module.
-
-    Arguments:
-        config: the configuration.
-        name: of the module.
-        by_suffix: its tensors.
-        owners: of all modules.
-        tensors: all of the file.
-    """
-    location, method = owners[name][0].location, method_of(config, name)
-    if not location.is_matrix:
-        raise ValueError(f"The file adapts {name}, and {location.path} {location.weight.shape} is not a matrix.")
-    axes, kind = flat_axes(method, location), location.module.kind
-    layout = layout_of(method, kind, axes, name)
-    suffixes = {row.suffix for row in layout.values()}
-    if suffixes != set(by_suffix):
-        raise ValueError(
-            f"{name}, {type(method).__name__} of {kind}: missing {sorted(suffixes - set(by_suffix))}, left over "
-            f"{sorted(set(by_suffix) - suffixes)}."
-        )
-    sizes = sizes_of(owners[name]).with_axes(own_sizes(method, location))
-    arrays = {
-        factor: from_file(by_suffix[row.suffix], axes[factor], row.axes, sizes, f"{name}.{row.suffix}")
-        for factor, row in layout.items()
-    }
-    factors = ModuleFactors(method, 1.0, arrays, axes)
-    if isinstance(method, VeRA):
-        return read_vera(name, factors, sizes.axes["in"], arrays["b"].shape[0], tensors)
-    if isinstance(method, LoKr) and is_unscaled(factors):
-        return dataclasses.replace(factors, scale=(method.alpha or 0) / (method.rank or 1))
-    return factors

@@ -10,13 +10,16 @@ from jlora.io.peft.method_fields import is_flipped
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
 from jlora.io.peft.tensors import Tensors
 from jlora.io.torch.factor_layout import ModuleFactors
+from jlora.io.torch.random import Generator
 from jlora.methods import LoRA, VeRA
 from jlora.methods.vera import shared_matrices
 
 PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 
 
-def read_vera(name: str, factors: ModuleFactors, n_in: int, n_out: int, tensors: Tensors) -> ModuleFactors:
+def read_vera(
+    name: str, factors: ModuleFactors, n_in: int, n_out: int, tensors: Mapping[str, np.ndarray]
+) -> ModuleFactors:
     """A module's VeRA if the file has the matrices that jlora draws from the seed, else the equal LoRA.
 
         W + A diag(d) B diag(b)  =  W + (A diag(d)) (B diag(b))
@@ -42,7 +45,21 @@ def read_vera(name: str, factors: ModuleFactors, n_in: int, n_out: int, tensors:
     return ModuleFactors(lora, 1.0, arrays, {"a": ("in", "rank"), "b": ("rank", "out")})
 
 
-def _stored_matrices(name: str, sizes: tuple[int, int, int], tensors: Tensors) -> tuple[np.ndarray, np.ndarray]:
+def drawn_projections(config: Config, n_in: int, n_out: int) -> Tensors:
+    """The random matrices that PEFT draws if the file leaves them out (`save_projection=False`), by name.
+
+    Arguments:
+        config: the configuration.
+        n_in, n_out: the largest in size and out size of the adapted modules.
+    """
+    generator, rank = Generator(config["projection_prng_key"]), config["r"]
+    a, b = (generator.kaiming_uniform(shape) for shape in ((rank, n_in), (n_out, rank)))
+    return dict(zip(PROJECTIONS, (a, b), strict=True))
+
+
+def _stored_matrices(
+    name: str, sizes: tuple[int, int, int], tensors: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     """The random matrices in a file.
 
     Raises:

@@ -1,0 +1,103 @@
+"""The factors of one adapted module from its tensors in a file."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from jlora.io.peft.adalora import check_empty
+from jlora.io.peft.changed_base import FROM_BASE, minus_start, start_of
+from jlora.io.peft.config import Config
+from jlora.io.peft.deltas import BaseParams
+from jlora.io.peft.full_weights import base_matrix
+from jlora.io.peft.layouts import layout_of
+from jlora.io.peft.lokr import with_usual_split
+from jlora.io.peft.method_fields import is_unscaled, method_of
+from jlora.io.peft.plain_forms import parameter_of, plain
+from jlora.io.peft.tensors import Tensors, from_file, sizes_of
+from jlora.io.peft.vera import read_vera
+from jlora.io.torch.factor_layout import ModuleFactors, flat_axes, own_sizes
+from jlora.io.torch.weight_location import Owners
+from jlora.methods import LoKr, VeRA
+
+_LAYERS = ("linear", "conv1d")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleReader:
+    """What the factors of a module are read with.
+
+    Arguments:
+        config: the configuration.
+        owners: of all modules.
+        tensors: all of the file.
+        base: the base parameters.
+    """
+
+    config: Config
+    owners: Owners
+    tensors: Mapping[str, np.ndarray]
+    base: BaseParams
+
+    def read(self, name: str, by_suffix: Tensors, before: Tensors | None = None) -> ModuleFactors | None:
+        """The factors of a module; None if its rank is 0.
+
+        Arguments:
+            name: of the module.
+            by_suffix: its tensors.
+            before: those before training, if they are in a file of their own.
+
+        Raises:
+            ValueError: if the tensors do not fit the module, or the base is needed and missing.
+        """
+        factors = self._factors(name, by_suffix)
+        if factors is None:
+            return None
+        start = self._start(name, factors) if before is None else self._factors(name, before)
+        return factors if start is None else minus_start(factors, start)
+
+    def _factors(self, name: str, by_suffix: Tensors) -> ModuleFactors | None:
+        location = self.owners[name][0].location
+        method = method_of(self.config, parameter_of(self.config, name))
+        if not location.is_matrix:
+            raise ValueError(f"The file adapts {name}, and {location.path} {location.weight.shape} is not a matrix.")
+        if method is None:
+            check_empty(name, by_suffix)
+            return None
+        if isinstance(method, LoKr):
+            method = with_usual_split(method, location)
+        by_suffix = plain(self.config, name, by_suffix, location.module.kind, location.kernel)
+        axes, kind = flat_axes(method, location), location.module.kind
+        layout = layout_of(method, kind, axes, name)
+        suffixes = {row.suffix for row in layout.values()}
+        if suffixes != set(by_suffix):
+            raise ValueError(
+                f"{name}, {type(method).__name__} of {kind}: missing {sorted(suffixes - set(by_suffix))}, left over "
+                f"{sorted(set(by_suffix) - suffixes)}."
+            )
+        sizes = sizes_of(self.owners[name]).with_axes(own_sizes(method, location))
+        arrays = {
+            factor: from_file(by_suffix[row.suffix], axes[factor], row.axes, sizes, f"{name}.{row.suffix}")
+            for factor, row in layout.items()
+        }
+        factors = ModuleFactors(method, 1.0, arrays, axes)
+        if isinstance(method, VeRA):
+            return read_vera(name, factors, sizes.axes["in"], arrays["b"].shape[0], self.tensors)
+        if isinstance(method, LoKr) and is_unscaled(factors):
+            return dataclasses.replace(factors, scale=(method.alpha or 0) / (method.rank or 1))
+        return factors
+
+    def _start(self, name: str, factors: ModuleFactors) -> ModuleFactors | None:
+        """The factors before training, from the base; None if the start of the adapter left the base as it was.
+
+        PEFT changes layers alone, and neither embeddings nor convolutions.
+        """
+        start, kind = str(self.config.get("init_lora_weights")).lower(), self.owners[name][0].location.module.kind
+        is_parameter = parameter_of(self.config, name) != name
+        if self.config["peft_type"] != "LORA" or start not in FROM_BASE or not (is_parameter or kind in _LAYERS):
+            return None
+        if start == "olora" and kind == "conv1d" and not is_parameter:
+            raise ValueError(f"{name} is a Conv1D, and PEFT's OLoRA start does not fit it: merge the adapter there.")
+        purpose = f"init_lora_weights = {start!r} changes the base, and the adapter is relative to the changed one"
+        weight = base_matrix(self.owners[name], self.base, purpose)
+        return start_of(start, weight, factors, is_transposed=kind == "linear")
