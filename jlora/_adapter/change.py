@@ -34,8 +34,8 @@ def matrix_sizes(weight: HasAxes, side: str) -> tuple[int, ...]:
 
 
 def is_plain(update: Update) -> bool:
-    """Whether an update is nothing but a LoRA: without an offset, and of all its ranks."""
-    is_masked = update.initial or update.rank_mask is not None
+    """Whether an update is nothing but a LoRA: without an offset, of all its ranks, and of all layers."""
+    is_masked = update.initial or update.rank_mask is not None or update.layers is not None
     return isinstance(update.method, LoRA) and not is_masked
 
 

@@ -53,7 +53,7 @@ def with_key(update: Update, path: str, key: jax.Array) -> Update:
         path: of its weight.
         key: a PRNG key, from which those of the layers of a stack are derived.
     """
-    stack = tuple(n for n, role in zip(update.shape, update.roles, strict=True) if role == "stack")
+    stack = update.axes.sizes("*stack")
     key = jax.random.fold_in(key, path_number(path))
     keys = jax.random.split(key, math.prod(stack)).reshape(stack) if stack else key
     return dataclasses.replace(update, key=keys)

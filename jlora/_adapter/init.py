@@ -1,5 +1,6 @@
 """Initialisation of adapters."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jlora._trace.sites import Sites
 from jlora._tree.leaves import as_array
 from jlora._tree.paths import named_leaves, path_number
 from jlora.methods._base import Adapter, Method, Update, new_arrays
+from jlora.methods._common.layers import layer_axis, layers_of, numbers_of_layers
 
 
 def init(
@@ -62,10 +64,13 @@ def new_update(
         weight: the base parameter; None if it is not known.
         is_supported: whether the method is known to fit the site, so that only the rest is checked.
     """
-    _check(site, method, weight, is_supported)
+    layers = numbers_of_layers(method.layers, site.path, site)
+    method, whole = dataclasses.replace(method, layers=layers), site
+    site = _of_layers(site, layers)
+    _check(site, method, weight, whole.shape, is_supported)
     key = jax.random.fold_in(key, path_number(site.path))
     if method.init_needs_weight:
-        value = as_array(weight)
+        value = layers_of(as_array(weight), layers, whole)
         start = under_auto_axes(lambda k, w: new_arrays(method, k, site, dtype, w), value, _replicated(value))
         arrays = start(key, value)
     else:
@@ -74,7 +79,15 @@ def new_update(
     factors = {name: array for name, array in arrays.items() if name not in method.frozen}
     frozen = {name: arrays[name] for name in method.frozen}
     initial = {name: jnp.copy(array) for name, array in factors.items()} if method.offset else {}
-    return Update(factors, method, site.roles, site.shape, frozen, initial=initial)
+    return Update(factors, method, site.roles, whole.shape, frozen, initial=initial)
+
+
+def _of_layers(site: Site, layers: tuple[int, ...] | None) -> Site:
+    """The weight as if it had the updated layers alone."""
+    if layers is None:
+        return site
+    axis = layer_axis(site)
+    return dataclasses.replace(site, shape=(*site.shape[:axis], len(layers), *site.shape[axis + 1 :]))
 
 
 def _replicated(weight: jax.Array) -> NamedSharding | None:
@@ -82,7 +95,7 @@ def _replicated(weight: jax.Array) -> NamedSharding | None:
     return NamedSharding(jax.typeof(weight).sharding.mesh, PartitionSpec()) if explicit_axes(weight) else None
 
 
-def _check(site: Site, method: Method, weight: Any, is_supported: bool) -> None:
+def _check(site: Site, method: Method, weight: Any, shape: tuple[int, ...], is_supported: bool) -> None:
     name = type(method).__name__
     reason = "" if is_supported else method.unsupported_reason(site)
     if reason:
@@ -98,8 +111,8 @@ def _check(site: Site, method: Method, weight: Any, is_supported: bool) -> None:
         )
     if method.init_needs_weight and weight is None:
         raise ValueError(f"{method} starts from the weight {site.path}: pass jlora.init(..., params=params).")
-    if weight is not None and tuple(weight.shape) != site.shape:
+    if weight is not None and tuple(weight.shape) != shape:
         raise ValueError(
-            f"{site.path} has shape {tuple(weight.shape)} in params, and {site.shape} in the traced program. Pass the "
+            f"{site.path} has shape {tuple(weight.shape)} in params, and {shape} in the traced program. Pass the "
             "parameters that were traced."
         )

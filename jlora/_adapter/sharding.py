@@ -12,6 +12,7 @@ from jlora._tree.leaves import sharding
 from jlora._tree.paths import is_array, named_leaves
 from jlora.methods._base import Adapter, Update
 from jlora.methods._common.factor_axes import expand
+from jlora.methods._common.layers import layer_axis
 from jlora.methods._lowering import check_fits
 
 
@@ -47,6 +48,8 @@ def _of_update(update: Update, weight: Sharding | None) -> Update:
     if not isinstance(weight, NamedSharding):
         return out
     spec = (*weight.spec, *[None] * (len(update.shape) - len(weight.spec)))
+    if update.layers is not None:  # their number need not be divisible
+        spec = (*spec[: layer_axis(update)], None, *spec[layer_axis(update) + 1 :])
     axes = {name: expand(declared, update.axes) for name, declared in update.declared.items()}
 
     def of_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:

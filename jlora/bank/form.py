@@ -208,7 +208,7 @@ def exact_lora(path: str, name: str, update: Update, params: Any) -> Update:
         ValueError: if it has no equal LoRA.
     """
     method = update.method
-    if isinstance(method, LoRA) and not update.initial:
+    if isinstance(method, LoRA) and not update.initial and update.layers is None:
         plain = dataclasses.replace(method, freeze_a=False)
         return dataclasses.replace(update, method=plain, factors={**update.frozen, **update.factors}, frozen={})
     try:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -18,6 +18,7 @@ from jlora.methods import _registry
 from jlora.methods._common import factor_axes, hyperparameters, networks
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.initializers import Initializer, stacked
+from jlora.methods._common.layers import checked_layers, layer_axis, layers_of, numbers_of_layers
 
 
 @functools.partial(
@@ -71,9 +72,28 @@ class Update:
         return factor_axes.join_groups(self[name], self.declared[name], self.axes)
 
     @property
+    def layers(self) -> tuple[int, ...] | None:
+        """The numbers of the layers of a stacked weight that are updated; None if all are."""
+        return numbers_of_layers(self.method.layers, "the weight", self)
+
+    @property
+    def part(self) -> "Update":
+        """The same update as that of a smaller weight, which has the updated layers alone."""
+        layers = self.layers
+        if layers is None:
+            return self
+        shape, axis = list(self.shape), layer_axis(self)
+        shape[axis] = len(layers)
+        return dataclasses.replace(self, method=dataclasses.replace(self.method, layers=None), shape=tuple(shape))
+
+    def at_layers(self, array: Any) -> Any:
+        """The updated layers of an array that has the axes of the weight."""
+        return layers_of(array, self.layers, self)
+
+    @property
     def axes(self) -> WeightAxes:
-        """The axes of the weight by group."""
-        return WeightAxes.of(self)
+        """The axes of the weight by group, of the updated layers."""
+        return WeightAxes.of(self.part)
 
     @property
     def declared(self) -> Mapping[str, str]:
@@ -107,6 +127,9 @@ class Method:
     Arguments:
         offset: makes the program equal the base at the start for any initial factors, by the weight
             W - delta(initial) + delta(factors): `jlora.init` stores a frozen copy of the factors.
+        layers: of a weight with a stack axis, which layers are updated: a slice, or a tuple of numbers; negative ones
+            count from the end. Only these have factors, and all others are those of the base. None for all. Of several
+            stack axes the first is meant.
 
     Attributes:
         factors: the axes of every array, `{"a": "*stack *in rank"}`. A token with a star is a group of the weight's
@@ -123,6 +146,7 @@ class Method:
     """
 
     offset: bool = hyperparameters.switch(False)
+    layers: slice | Sequence[int] | None = dataclasses.field(default=None, hash=False)  # a slice has no hash
 
     factors: ClassVar[Mapping[str, str]] = {}
     initializers: ClassVar[Mapping[str, Initializer]] = {}
@@ -143,6 +167,7 @@ class Method:
 
     def __post_init__(self) -> None:
         hyperparameters.check_fields(self)
+        object.__setattr__(self, "layers", checked_layers(type(self).__name__, self.layers))
 
     @property
     def scale(self) -> float:

@@ -11,7 +11,10 @@ from jlora.methods._registry import find, qualified_name
 
 def describe_method(method: Method) -> dict[str, Any]:
     """The name of a method's class and its hyper-parameters."""
-    return {"name": qualified_name(type(method)), "hyperparameters": dataclasses.asdict(method)}  # pyright: ignore[reportArgumentType]
+    values = dataclasses.asdict(method)  # pyright: ignore[reportArgumentType]
+    if values["layers"] is None:  # earlier releases do not have it
+        del values["layers"]
+    return {"name": qualified_name(type(method)), "hyperparameters": values}
 
 
 def rebuild_method(description: Mapping[str, Any]) -> Method:

@@ -11,11 +11,13 @@ from jax.typing import DTypeLike
 
 from jlora._ir.algebra import concatenate_ranks, widened
 from jlora._ir.explicit_mesh import explicit_axes, type_sharding, under_auto_axes
+from jlora._ir.layers import put_entries, take_entries
 from jlora._ir.materialize import accumulation_dtype, dense
 from jlora._ir.partition import shardings_like
 from jlora._ir.weight import AdaptedWeight, TensorNetwork, as_adapted_weight
 from jlora._tree.paths import closest_matches
 from jlora.methods._base import Adapter, Update
+from jlora.methods._common.layers import layer_axis
 
 Adapters = Adapter | Sequence[Adapter]
 
@@ -117,6 +119,11 @@ def _apply_update(update: Update, w: AdaptedWeight) -> AdaptedWeight:
     """The weight with what the update adds; with an offset, what its initial factors add is subtracted."""
     if update.scale == 0:
         return w
+    layers = update.layers
+    if layers is not None:
+        axis, method = layer_axis(update), update.method
+        part = take_entries(w, axis, layers, reads_base=method.depends_on_weight or method.is_multiplicative)
+        return put_entries(w, part, _apply_update(update.part, part), axis, layers)
     update = _with_one_scale(update)
     out = update.method.lower(update, w)
     if not update.method.offset:

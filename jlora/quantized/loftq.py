@@ -77,7 +77,7 @@ def _alternate(update: Update, weight: jax.Array, leaf: Any, steps: int) -> tupl
 def _fit(update: Update, difference: jax.Array) -> Update:
     """The update nearest to a difference of the weight's shape."""
     method: Any = update.method
-    matrix = as_matrix(difference, update.roles)
+    matrix = as_matrix(update.at_layers(difference), update.roles)
     a, b = named_start("pissa", jax.random.key(0), matrix, matrix.shape, method.rank)
     root = jnp.sqrt(jnp.asarray(method.scale, a.dtype))
     fitted = {"a": a / root, "b": b / root}

@@ -98,12 +98,13 @@ class _Recorder(Method):
 
 def _probe(update: Update, site: Site | None) -> Update:
     """An update with a probe in the place of its method: `[I, 0]`, or ones for an embedding."""
-    axes = WeightAxes.of(update)
+    axes = update.axes
     stack, n_in = axes.sizes("*stack"), axes.count("*in")
     is_lookup = site is not None and site.is_lookup
     matrix = jnp.ones((n_in, 1)) if is_lookup else jnp.eye(n_in, n_in + 1)
     probe = jnp.broadcast_to(matrix, (*stack, *matrix.shape))
-    return Update({"probe": probe, "rows": jnp.ones(stack)}, _Recorder(), update.roles, update.shape)
+    method = _Recorder(layers=update.layers)
+    return Update({"probe": probe, "rows": jnp.ones(stack)}, method, update.roles, update.shape)
 
 
 def _inputs(sums: Update) -> Inputs:

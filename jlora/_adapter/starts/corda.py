@@ -94,6 +94,8 @@ def _decompose(x: Inputs, weight: np.ndarray, cut: slice, damping: float, path: 
 def _matrix(update: Update, leaf: Any, index: tuple[int, ...]) -> np.ndarray:
     """The weight of one layer in float64, `(in, out)`."""
     stack = [axis for axis, role in enumerate(update.roles) if role == "stack"]
+    if update.layers is not None:
+        index = (update.layers[index[0]], *index[1:])
     value = layer_of(leaf, dict(zip(stack, index, strict=True))).astype(np.float64)
     sides = [matrix_side(role) for role in update.roles if role != "stack"]
     order = sorted(range(len(sides)), key=lambda axis: sides[axis] == "out")

@@ -103,7 +103,7 @@ def _products(updates: Adapter, gradient: Gradient, matrices: Matrices, name: st
     probes = {}
     for path, update in updates.items():
         matrix, axes = matrices[path], update.axes
-        method = LoRA(matrix.shape[-1])
+        method = LoRA(matrix.shape[-1], layers=update.method.layers)
         shapes, other = method.shapes(axes), "b" if name == "a" else "a"
         value = matrix.swapaxes(-1, -2) if other == "b" else matrix
         factors = {name: jnp.zeros(shapes[name]), other: jnp.asarray(value, jnp.float32).reshape(shapes[other])}

@@ -13,6 +13,7 @@ from jlora.io.torch.module_names import Names, bias_hint
 from jlora.io.torch.weight_location import WeightLocation, bias_of, owners_of
 from jlora.methods import IA3, DoRA, Full
 from jlora.methods._base import Adapter, Update
+from jlora.methods._common.layers import layer_axis
 
 
 class BaseParams:
@@ -80,14 +81,14 @@ def to_absolute(path: str, update: Update, base: BaseParams) -> Update:
     """
     match update.method:
         case DoRA():
-            weight = base.value(path, update.shape, _MAGNITUDE)
+            weight = update.at_layers(base.value(path, update.shape, _MAGNITUDE))
             delta = np.asarray(update.factors["m"], np.float32) * np.float32(update.scale)
             magnitude = (norms(weight, update.roles) + delta).astype(np.asarray(update.factors["b"]).dtype)
             return dataclasses.replace(update, factors={**update.factors, "m": magnitude})
         case Full():
             dtype = base.leaf(path, update.shape, _TRAINED).dtype
             delta = np.asarray(update.factors["d"], np.float32) * np.float32(update.scale)
-            value = (base.value(path, update.shape, _TRAINED) + delta).astype(dtype)
+            value = (update.at_layers(base.value(path, update.shape, _TRAINED)) + delta).astype(dtype)
             return dataclasses.replace(update, factors={"d": value}, scale=1.0)
         case IA3() if update.scale != 1:
             return dataclasses.replace(update, factors={"l": ia3_vector(update)}, scale=1.0)
@@ -98,10 +99,10 @@ def to_delta(path: str, update: Update, base: BaseParams) -> Update:
     """The inverse of `to_absolute`."""
     match update.method:
         case DoRA():
-            norm = norms(base.value(path, update.shape, _MAGNITUDE), update.roles)
+            norm = norms(update.at_layers(base.value(path, update.shape, _MAGNITUDE)), update.roles)
             return dataclasses.replace(update, factors={**update.factors, "m": difference(update.factors["m"], norm)})
         case Full():
-            weight = base.value(path, update.shape, _TRAINED)
+            weight = update.at_layers(base.value(path, update.shape, _TRAINED))
             return dataclasses.replace(update, factors={"d": difference(update.factors["d"], weight)})
     return update
 
@@ -133,6 +134,10 @@ def scaled_bias(path: str, update: Update, bias: str, base: BaseParams) -> Updat
         ValueError: if the base is missing, or the axes of the bias are not those of the weight.
     """
     vector = ia3_vector(update).astype(np.float32)
+    if update.layers is not None:
+        all_layers = np.ones((update.shape[layer_axis(update)], *vector.shape[1:]), np.float32)
+        all_layers[list(update.layers)] = vector
+        vector = all_layers
     kept = [role for role in update.roles if role in ("stack", "out")]
     if len(kept) != vector.ndim:
         raise ValueError(f"{path} has {len(kept)} stack and out axes, and its IA3 has {vector.ndim} for {bias}.")

@@ -1,6 +1,7 @@
 """The factors of the modules in a file, collected by the weights that they belong to, and the updates of those."""
 
 import collections
+import dataclasses
 from collections.abc import Mapping
 
 from jlora._trace.sites import Sites
@@ -69,7 +70,7 @@ def check_updates(adapter: Adapter, sites: Sites) -> None:
         site, method = sites[path], update.method
         if not isinstance(method, Full) and site.unsupported_reason:
             raise ValueError(f"{type(method).__name__} cannot adapt {path} {site.shape}: {site.unsupported_reason}.")
-        axes = WeightAxes.of(site)
+        axes = dataclasses.replace(update, roles=site.roles, shape=site.shape).axes
         if (method, axes) not in templates:
             templates[method, axes] = method.shapes(axes)
         shapes = {name: array.shape for name, array in update.factors.items()}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jlora.io.torch.factor_layout import ModuleFactors, declared_axes, flat_axes, unflatten
-from jlora.io.torch.weight_location import Index, WeightLocation
+from jlora.io.torch.weight_location import Index, Weight, WeightLocation
 from jlora.methods import DoRA, GroupedLoRA, LoRA
 from jlora.methods._base import Update
 
@@ -159,7 +159,8 @@ def stack_modules(
     Arguments:
         by_index: the factors.
         location: of the weight.
-        zeros_if_missing: gives a module without factors zeros in all of them, if they are a product.
+        zeros_if_missing: gives a module without factors zeros in all of them, if they are a product; otherwise the
+            update is one of the other layers alone.
 
     Raises:
         ValueError: if a module has no factors, or differs otherwise in method or scale.
@@ -167,6 +168,9 @@ def stack_modules(
     missing = [index for index in location.modules if index not in by_index]
     by_index = _with_equal_ranks(by_index)
     first = next(iter(by_index.values()))
+    layers = tuple(sorted({index[0] for index in by_index if index}))
+    if missing and zeros_if_missing and all(index[0] not in layers for index in missing) and not _is_product(first):
+        return _of_some_layers(by_index, layers, location)
     if missing and not (zeros_if_missing and _is_product(first)):
         names = ", ".join(location.modules[index][0] for index in missing)
         raise ValueError(
@@ -184,6 +188,21 @@ def stack_modules(
     declared = declared_axes(first.method, location)
     factors = {name: unflatten(array, declared[name], location) for name, array in arrays.items()}
     return Update(factors, first.method, location.weight.roles, location.weight.shape, scale=first.scale)
+
+
+def _of_some_layers(
+    by_index: Mapping[Index, ModuleFactors], layers: tuple[int, ...], location: WeightLocation
+) -> Update:
+    """The update of some layers of the stack, which the others do not have."""
+    shape = list(location.weight.shape)
+    shape[location.axes("stack")[0]] = len(layers)
+    renumbered = {(layers.index(index[0]), *index[1:]): factors for index, factors in by_index.items()}
+    modules = {number: location.modules[layers[number[0]], *number[1:]] for number in renumbered}
+    part = dataclasses.replace(location, weight=Weight(tuple(shape), location.weight.roles), modules=modules)
+    update = stack_modules(renumbered, part)
+    return dataclasses.replace(
+        update, method=dataclasses.replace(update.method, layers=layers), shape=location.weight.shape
+    )
 
 
 def _is_product(factors: ModuleFactors) -> bool:

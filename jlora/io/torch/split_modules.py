@@ -8,7 +8,7 @@ import numpy as np
 
 from jlora.io.torch.factor_layout import ModuleFactors, declared_axes, flat_axes, flatten
 from jlora.io.torch.join_modules import concatenate_out_axis
-from jlora.io.torch.weight_location import Index, WeightLocation
+from jlora.io.torch.weight_location import Index, Weight, WeightLocation
 from jlora.methods import GroupedLoRA, LoRA
 from jlora.methods._base import Update
 
@@ -29,6 +29,8 @@ def split_modules(update: Update, location: WeightLocation) -> ByIndex:
     Raises:
         ValueError: if the modules are not the groups of the update, or no factor can be cut between two modules.
     """
+    if update.layers is not None:
+        return _split_layers(update, update.layers, location)
     arrays, axes, num_joined = _flat_arrays(update, location), flat_axes(update.method, location), location.num_joined
     sizes = location.out_sizes if num_joined > 1 else ()
     by_index: ByIndex = {}
@@ -40,6 +42,22 @@ def split_modules(update: Update, location: WeightLocation) -> ByIndex:
         else:
             by_index[index] = tuple(split_out_axis(factors, sizes, location.path)) if num_joined > 1 else (factors,)
     return by_index
+
+
+def _split_layers(update: Update, layers: Sequence[int], location: WeightLocation) -> ByIndex:
+    """The factors of the modules of some layers; modules of others are not adapted."""
+    if not location.loop_axes:
+        raise ValueError(
+            f"{location.path}: the update is one of its layers {tuple(layers)} alone, and the module "
+            f"{location.first_modules[0]} holds all. Convert it by jlora.to_lora, which has zeros for the others."
+        )
+    part = update.part
+    numbers = {index: (layers.index(index[0]), *index[1:]) for index in location.modules if index[0] in layers}
+    modules = {number: location.modules[index] for index, number in numbers.items()}
+    weight = Weight(part.shape, location.weight.roles)
+    by_index = split_modules(part, dataclasses.replace(location, weight=weight, modules=modules))
+    absent = (None,) * location.num_joined
+    return {index: by_index[numbers[index]] if index in numbers else absent for index in location.modules}
 
 
 def _flat_arrays(update: Update, location: WeightLocation) -> dict[str, np.ndarray]:
