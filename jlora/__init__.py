@@ -48,6 +48,7 @@ from jlora.methods import *  # noqa: F403  each method is exported there, once
 from jlora.methods._base import Adapter as Adapter
 from jlora.methods._base import Method as Method
 from jlora.methods._base import Update as Update
+from jlora.methods._sharing import untie as untie
 from jlora.optim.labels import labels as labels
 from jlora.optim.labels import mask as mask
 from jlora.quantized.loftq import loftq as loftq

@@ -151,8 +151,8 @@ def _on_dense(action: str, w: AdaptedWeight, primitive: str, where: str) -> str 
     use = f"{', '.join(w.paths)}: {consumer}"
     if primitive and any(network.key is not None for network in w.networks):
         raise ValueError(
-            f"Dropout acts on the input of the low-rank branch, but this use materialises the weight: {use}. "
-            "Exclude the path, or set its dropout to 0."
+            "Dropout acts on the input of the low-rank branch, and PVeRA draws on its activations, but this use "
+            f"materialises the weight: {use}. Exclude the path, or set its dropout to 0."
         )
     if w.is_dense:  # an update that is as large as the weight has no factors to keep
         return None

@@ -16,6 +16,9 @@ def with_dropout(adapter: Adapter, key: jax.Array) -> Adapter:
 
         x W + s ((m * x) / (1 - dropout)) A B,    m: Bernoulli(1 - dropout), drawn from the key
 
+    An update whose method draws from a distribution (MonteCLoRA) gets a key too: it is drawn with one, and at its mean
+    without.
+
     Masks differ between paths, layers of a stack, uses of a weight and steps of a loop. Inside the program's own
     `shard_map` or `pmap` they also differ between devices with different inputs, and are equal on devices with the same
     input. If `adapt` itself is called inside `shard_map` or `pmap`, give each device its own key:
@@ -40,7 +43,7 @@ def with_dropout(adapter: Adapter, key: jax.Array) -> Adapter:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     return {
-        path: with_key(update, path, key) if update.method.dropout else update
+        path: with_key(update, path, key) if update.method.is_random else update
         for path, update in as_single(adapter).items()
     }
 

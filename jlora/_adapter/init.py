@@ -16,6 +16,7 @@ from jlora._tree.leaves import as_array
 from jlora._tree.paths import named_leaves, path_number
 from jlora.methods._base import Adapter, Method, Update, new_arrays
 from jlora.methods._common.layers import layer_axis, layers_of, numbers_of_layers
+from jlora.methods._sharing import share
 
 
 def init(
@@ -47,10 +48,12 @@ def init(
         adapter = jlora.init(jax.random.key(0), sites, wide)
     """
     leaves = dict(named_leaves(params))
-    return {
-        path: new_update(key, sites[path], method, dtype, leaves.get(path))
-        for path, method in select_methods(sites, targets).items()
-    }
+    return share(
+        {
+            path: new_update(key, sites[path], method, dtype, leaves.get(path))
+            for path, method in select_methods(sites, targets).items()
+        }
+    )
 
 
 def new_update(

@@ -17,6 +17,7 @@ from jlora._tree.paths import flatten, is_array, named_leaves
 from jlora.methods._base import Adapter, Update
 from jlora.methods._common.linalg import inverse
 from jlora.methods._lowering import Adapters, as_adapters, as_single, check_fits, lower_updates
+from jlora.methods._sharing import untie
 
 
 def merge(params: Any, adapter: Adapters, *, donate: bool = False, requantize: bool = False) -> Any:
@@ -93,6 +94,7 @@ def _fold(params: Any, adapters: list[Adapter], fold_weight: Callable[..., jax.A
     """
     leaves, structure = named_leaves(params), flatten(params)[1]
     check_fits(adapters, {path: leaf for path, leaf in leaves if is_array(leaf)})
+    adapters = [untie(adapter) for adapter in adapters]
     keeping, donating = jax.jit(fold_weight), jax.jit(fold_weight, donate_argnums=(0,))
     new, counts = [], collections.Counter(id(leaf) for _, leaf in leaves)
     for path, leaf in leaves:  # the path "" for all, so that weights of one shape share a compiled program

@@ -11,6 +11,7 @@ from jlora._trace.sites import Sites
 from jlora._tree.paths import named_leaves
 from jlora.methods._base import Adapter
 from jlora.methods._lowering import as_single
+from jlora.methods._sharing import share
 
 
 def restart(key: jax.Array, sites: Sites, params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
@@ -46,4 +47,4 @@ def restart(key: jax.Array, sites: Sites, params: Any, adapter: Adapter) -> tupl
         path: new_update(key, sites[path], update.method, jnp.float32, leaves[path], is_supported=True)
         for path, update in as_single(adapter).items()
     }
-    return merged, updates
+    return merged, share(updates)

@@ -15,6 +15,7 @@ from jlora._tree.short_forms import short_bytes
 from jlora._tree.tables import Table, Tabular
 from jlora.methods._base import Adapter, Method, Update
 from jlora.methods._lowering import as_single, check_fits, lower_updates
+from jlora.methods._sharing import untie
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,16 +108,17 @@ def summary(adapter: Adapter, params: Any = None) -> Summary:
     if params is not None:
         check_fits([adapter], leaves)
     base_numbers = sum(math.prod(leaf.shape) for leaf in leaves.values()) if params is not None else None
-    updates = [_summarize(path, update, leaves.get(path)) for path, update in adapter.items()]
+    complete = untie(adapter)
+    updates = [_summarize(path, adapter[path], complete[path], leaves.get(path)) for path in adapter]
     return Summary(tuple(updates), base_numbers)
 
 
-def _summarize(path: str, update: Update, leaf: Any) -> UpdateSummary:
+def _summarize(path: str, update: Update, complete: Update, leaf: Any) -> UpdateSummary:
     numbers = sum(math.prod(a.shape) for a in jax.tree.leaves(update.factors))
     arrays = jax.tree.leaves(dataclasses.replace(update, key=None))
     size = sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in arrays)
     rank = getattr(update.method, "rank", None)
-    return UpdateSummary(path, update.method, rank, update.shape, numbers, size, _norm(update, leaf))
+    return UpdateSummary(path, update.method, rank, update.shape, numbers, size, _norm(complete, leaf))
 
 
 def _norm(update: Update, leaf: Any) -> float | None:

@@ -13,6 +13,7 @@ from jlora._tree.paths import named_leaves
 from jlora.methods._base import Adapter, Update
 from jlora.methods._common.factor_axes import HasAxes
 from jlora.methods._lowering import as_single, with_static_scale
+from jlora.methods._sharing import untie
 from jlora.methods.lora import LoRA
 
 
@@ -59,7 +60,7 @@ def to_lora(
     cut = Cut(rank, energy, tolerance)
     leaves = dict(named_leaves(params))
     out, errors = {}, {}
-    for path, update in as_single(adapter).items():
+    for path, update in untie(as_single(adapter)).items():
         update = with_static_scale(path, update)
         is_kept = is_plain(update) and not cut.may_lower(update["a"].shape[-1])
         if is_kept or not is_matrix(update):

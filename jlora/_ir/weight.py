@@ -46,7 +46,7 @@ def at_index(name: str, fn: Callable[[jax.Array, int], jax.Array], new: str | No
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["factors", "key", "picks"],
-    meta_fields=["terms", "scale", "key_term", "rate", "picked", "pick_terms"],
+    meta_fields=["terms", "scale", "key_term", "rate", "picked", "pick_terms", "latent"],
 )
 @dataclasses.dataclass(frozen=True)
 class TensorNetwork:
@@ -62,6 +62,8 @@ class TensorNetwork:
         picks: positions, integer scalars. Of the factors the entries at these positions are used, and taken from them
             by the equation that consumes the weight: a loop over layers gathers one layer's factors at a time.
         picked: the indices that `picks` are positions of, one for each. No axis of the weight has them.
+        latent: an index of one factor alone, of size two: what the input gives with it is the mean and the logarithm of
+            the variance of a normal distribution, from which the key draws. Empty without.
         pick_terms: for every position the indices of its axes: none, or that of a loop which gives each step its own.
     """
 
@@ -74,6 +76,7 @@ class TensorNetwork:
     picks: tuple[jax.Array, ...] = ()
     picked: str = ""
     pick_terms: tuple[str, ...] = ()
+    latent: str = ""
 
     @property
     def arrays(self) -> list[tuple[jax.Array, str]]:

@@ -14,6 +14,7 @@ from jlora._ir.algebra import align_axes
 from jlora._ir.sizes import is_static
 from jlora._ir.weight import TensorNetwork
 from jlora._ops.chained_matmul import chained_matmul
+from jlora._ops.draws import apply_dropout, draw_latent
 from jlora._ops.matmul import rank_matmul
 
 Factor = tuple[jax.Array, str]  # an array and the indices of its axes
@@ -57,7 +58,14 @@ def apply_network(
     # Every row has its group, so the order treats the groups as an index of the activation.
     ordered = _order(_absorb_vectors(network), labels + kept[len(out) :], out)
     factors = _cast_and_scale(ordered, network.scale, compute)
-    is_first = True
+    is_first = not network.latent
+    if network.latent:
+        (now,) = (factor for factor in factors if network.latent in factor[1])
+        factors = [factor for factor in factors if factor is not now]
+        later = kept + network.latent + "".join(term for _, term in factors)
+        options = {"dtype": compute, "first": first, "precision": precision}
+        x, labels = contract_pair(x, labels, *now, later, groups=groups, **options)
+        x, labels = draw_latent(x, labels, network)
     while factors:
         x = x if is_first else name_intermediate(x)
         chained = not is_first and not groups and _is_chain(labels, factors, out)
@@ -97,28 +105,6 @@ def _is_chain(labels: str, factors: Sequence[Factor], out: str) -> bool:
 def name_intermediate(x: jax.Array) -> jax.Array:
     """The activation between two factors, with the name "jlora" for policies of `jax.checkpoint`."""
     return checkpoint_name(x, "jlora")
-
-
-def apply_dropout(x: jax.Array, labels: str, network: TensorNetwork) -> jax.Array:
-    """Dropout of a network's input, with a mask of its own for every key of a stacked weight.
-
-    Arguments:
-        x: the activation.
-        labels: one index for every axis of `x`.
-        network: the network; without a key the activation is returned as it is.
-    """
-    if network.key is None:
-        return x
-    key, term = network.key, network.key_term
-    for name in [c for c in term if c not in labels]:  # the input lacks this axis, so one key is enough
-        key, term = jnp.take(key, 0, axis=term.index(name)), term.replace(name, "")
-    keyed = [labels.index(c) for c in term]
-    rest = [k for k in range(x.ndim) if k not in keyed]
-    shape = tuple(x.shape[k] for k in rest)
-    signature = f"()->({','.join(f'd{k}' for k in range(len(shape)))})"
-    draw = jnp.vectorize(lambda key: jax.random.bernoulli(key, 1 - network.rate, shape), signature=signature)
-    mask = draw(key).transpose([(*keyed, *rest).index(k) for k in range(x.ndim)])
-    return jnp.where(mask, x / jnp.asarray(1 - network.rate, x.dtype), jnp.zeros_like(x))
 
 
 def _absorb_vectors(network: TensorNetwork) -> list[Factor]:

@@ -19,6 +19,7 @@ from jlora._trace.stage import Program, stage
 from jlora._tree.leaves import is_quantized, sharding
 from jlora.methods._base import Adapter
 from jlora.methods._lowering import lower_updates
+from jlora.methods._sharing import untie
 
 
 def trace(fun: Callable[..., Any], params: Any, /, *args: Any, roles: Roles | Any = None, **kwargs: Any) -> Sites:
@@ -74,6 +75,7 @@ def lower_parameters(program: Program, params: Sequence[Any], adapters: Sequence
         params: its parameters.
         adapters: the adapters, in order.
     """
+    adapters = [untie(adapter) for adapter in adapters]
     adapted = {k for k, path in enumerate(program.paths) if any(path in adapter for adapter in adapters)}
     partners = {k for group in combined_parameters(program.jaxpr, len(params)) if group & adapted for k in group}
 

@@ -17,6 +17,7 @@ from jlora._tree.paths import closest_matches
 from jlora.bank import form
 from jlora.methods._base import Adapter, Update
 from jlora.methods._lowering import as_single
+from jlora.methods._sharing import check_all_or_none, tie, untie
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["adapter"], meta_fields=["names"])
@@ -49,7 +50,8 @@ class Bank:
         member = jax.tree.map(lambda array: array[self.position(name)], self.adapter)
         if any(map(_compat.is_tracer, jax.tree.leaves(member))):
             return member
-        return {path: form.without_padding(update) for path, update in member.items() if update.traced_scale != 0}
+        complete = untie(member)
+        return tie({p: form.without_padding(update) for p, update in complete.items() if update.traced_scale != 0})
 
     def __repr__(self) -> str:
         return f"Bank({len(self)} adapters: {', '.join(self.names)}; {len(self.adapter)} weights)"
@@ -113,7 +115,7 @@ def stack(members: Mapping[str, Adapter], *, params: Any = None, rank: int = 0, 
     """
     if not isinstance(members, Mapping) or not all(isinstance(name, str) for name in members):
         raise TypeError("jlora.bank.stack takes a dict from names to adapters.")
-    adapters = {name: as_single(adapter) for name, adapter in members.items()}
+    adapters = {name: untie(as_single(adapter)) for name, adapter in members.items()}
     if not any(adapters.values()):
         raise ValueError("There is nothing to stack: pass at least one adapter that is not empty.")
     stacked = {}
@@ -122,7 +124,9 @@ def stack(members: Mapping[str, Adapter], *, params: Any = None, rank: int = 0, 
         updates = form.common_form(path, updates, params=params, dropout=dropout, rank=rank)
         missing = form.absent(next(iter(updates.values())))
         stacked[path] = _stack_updates([updates.get(name, missing) for name in adapters])
-    return Bank(stacked, tuple(adapters))
+    for name, adapter in adapters.items():
+        check_all_or_none(name, adapter, stacked)
+    return Bank(tie(stacked), tuple(adapters))
 
 
 def unstack(bank: Bank) -> dict[str, Adapter]:
@@ -197,17 +201,19 @@ def as_member(adapter: Adapter, stacked: Adapter, name: str, params: Any = None)
     Raises:
         ValueError: if the adapter has a weight that the bank lacks, or does not have the bank's form.
     """
-    extra = [path for path in as_single(adapter) if path not in stacked]
+    adapter, complete = untie(as_single(adapter)), untie(stacked)
+    extra = [path for path in adapter if path not in stacked]
     if extra:
         raise ValueError(
             f"{name} adapts {len(extra)} weights that the bank does not: {', '.join(extra[:3])}. Stack a bank with "
             "these weights."
         )
+    check_all_or_none(name, adapter, stacked)
     member = {}
-    for path, update in stacked.items():
+    for path, update in complete.items():
         slot = jax.tree.map(lambda array: jnp.zeros(array.shape[1:], array.dtype), update)
         member[path] = form.member_form(path, name, adapter.get(path), slot, params)
-    return member
+    return tie(member)
 
 
 @functools.partial(jax.jit, inline=True)

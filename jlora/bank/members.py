@@ -9,6 +9,7 @@ from jlora._tree.paths import path_number
 from jlora.bank.bank import Bank, unstack
 from jlora.methods._base import Adapter, Update
 from jlora.methods._lowering import as_single, with_static_scale
+from jlora.methods._sharing import untie
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _listed(adapters: Any) -> list[tuple[str, int, Any]]:
 
 
 def _with_static_scales(adapter: Any) -> Adapter:
-    return {path: with_static_scale(path, update) for path, update in as_single(adapter).items()}
+    return {path: with_static_scale(path, update) for path, update in untie(as_single(adapter)).items()}
 
 
 def _weights(names: Sequence[str], weights: Any) -> list[float]:

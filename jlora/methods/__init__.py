@@ -21,10 +21,17 @@ from jlora.methods.lokr import LoKr
 from jlora.methods.lora import LoRA
 from jlora.methods.lora_xs import LoRAXS
 from jlora.methods.miss import MiSS
+from jlora.methods.monteclora import MonteCLoRA
 from jlora.methods.oft import OFT
+from jlora.methods.peanut import PEANuT
+from jlora.methods.pvera import PVeRA
 from jlora.methods.randlora import RandLoRA
+from jlora.methods.rows import Rows
 from jlora.methods.shared_lora import SharedLoRA
 from jlora.methods.shira import SHiRA
+from jlora.methods.tinylora import TinyLoRA
+from jlora.methods.unilora import UniLoRA
+from jlora.methods.vblora import VBLoRA
 from jlora.methods.vera import VeRA
 
 __all__ = [
@@ -49,9 +56,16 @@ __all__ = [
     "LoRA",
     "LoRAXS",
     "MiSS",
+    "MonteCLoRA",
+    "PEANuT",
+    "PVeRA",
     "RandLoRA",
+    "Rows",
     "SHiRA",
     "SharedLoRA",
+    "TinyLoRA",
+    "UniLoRA",
+    "VBLoRA",
     "VeRA",
 ]
 

@@ -143,6 +143,7 @@ class Method:
         earlier_values: the values of hyper-parameters that saved adapters of earlier releases lack, if these are not
             the defaults.
         dropout: the share of the input of the low-rank branch that is dropped in training.
+        is_sampled: whether `lower` draws from a distribution if the update has a key, and gives its mean otherwise.
     """
 
     offset: bool = hyperparameters.switch(False)
@@ -154,6 +155,7 @@ class Method:
     depends_on_weight: ClassVar[bool] = False
     is_multiplicative: ClassVar[bool] = False
     earlier_values: ClassVar[Mapping[str, Any]] = {}
+    is_sampled: ClassVar[bool] = False
     dropout = 0.0  # a field if the method has dropout
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -178,6 +180,27 @@ class Method:
     def frozen(self) -> tuple[str, ...]:
         """The names of the arrays that are not trained."""
         return ()
+
+    @property
+    def shared_arrays(self) -> tuple[str, ...]:
+        """The names of the arrays that all weights of an adapter with an equal method have in common.
+
+        Their axes are the method's own. One update of the adapter holds them, and `lower` gets them in each.
+        """
+        return ()
+
+    def share(self, updates: Mapping[str, Update]) -> Mapping[str, jax.Array]:
+        """New values of shared arrays, of those that depend on all the weights that share them.
+
+        Arguments:
+            updates: the new updates by path, each with all of its arrays.
+        """
+        return {}
+
+    @property
+    def is_random(self) -> bool:
+        """Whether an update takes keys in training, for dropout or to draw from a distribution."""
+        return self.is_sampled or bool(self.dropout)
 
     @property
     def init_needs_weight(self) -> bool:

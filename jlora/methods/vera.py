@@ -51,16 +51,17 @@ class VeRA(Method):
         return add_network(w, update, terms, update.scale)
 
 
-def shared_matrices(seed: int, n_in: int, n_out: int, rank: int) -> tuple[jax.Array, jax.Array]:
+def shared_matrices(seed: int, n_in: int, n_out: int, rank: int, halves: int = 1) -> tuple[jax.Array, jax.Array]:
     """The leading parts of two endless random matrices, uniform with a variance of 2 / in and 2 / rank (He).
 
     Arguments:
         seed: of both matrices.
         n_in, n_out, rank: the sizes; the same entries come first for all sizes, up to the scale of the first matrix.
+        halves: how many times the rank A is wide.
 
     Returns:
-        A `(in, rank)` and B `(rank, out)`.
+        A `(in, halves * rank)` and B `(rank, out)`.
     """
     a_key, b_key = random_matrices.keys(seed, 2)
-    a = math.sqrt(6 / n_in) * random_matrices.rows(a_key, n_in, rank)
+    a = math.sqrt(6 / n_in) * random_matrices.rows(a_key, n_in, halves * rank)
     return a, math.sqrt(6 / rank) * random_matrices.rows(b_key, n_out, rank).T

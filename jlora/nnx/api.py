@@ -20,9 +20,10 @@ from jlora._trace.trace import trace as trace_function
 from jlora._tree.paths import is_array
 from jlora.methods._base import Adapter, Update
 from jlora.methods._lowering import as_single, check_fits
+from jlora.methods._sharing import tie, untie
 from jlora.nnx.call import Call, in_context, value_of
 from jlora.nnx.classes import attach
-from jlora.nnx.factors import Factors, OnDense, is_variable
+from jlora.nnx.factors import Factors, OnDense, is_variable, with_shared_variables
 from jlora.nnx.graph import adapted_variables, bound_attributes, detach, is_adapted, nodes_of
 
 M = TypeVar("M", bound=nnx.Module)
@@ -156,7 +157,9 @@ def adapt(
         )
     if not any(map(_compat.is_tracer, jax.tree.leaves((updates, params)))):
         updates = jax.device_put(updates, shardings(updates, params))
-    attach(new, {id(variables[p]): Factors(update, variables[p], on_dense, rngs) for p, update in updates.items()})
+    updates = untie(updates)
+    factors = {p: Factors(update, variables[p], on_dense, rngs, p) for p, update in updates.items()}
+    attach(new, {id(variables[path]): beside for path, beside in with_shared_variables(factors).items()})
     return new
 
 
@@ -175,7 +178,7 @@ def adapter(model: nnx.Module, /) -> Adapter:
     Example:
         jlora.save("run/adapter", jlora.nnx.adapter(model))
     """
-    return {path: factors.get(value_of(variable)) for path, (variable, factors) in _adapted(model).items()}
+    return tie({path: factors.get(value_of(variable)) for path, (variable, factors) in _adapted(model).items()})
 
 
 def set_adapter(model: nnx.Module, updates: Adapter, /) -> None:
@@ -192,7 +195,7 @@ def set_adapter(model: nnx.Module, updates: Adapter, /) -> None:
     Example:
         jlora.nnx.set_adapter(model, jlora.load("run/adapter"))
     """
-    adapted, updates = _adapted(model), as_single(updates)
+    adapted, updates = _adapted(model), untie(as_single(updates))
     current = {path: factors.get(value_of(variable)) for path, (variable, factors) in adapted.items()}
     different = sorted(p for p in {*current, *updates} if _form(current.get(p)) != _form(updates.get(p)))
     if different:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from jlora._adapter.dropout import with_key
 from jlora._compat import is_tracer
-from jlora.methods._base import Update
+from jlora.methods._base import Method, Update
 from jlora.methods._common.factor_axes import expand
 
 _PLACEMENT = ("hijax", "ref", "eager_sharding", "sharding_rules", "mesh")
@@ -29,22 +29,33 @@ class Factors(nnx.Module):
         weight: the Variable of the weight, whose sharding metadata the factors get.
         on_dense: as for `jlora.adapt`.
         rngs: has the keys for dropout of the low-rank branch; needed if the method has dropout.
+        path: of the weight, for errors.
 
     Attributes:
         deterministic: whether nothing is dropped, if the method has dropout. `train()`, `eval()` and
             `nnx.view` set it.
 
     Raises:
-        ValueError: if the method has dropout and there are no `rngs`.
+        ValueError: if the method has dropout and there are no `rngs`; if the layers of a stack share arrays.
     """
 
     def __init__(
-        self, update: Update, weight: nnx.Variable[Any], on_dense: OnDense = "warn", rngs: nnx.Rngs | None = None
+        self,
+        update: Update,
+        weight: nnx.Variable[Any],
+        on_dense: OnDense = "warn",
+        rngs: nnx.Rngs | None = None,
+        path: str = "",
     ) -> None:
+        if update.method.shared_arrays and "stack" in update.roles:
+            raise ValueError(
+                f"{path} is a stack, whose layers share arrays by {update.method}, and a transformation of "
+                "NNX would slice it by layers. Adapt the module's function by jlora.adapt."
+            )
         self.on_dense: OnDense = on_dense
-        if update.method.dropout:
+        if update.method.is_random:
             if rngs is None:
-                raise ValueError(f"{update.method} has dropout, which needs keys: pass rngs=nnx.Rngs(...).")
+                raise ValueError(f"{update.method} is random in training, which needs keys: pass rngs=nnx.Rngs(...).")
             self.deterministic = False
             self.rngs = rngs["dropout"].fork()
         self.update = nnx.data(_as_variables(update, weight))
@@ -77,6 +88,22 @@ class Factors(nnx.Module):
         """
         update = self.get(weight)
         return update if getattr(self, "deterministic", True) else with_key(update, path, self.rngs())
+
+
+def with_shared_variables(factors: dict[str, Factors]) -> dict[str, Factors]:
+    """Gives all weights that share arrays the same Variables for them, so that each trains alone and in any module.
+
+    Arguments:
+        factors: by path, each with Variables of its own.
+    """
+    first: dict[Method, Update] = {}
+    for path in sorted(factors):
+        update = factors[path].update
+        holder = first.setdefault(update.method, update)
+        for group in ("factors", "frozen", "initial"):
+            arrays, others = getattr(update, group), getattr(holder, group)
+            arrays.update({name: others[name] for name in update.method.shared_arrays if name in arrays})
+    return factors
 
 
 def is_variable(node: Any) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jlora
+from jlora.methods.vera import shared_matrices
 from tests.support import toy_model
 from tests.support.agreement import close
 
@@ -143,3 +144,28 @@ def test_remat_draws_the_same_masks_again():
         return jax.jit(jax.value_and_grad(loss))(adapter)
 
     close(value(jax.checkpoint(toy_model.model)), value(toy_model.model))
+
+
+@pytest.mark.parametrize("method", [jlora.MonteCLoRA(2, samples=3, sample_scale=0.5), jlora.PVeRA(5)], ids=repr)
+def test_a_latent_update_is_drawn_with_a_key_and_at_its_mean_without(method):
+    """In expectation the draws are the mean: PVeRA's noise is added to it, MonteCLoRA's to A."""
+    rng = np.random.default_rng(0)
+    w, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((6, 4), (3, 6)))
+    adapter = jlora.init(jax.random.key(0), jlora.trace(lambda w, x: x @ w, w, x), {"": method})
+    adapter = jax.tree.map(lambda a: a + 0.2, adapter)
+
+    def run(key):
+        return jlora.adapt(lambda w, x: x @ w)(w, jlora.with_dropout(adapter, key), x)
+
+    draws = np.asarray(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(1), 2000)))
+    mean = np.asarray(jlora.adapt(lambda w, x: x @ w)(w, adapter, x))
+    np.testing.assert_allclose(mean, x @ jlora.merge(w, adapter), atol=1e-5)
+    deviation = draws.std(0)
+    assert (deviation > 1e-3).all()
+    assert (np.abs(draws.mean(0) - mean) < 5 * deviation / 2000**0.5).all()
+    if isinstance(method, jlora.PVeRA):
+        both, b = (np.asarray(m) for m in shared_matrices(0, 6, 4, 5, halves=2))
+        update = adapter[""].factors
+        spread = np.exp(x @ both[:, 5:] * np.asarray(update["c"])[None])  # the variance of each number between A and B
+        variance = spread @ np.square(b * np.asarray(update["b"])[None])
+        np.testing.assert_allclose(np.square(deviation), variance, rtol=0.2)

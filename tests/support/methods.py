@@ -20,7 +20,7 @@ Tree = Any
 ALPHA = 3.0  # a scale that is forgotten shows
 
 
-def _blocks(method: type, *sizes: int, **options: float) -> list[jlora.Method]:
+def _blocks(method: type, *sizes: Any, **options: Any) -> list[jlora.Method]:
     return [method(size, **options) for size in sizes]
 
 
@@ -57,12 +57,22 @@ METHODS: dict[str, list[jlora.Method]] = {
     "lokr_both": [jlora.LoKr(1, ALPHA, decompose_both=True)],
     "lora_xs": [jlora.LoRAXS(2, ALPHA)],
     "miss": _blocks(jlora.MiSS, 2, 3, 5, 1),
+    "monteclora": [jlora.MonteCLoRA(2, ALPHA, samples=3)],
     "oft": _blocks(jlora.OFT, 2, 3, 5, 7, 11),
     "boft": [*_blocks(jlora.BOFT, 2, 6, levels=2), *_blocks(jlora.BOFT, 2, 3, 5, 7, 11, levels=1)],
+    "peanut": [jlora.PEANuT(2, scaling=0.5)],
+    "peanut_deep": [jlora.PEANuT(2, 2, "tanh", 0.5)],
+    "pvera": [jlora.PVeRA(3)],
     "randlora": [jlora.RandLoRA(2, ALPHA)],
+    "rows": _blocks(jlora.Rows, (1, 2), (0,)),
+    "rows_out": _blocks(jlora.Rows, (1, 2), (0,), axis="out"),
     "shared_a": [jlora.SharedLoRA(2, ALPHA)],
     "shared_b": [jlora.SharedLoRA(2, ALPHA, shared="b")],
     "shira": [jlora.SHiRA(1), jlora.FourierFT(2)],
+    "tinylora": [jlora.TinyLoRA(2, 3)],
+    "tinylora_untied": [jlora.TinyLoRA(2, 3, tied=False)],
+    "unilora": [jlora.UniLoRA(2, 7)],
+    "vblora": [jlora.VBLoRA(2, 5, 3)],
     "vera": [jlora.VeRA(3)],
 }
 

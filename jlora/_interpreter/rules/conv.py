@@ -22,7 +22,8 @@ from jlora._ir.explicit_mesh import under_auto_axes
 from jlora._ir.materialize import einsum, fold_full_rank
 from jlora._ir.probe import Probe, by_path
 from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork, fresh_indices
-from jlora._ops.contraction import apply_dropout, contract_pair, name_intermediate
+from jlora._ops.contraction import contract_pair, name_intermediate
+from jlora._ops.draws import apply_dropout, refuse_latent
 from jlora._ops.inputs import compute_dtype, record_rows
 from jlora._ops.maps import apply_maps, form_of
 
@@ -46,6 +47,8 @@ def conv_general_dilated(ctx: Context, eqn: Eqn, x: Value, f: Value) -> list[Val
     f = kernel.f
     ctx.refuse_parts(f, kernel.spatial + kernel.inner)
     networks = [n for n in f.networks if not isinstance(n, Probe)]
+    for network in networks:
+        refuse_latent(network, "a convolution")
     stages = [s for s in (_divide_factors(n, kernel) for n in networks) if s is not None]
     maps = _channel_maps(kernel)
     if len(stages) < len(networks) or maps is None:

@@ -20,6 +20,7 @@ from jlora._ir.algebra import merge_indices, relabel
 from jlora._ir.materialize import without_maps, without_maps_along
 from jlora._ir.sizes import is_wide
 from jlora._ir.weight import AdaptedWeight, Index, TensorNetwork, fresh_indices
+from jlora._ops.draws import refuse_latent
 
 
 @register_rule("gather")
@@ -241,6 +242,7 @@ def _positions_by_index(lookup: _Lookup) -> dict[str, jax.Array]:
 
 def _look_up_network(n: TensorNetwork, lookup: _Lookup, at: dict[str, jax.Array]) -> TensorNetwork:
     """The same rows of every factor that has them; rows out of bounds are zero."""
+    refuse_latent(n, "a lookup")
     pairs = [_look_up_array(a, t, lookup, at, fill=0) for a, t in zip(n.factors, n.terms, strict=True)]
     key = None if n.key is None else n.key.reshape(-1)[0]  # one for all rows: each has an input of its own
     factors, terms = tuple(a for a, _ in pairs), tuple(t for _, t in pairs)

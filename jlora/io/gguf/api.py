@@ -12,6 +12,7 @@ from jlora.io.torch.module_names import Module as Module
 from jlora.io.torch.module_names import Names as Names
 from jlora.methods._base import Adapter
 from jlora.methods._lowering import as_single, with_static_scale
+from jlora.methods._sharing import untie
 
 
 def load(
@@ -87,7 +88,7 @@ def save(
     file = absolute(path)
     if file.exists():
         raise FileExistsError(f"{file} exists. Save to another path, or remove it first.")
-    single = {path: with_static_scale(path, update) for path, update in as_single(adapter).items()}
+    single = {path: with_static_scale(path, update) for path, update in untie(as_single(adapter)).items()}
     content = file_of(single, names, params, architecture, Heads(num_heads, num_kv_heads, permute))
     unfinished = file.with_name(f"{file.name}.part-{os.getpid()}")
     try:

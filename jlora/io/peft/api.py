@@ -6,6 +6,7 @@ from jlora._trace.sites import Sites
 from jlora._tree.paths import Tree
 from jlora.io.file_paths import absolute
 from jlora.io.peft.config import TASK_TYPES, read_config, write_config
+from jlora.io.peft.forms import has_integers
 from jlora.io.peft.read import read_adapter
 from jlora.io.peft.safetensors_file import load_tensors, save_tensors
 from jlora.io.peft.write import peft_files
@@ -13,6 +14,7 @@ from jlora.io.torch.module_names import Module as Module
 from jlora.io.torch.module_names import Names as Names
 from jlora.methods._base import Adapter
 from jlora.methods._lowering import as_single, with_static_scale
+from jlora.methods._sharing import untie
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -61,7 +63,8 @@ def load(
     folder = absolute(folder)
     config = read_config(folder / CONFIG, has_start=start is not None)
     before = None if start is None else load_tensors(absolute(start) / TENSORS)
-    return read_adapter(config, load_tensors(folder / TENSORS), sites, names, params, before)
+    tensors = load_tensors(folder / TENSORS, integers=has_integers(config))
+    return read_adapter(config, tensors, sites, names, params, before)
 
 
 def save(
@@ -107,7 +110,7 @@ def save(
     path = absolute(folder)
     if path.exists():
         raise FileExistsError(f"{path} exists. Save to another path, or remove it first.")
-    adapter = {path: with_static_scale(path, update) for path, update in as_single(adapter).items()}
+    adapter = {path: with_static_scale(path, update) for path, update in untie(as_single(adapter)).items()}
     files = peft_files(adapter, names, params, target)
     unfinished = path.with_name(f"{path.name}.part-{os.getpid()}")
     unfinished.mkdir(parents=True)

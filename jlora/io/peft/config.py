@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from jlora.io.peft.changed_base import FROM_BASE
-from jlora.methods import IA3, DoRA, LoHa, LoKr, LoRA, VeRA
+from jlora.methods import IA3, DoRA, LoHa, LoKr, LoRA, PEANuT, TinyLoRA, UniLoRA, VBLoRA, VeRA
 from jlora.methods._base import Method
 
 Config = dict[str, Any]
@@ -21,6 +21,10 @@ PEFT_TYPES: dict[type[Method], str] = {
     LoKr: "LOKR",
     VeRA: "VERA",
     IA3: "IA3",
+    TinyLoRA: "TINYLORA",
+    VBLoRA: "VBLORA",
+    UniLoRA: "UNILORA",
+    PEANuT: "PEANUT",
 }
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -31,6 +35,7 @@ _IGNORED = {
     *("runtime_config", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config"),
     *("lora_ga_config", "init_weights", "init_ia3_weights", "fan_in_fan_out", "d_initial"),
     *("rank_dropout", "rank_dropout_scale", "module_dropout", "velora_config"),  # of training alone
+    *("init_v_bound", "init_logits_std", "init_vector_bank_bound", "init_theta_d_bound"),
 }
 # Fields that jlora reads for every type.
 _COMMON = {
@@ -56,6 +61,10 @@ _READ = {
     "VERA": ["r", "projection_prng_key", "save_projection", "vera_dropout"],
     "IA3": ["feedforward_modules"],
     "TRAINABLE_TOKENS": ["token_indices"],
+    "TINYLORA": ["r", "u", "weight_tying", "projection_seed", "save_projection", "tinylora_dropout"],
+    "VBLORA": ["r", "num_vectors", "vector_length", "topk", "vblora_dropout", "save_only_topk_weights"],
+    "UNILORA": ["r", "theta_d_length", "proj_seed", "unilora_dropout", "save_indices"],
+    "PEANUT": ["r", "depth", "act_fn", "scaling"],
 }
 _REQUIRED = {
     "LORA": ("r", "lora_alpha"),
@@ -65,6 +74,10 @@ _REQUIRED = {
     "VERA": ("r", "projection_prng_key"),
     "IA3": ("feedforward_modules",),
     "TRAINABLE_TOKENS": ("token_indices",),
+    "TINYLORA": ("r", "u"),
+    "VBLORA": ("r", "num_vectors", "vector_length"),
+    "UNILORA": ("r", "theta_d_length"),
+    "PEANUT": ("r",),
 }
 # Why a field is refused, and what to do, if there is more to say than that jlora does not implement it.
 _REASONS = {

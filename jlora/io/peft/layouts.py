@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from jlora.io.torch.factor_layout import FlatAxes
 from jlora.io.torch.module_names import Kind
-from jlora.methods import IA3, DoRA, Full, LoHa, LoKr, LoRA, VeRA
+from jlora.methods import IA3, DoRA, Full, LoHa, LoKr, LoRA, PEANuT, TinyLoRA, UniLoRA, VBLoRA, VeRA
 from jlora.methods._base import Method
 
 
@@ -53,6 +53,16 @@ _VERA = _layout(d=("vera_lambda_d", "rank"), b=("vera_lambda_b", "out"))
 _IA3 = [_layout(l=("ia3_l", "out 1")), _layout(l=("ia3_l", "1 channels"))]
 _CONV_IA3 = [_layout(l=("ia3_l", "1 out 1...")), _layout(l=("ia3_l", "1 channels 1..."))]
 
+_TINYLORA = _layout(
+    a=("tinylora_A", "in_rank in"), b=("tinylora_B", "out out_rank"), p=("tinylora_P", "size out_rank in_rank")
+)
+_VBLORA = _layout(a=("vblora_logits_A", "rank in_pieces vectors"), b=("vblora_logits_B", "out_pieces rank vectors"))
+_UNILORA = _layout(a_index=("unilora_indices_A", "rank in digits"), b_index=("unilora_indices_B", "out rank digits"))
+_PEANUT = _layout(a=("peanut_A.weight", "rank out"), b=("peanut_B.weight", "out rank"))
+_PEANUT_LAYERS = _layout(
+    encoders=("peanut_encoders", "depth width rank"), decoders=("peanut_decoders", "depth width rank")
+)
+
 # For every method and kind of module the layouts that PEFT has. That with the method's own factors and axes applies.
 ADAPTERS: dict[type[Method], dict[Kind, list[Layout]]] = {
     LoRA: {
@@ -72,6 +82,10 @@ ADAPTERS: dict[type[Method], dict[Kind, list[Layout]]] = {
     LoKr: {"linear": _LOKR, "conv": _LOKR},
     VeRA: {"linear": [_VERA], "conv1d": [_VERA]},
     IA3: {"linear": _IA3, "conv1d": _IA3, "conv": _CONV_IA3},
+    TinyLoRA: {"linear": [_TINYLORA], "conv1d": [_TINYLORA]},
+    VBLoRA: {"linear": [_VBLORA], "conv1d": [_VBLORA]},
+    UniLoRA: {"linear": [_UNILORA], "conv1d": [_UNILORA]},
+    PEANuT: {"linear": [_PEANUT, {**_PEANUT, **_PEANUT_LAYERS}]},
 }
 # Parameters that are trained in full.
 FULL: dict[Kind, list[Layout]] = {
@@ -119,7 +133,7 @@ def layout_of(method: Method, kind: Kind, axes: Mapping[str, FlatAxes], name: st
     Arguments:
         method: of the module.
         kind: of the module.
-        axes: of every factor, by `flat_axes`.
+        axes: of every factor that modules do not share, by `flat_axes`.
         name: of the module, for the error.
 
     Raises:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jlora.io.peft.adalora import adalora_method
 from jlora.io.peft.config import Config
+from jlora.io.peft.form_methods import method_of_form
 from jlora.io.peft.lokr import decompose_factor
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
 from jlora.io.peft.targets import by_pattern, exact_patterns, is_feedforward
@@ -22,6 +23,8 @@ def method_of(config: Config, name: str) -> Method | None:
         ValueError: if a rank, an alpha or a dropout is not a number that makes sense.
     """
     match config["peft_type"]:
+        case "TINYLORA" | "VBLORA" | "UNILORA" | "PEANUT":
+            return method_of_form(config, _rank(config, name), _number)
         case "IA3":
             return IA3("in" if is_feedforward(config, name) else "out")
         case "VERA":

@@ -13,6 +13,7 @@ from jlora.io.peft import plain_forms
 from jlora.io.peft.completeness import check_complete
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, scaled_bias, scaled_biases, to_delta
+from jlora.io.peft.forms import is_shared_name, one_tensor_each
 from jlora.io.peft.full_weights import check_stored_base, read_full, read_token_rows
 from jlora.io.peft.infer.result import for_weights, unnamed_weights
 from jlora.io.peft.layouts import SUFFIXES
@@ -25,7 +26,8 @@ from jlora.io.peft.vera import PROJECTIONS, drawn_projections
 from jlora.io.torch.collected import Collected, add_module, check_updates, new_collection, update_of
 from jlora.io.torch.module_names import Names, no_match_error
 from jlora.io.torch.weight_location import Owners, Weight, WeightLocation, locate_weights, owners_of
-from jlora.methods._base import Adapter
+from jlora.methods._base import Adapter, Update
+from jlora.methods._sharing import tie
 
 _BIAS = "lora_B.bias"
 _TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
@@ -65,7 +67,7 @@ def read_adapter(
     Raises:
         ValueError: if the file and the program do not fit.
     """
-    base = BaseParams(params)
+    base, tensors = BaseParams(params), one_tensor_each(config, tensors)
     weights = {path: Weight(site.shape, site.roles) for path, site in sites.items()}
     inferred, names = names, for_weights(names, weights)
     locations = locate_weights(names, weights, assume_experts=True)
@@ -97,7 +99,15 @@ def read_adapter(
     adapter = with_output_biases(adapter, content.adapters, content.biases, reader, sites, names)
     adapter |= _implied_biases(adapter, sites, locations, base, names)
     factors = jax.device_put({path: adapter[path].factors for path in sites if path in adapter})
-    return {path: dataclasses.replace(adapter[path], factors=arrays) for path, arrays in factors.items()}
+    return tie({path: _with_frozen(adapter[path], arrays) for path, arrays in factors.items()})
+
+
+def _with_frozen(update: Update, arrays: dict[str, Any]) -> Update:
+    """The update with these arrays, divided into those that train and the others."""
+    names = update.method.frozen
+    frozen = {name: array for name, array in arrays.items() if name in names}
+    factors = {name: array for name, array in arrays.items() if name not in names}
+    return dataclasses.replace(update, factors=factors, frozen=frozen)
 
 
 def _implied_biases(
@@ -130,7 +140,7 @@ def _group_tensors(tensors: Tensors, owners: Owners, config: Config) -> FileCont
     """The tensors by what they are, by the suffixes of their names."""
     content = FileContent(collections.defaultdict(dict), {}, {}, {}, {})
     for key, tensor in tensors.items():
-        if key in PROJECTIONS:
+        if key in PROJECTIONS or is_shared_name(key):
             continue
         if not key.startswith(PREFIX):
             raise ValueError(f"The file has the tensor {key}, and all of PEFT's start with {PREFIX}")

@@ -9,6 +9,7 @@ from jlora.io.peft.adalora import check_empty
 from jlora.io.peft.changed_base import FROM_BASE, minus_start, start_of
 from jlora.io.peft.config import Config
 from jlora.io.peft.deltas import BaseParams
+from jlora.io.peft.forms import shared_name
 from jlora.io.peft.full_weights import base_matrix
 from jlora.io.peft.layouts import layout_of
 from jlora.io.peft.lokr import with_usual_split
@@ -68,7 +69,8 @@ class ModuleReader:
             method = with_usual_split(method, location)
         by_suffix = plain(self.config, name, by_suffix, location.module.kind, location.kernel)
         axes, kind = flat_axes(method, location), location.module.kind
-        layout = layout_of(method, kind, axes, name)
+        own = {factor: names for factor, names in axes.items() if factor not in method.shared_arrays}
+        layout = layout_of(method, kind, own, name)
         suffixes = {row.suffix for row in layout.values()}
         if suffixes != set(by_suffix):
             raise ValueError(
@@ -80,6 +82,7 @@ class ModuleReader:
             factor: from_file(by_suffix[row.suffix], axes[factor], row.axes, sizes, f"{name}.{row.suffix}")
             for factor, row in layout.items()
         }
+        arrays |= {factor: self.tensors[shared_name(factor)] for factor in method.shared_arrays}
         factors = ModuleFactors(method, 1.0, arrays, axes)
         if isinstance(method, VeRA):
             return read_vera(name, factors, sizes.axes["in"], arrays["b"].shape[0], self.tensors)

@@ -121,7 +121,7 @@ def _grouped_convolution(tensor: np.ndarray, axes: str, sizes: Sizes) -> str:
 
 
 def module_tensors(name: str, entry: ModuleEntry) -> Tensors:
-    """A module's tensors by what PEFT calls them.
+    """A module's own tensors by what PEFT calls them.
 
     Arguments:
         name: of the module.
@@ -131,8 +131,9 @@ def module_tensors(name: str, entry: ModuleEntry) -> Tensors:
         ValueError: if PEFT has no such tensors.
     """
     location, factors = entry
-    layout = layout_of(factors.method, location.module.kind, factors.axes, name)
+    own = {factor: axes for factor, axes in factors.axes.items() if factor not in factors.method.shared_arrays}
+    layout = layout_of(factors.method, location.module.kind, own, name)
     return {
-        layout[factor].suffix: to_file(array, factors.axes[factor], layout[factor].axes, location.kernel)
-        for factor, array in factors.arrays.items()
+        row.suffix: to_file(factors.arrays[factor], factors.axes[factor], row.axes, location.kernel)
+        for factor, row in layout.items()
     }

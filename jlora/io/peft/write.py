@@ -7,6 +7,7 @@ import numpy as np
 from jlora._adapter.to_lora import to_lora
 from jlora.io.peft.config import PEFT_TYPES, PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, to_absolute, without_scaled_biases
+from jlora.io.peft.forms import add_form, has_form, with_indices
 from jlora.io.peft.full_weights import add_tokens, add_trained, only_tokens
 from jlora.io.peft.method_fields import ia3_fields, rank_fields
 from jlora.io.peft.module_entry import ModuleEntry
@@ -15,7 +16,7 @@ from jlora.io.peft.tensors import Tensors, module_tensors
 from jlora.io.peft.uniform import check_experts, check_vllm, with_uniform_rank
 from jlora.io.peft.vera import add_vera
 from jlora.io.torch.module_names import Names
-from jlora.methods import IA3, DoRA, Full, GroupedLoRA, LoRA, VeRA
+from jlora.methods import IA3, DoRA, Full, GroupedLoRA, LoRA, PEANuT, TinyLoRA, UniLoRA, VBLoRA, VeRA
 from jlora.methods._base import Adapter, Method, Update
 
 TARGETS = (None, "vllm")
@@ -51,7 +52,7 @@ def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) 
     adapter = without_scaled_biases(adapter, base, locations, names)
     adapter, notes = as_one_method(adapter, params, target)
     adapter = complete_modules(complete_biases(adapter, locations), locations)
-    absolute = {path: to_absolute(path, update, base) for path, update in adapter.items()}
+    absolute = {path: to_absolute(path, with_indices(update), base) for path, update in adapter.items()}
     entries = module_entries(absolute, locations)
     trained = {name: entry for name, entry in entries.items() if isinstance(entry.factors.method, Full)}
     adapted = {name: entry for name, entry in entries.items() if name not in trained}
@@ -73,6 +74,10 @@ def as_one_method(adapter: Adapter, params: Any, target: str | None) -> tuple[Ad
     updates = {path: update for path, update in adapter.items() if not isinstance(update.method, Full)}
     classes: set[type[Method]] = {_saved_class(update) or LoRA for update in updates.values()}
     saved_class = LoRA if target == "vllm" or len(classes) > 1 else next(iter(classes), LoRA)
+    if (
+        len({update.method for update in updates.values() if update.method.shared_arrays}) > 1
+    ):  # PEFT shares with all modules
+        saved_class = LoRA
     notes, converted = [], dict(adapter)
     for path, update in updates.items():
         if _saved_class(update) is saved_class:
@@ -87,7 +92,7 @@ def as_one_method(adapter: Adapter, params: Any, target: str | None) -> tuple[Ad
 
 def _saved_class(update: Update) -> type[Method] | None:
     """The method that PEFT can store this update as without a conversion; None if PEFT does not have it."""
-    if update.method.offset:
+    if update.method.offset or not has_form(update):
         return None
     if isinstance(update.method, GroupedLoRA):  # a LoRA for each module
         return LoRA
@@ -143,6 +148,8 @@ def _adapted_modules(adapted: Entries) -> tuple[Config, Tensors]:
             config |= ia3_fields(modules)
         case VeRA():
             config |= add_vera(modules, tensors)
+        case TinyLoRA() | VBLoRA() | UniLoRA() | PEANuT():
+            config |= add_form(modules, tensors)
         case _:
             config |= rank_fields(adapted)
     if isinstance(method, (LoRA, DoRA)):

@@ -184,7 +184,8 @@ def stack_modules(
                 f"{location.modules[index][0]} has {factors.method} and scale {factors.scale}, another one "
                 f"{first.method} and scale {first.scale}."
             )
-    arrays = {name: _stack(name, by_index, location) for name in first.arrays}
+    shared = first.method.shared_arrays
+    arrays = {n: a if n in shared else _stack(n, by_index, location) for n, a in first.arrays.items()}
     declared = declared_axes(first.method, location)
     factors = {name: unflatten(array, declared[name], location) for name, array in arrays.items()}
     return Update(factors, first.method, location.weight.roles, location.weight.shape, scale=first.scale)

@@ -35,7 +35,7 @@ def split_modules(update: Update, location: WeightLocation) -> ByIndex:
     sizes = location.out_sizes if num_joined > 1 else ()
     by_index: ByIndex = {}
     for index in location.modules:
-        at_index = {name: array[index] for name, array in arrays.items()}
+        at_index = {n: array if n in update.method.shared_arrays else array[index] for n, array in arrays.items()}
         factors = ModuleFactors(update.method, float(update.scale), at_index, axes)
         if isinstance(update.method, GroupedLoRA):
             by_index[index] = tuple(_split_groups(update.method, factors, location))

@@ -124,6 +124,15 @@ def choice(default: str, *others: str) -> Any:
     return _field(Check(text, None, lambda value: isinstance(value, str) and value in options), default)
 
 
+def text(default: str) -> Any:
+    """A field that holds a string.
+
+    Arguments:
+        default: as for `positive_integer`.
+    """
+    return _field(Check("a string", None, lambda value: isinstance(value, str)), default)
+
+
 def optional(check: Any) -> Any:
     """The same field, which takes None as well.
 

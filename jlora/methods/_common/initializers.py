@@ -25,6 +25,11 @@ normal = jax.nn.initializers.normal
 _qr = jnp.vectorize(one_by_one(lambda w: tuple(jnp.linalg.qr(w))), signature="(m,n)->(m,k),(k,n)")
 
 
+def uniform_within(bound: float) -> Initializer:
+    """Uniform numbers in +-bound."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def stacked(
     initializer: Initializer, key: jax.Array, stack: tuple[int, ...], shape: tuple[int, ...], dtype: DTypeLike
 ) -> jax.Array:

@@ -66,6 +66,7 @@ def add_network(
     terms: Sequence[Term],
     scale: float | jax.Array,
     labels: Mapping[str, str] | None = None,
+    latent: str = "",
 ) -> AdaptedWeight:
     """Adds `scale * product of factors` to a weight; axes that the weight lacks are summed over.
 
@@ -77,6 +78,7 @@ def add_network(
         scale: a multiplier; if it is an array, it multiplies the rank mask, or without one the first factor.
         labels: the indices of every group, from `group_labels`, with more entries for parts of the weight's axes that
             the declarations name. By default `group_labels(w, update)`.
+        latent: an axis of one factor, as for `TensorNetwork`; only for an update with a key.
 
     Raises:
         ValueError: if the shape of a factor does not match its declared axes.
@@ -94,9 +96,10 @@ def add_network(
     factors = tuple(_reshape_to_indices(w, axes, array, declared, labels, names) for array, declared in terms)
     indices = tuple("".join(labels[token] for token in declared.split()) for _, declared in terms)
     network = TensorNetwork(factors, indices, scale)
-    if update.key is not None:
+    if update.key is not None and (update.method.dropout or latent):
         rate = update.method.dropout
-        network = dataclasses.replace(network, key=update.key, key_term=labels["*stack"], rate=rate)
+        drawn = {"rate": rate, "latent": labels.get(latent, "")}
+        network = dataclasses.replace(network, key=update.key, key_term=labels["*stack"], **drawn)
     if update.member is not None:
         network = dataclasses.replace(network, picks=(update.member,), picked=labels["member"], pick_terms=("",))
     return dataclasses.replace(w, networks=(*w.networks, network))

@@ -1,0 +1,30 @@
+"""The methods of PEFT's configurations whose files have forms of their own: see `forms.py`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jlora.io.peft.config import Config
+from jlora.methods import PEANuT, TinyLoRA, UniLoRA, VBLoRA
+from jlora.methods._base import Method
+
+
+def method_of_form(config: Config, rank: int, number: Callable[[Any, str], float]) -> Method:
+    """The method of a configuration.
+
+    Arguments:
+        config: the configuration.
+        rank: its rank.
+        number: checks that a value is a number, and converts it.
+    """
+    match config["peft_type"]:
+        case "TINYLORA":
+            return TinyLoRA(rank, config["u"], dropout=number(config.get("tinylora_dropout", 0.0), "tinylora_dropout"))
+        case "VBLORA":
+            dropout = number(config.get("vblora_dropout", 0.0), "vblora_dropout")
+            return VBLoRA(rank, config["num_vectors"], config["vector_length"], config.get("topk", 2), dropout=dropout)
+        case "UNILORA":
+            dropout = number(config.get("unilora_dropout", 0.0), "unilora_dropout")
+            return UniLoRA(rank, config["theta_d_length"], None, dropout=dropout)
+        case _:
+            scaling = number(config.get("scaling", 1.0), "scaling")
+            return PEANuT(rank, config.get("depth", 0), config.get("act_fn", "relu"), scaling)

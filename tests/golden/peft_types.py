@@ -1,0 +1,103 @@
+"""Makes `peft_types.npz`: adapters of the types of PEFT that share arrays or read the weight, and what they compute.
+
+For every adapter that PEFT made it holds its two files and the output of the model; for every adapter that jlora made,
+its two files and the output of the model into which PEFT loaded them.
+
+    pip install -e ".[references]"
+    PYTHONPATH=.:examples python -m tests.golden.peft_types
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import peft  # pyright: ignore[reportMissingImports]
+import torch  # pyright: ignore[reportMissingImports]
+from torch import nn  # pyright: ignore[reportMissingImports]
+
+from tests.support import peft_types
+
+TARGETS = ["layers.0", "layers.1", "out"]
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.out = nn.Linear(8, 12)
+        for name, p in self.named_parameters():
+            p.data = torch.from_numpy(numbers(name, *p.shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.out(x)
+
+
+def numbers(name: str, *shape: int) -> np.ndarray:
+    rng = np.random.RandomState(zlib.crc32(name.encode()))
+    return np.asarray(0.5 * rng.normal(size=shape), np.float32)
+
+
+ADAPTERS: dict[str, Callable[[], peft.PeftConfig]] = {
+    "tinylora": lambda: peft.TinyLoraConfig(r=2, u=3, weight_tying=1.0, target_modules=TARGETS),
+    "vblora": lambda: peft.VBLoRAConfig(r=2, num_vectors=5, vector_length=4, topk=2, target_modules=TARGETS),
+    "vblora_topk": lambda: peft.VBLoRAConfig(
+        r=2, num_vectors=5, vector_length=4, topk=2, target_modules=TARGETS, save_only_topk_weights=True
+    ),
+    "unilora": lambda: peft.UniLoraConfig(r=2, theta_d_length=300, save_indices=True, target_modules=TARGETS),
+    "peanut": lambda: peft.PeanutConfig(r=3, scaling=0.5, target_modules=TARGETS),
+    "peanut_deep": lambda: peft.PeanutConfig(r=3, depth=2, act_fn="tanh", target_modules=TARGETS),
+}
+
+
+def output(model: nn.Module) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(numbers("x", 3, 8))).numpy()
+
+
+def files(folder: Path) -> dict[str, np.ndarray]:
+    return {name: np.frombuffer((folder / name).read_bytes(), np.uint8) for name in FILES}
+
+
+def adapted(name: str) -> dict[str, np.ndarray]:
+    torch.manual_seed(0)
+    made = peft.get_peft_model(Model(), ADAPTERS[name]()).eval()
+    for key, p in made.named_parameters():
+        if p.requires_grad:
+            p.data += torch.from_numpy(numbers(f"{name} {key}", *p.shape))
+    with tempfile.TemporaryDirectory() as folder:
+        made.save_pretrained(folder)
+        return files(Path(folder)) | {"y": output(made)}
+
+
+def exported(name: str, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "adapter"
+        peft_types.save(name, folder, state)
+        made = peft.PeftModel.from_pretrained(Model(), str(folder)).eval()
+        return files(folder) | {"y": output(made)}
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    state = {key: p.detach().numpy() for key, p in Model().named_parameters()}
+    out = {f"model/all/{key}": value for key, value in state.items()}
+    out |= {"input/all/x": numbers("x", 3, 8), "input/all/y": output(Model())}
+    for name in ADAPTERS:
+        out |= {f"adapter/{name}/{key}": value for key, value in adapted(name).items()}
+    for name in peft_types.EXPORTS:
+        out |= {f"export/{name}/{key}": value for key, value in exported(name, state).items()}
+    path = Path(__file__).with_suffix(".npz")
+    np.savez_compressed(path, **out)
+    print(path, path.stat().st_size, "bytes")
+
+
+if __name__ == "__main__":
+    main()
