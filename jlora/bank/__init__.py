@@ -4,9 +4,9 @@
     apply = jlora.bank.apply(model.apply)                        # g(params, bank, ids, tokens)
     logits = apply(params, bank, bank.ids(["films", None]), tokens)
 
-`bank` has the pytree itself, `form` the common form of members, `rows` one batch for many adapters, `pool` the slots
-of a server, `training` the optimiser of all members, `checkpoint` the folder of a bank. `combine` and `extract` compute
-adapters of adapters and of checkpoints.
+`bank` has the pytree itself, `form` the common form of members, `rows` one batch for many adapters, `mixtures` one
+batch for mixtures of them, `pool` the slots of a server, `training` the optimiser of all members, `checkpoint` the
+folder of a bank. `combine` and `extract` compute adapters of adapters and of checkpoints.
 """
 
 import importlib
@@ -19,6 +19,8 @@ from jlora.bank.bank import unstack as unstack
 from jlora.bank.bank import vmap as vmap
 from jlora.bank.combine import combine as combine
 from jlora.bank.extract import extract as extract
+from jlora.bank.mixtures import mix as mix
+from jlora.bank.mixtures import mixture as mixture
 from jlora.bank.pool import Pool as Pool
 from jlora.bank.rows import apply as apply
 from jlora.bank.rows import select as select
@@ -45,9 +47,9 @@ _LAZY = {
     "retire": "training",
 }
 
-__all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]
-    [*_LAZY, "Bank", "Pool", "apply", "combine", "extract", "select", "shardings", "stack", "unstack", "vmap"]
-)
+_NAMES = ("Bank", "Pool", "apply", "combine", "extract", "mix", "mixture", "select", "shardings", "stack", "unstack")
+
+__all__ = sorted([*_LAZY, *_NAMES, "vmap"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> typing.Any:

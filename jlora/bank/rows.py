@@ -58,8 +58,8 @@ def apply(
     def applied(params: Any, bank: Bank, ids: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(bank, Bank):
             raise TypeError(f"Expected a bank after the parameters, found {type(bank).__name__}: use jlora.bank.stack.")
-        axes = _axes_of_leaves(in_axes, args)
-        rows = _count_rows(args, axes)
+        axes = axes_of_leaves(in_axes, args)
+        rows = count_rows(args, axes)
         ids = _checked_ids(ids, rows, len(bank))
         size = block or cheapest_block(fun, params, bank, rows, args, axes, kwargs)
         if not 1 <= size <= rows:
@@ -70,7 +70,7 @@ def apply(
 
         leaves = jax.tree.leaves(args)
         if size == 1:
-            return _map_rows(of_block, bank.adapter, ids, leaves, axes, out_axes)
+            return map_rows(of_block, *_gather(bank.adapter, ids, in_loops=True), leaves, axes, out_axes)
         places = rows_of_blocks(ids, size, kinds_of_rows(bank))
         members, member_axes = _gather(bank.adapter, ids[places[:, 0]], in_loops=True)
         taken = [_take_rows(leaf, places, axis) for leaf, axis in zip(leaves, axes, strict=True)]
@@ -102,7 +102,7 @@ def select(bank: Bank, ids: Any) -> tuple[Adapter, Any]:
     return _gather(bank.adapter, _checked_ids(ids, np.shape(ids)[0], len(bank)))
 
 
-def _axes_of_leaves(in_axes: Any, args: tuple[Any, ...]) -> list[int | None]:
+def axes_of_leaves(in_axes: Any, args: tuple[Any, ...]) -> list[int | None]:
     """The axis of rows of every leaf of the arguments."""
     per_argument = tuple(in_axes) if isinstance(in_axes, (tuple, list)) else (in_axes,) * len(args)
     if len(per_argument) != len(args):
@@ -117,7 +117,8 @@ def _broadcast(spec: Any, tree: Any) -> list[int | None]:
     return [axis for part in jax.tree.leaves(nested, is_leaf=lambda node: isinstance(node, list)) for axis in part]
 
 
-def _count_rows(args: tuple[Any, ...], axes: Sequence[int | None]) -> int:
+def count_rows(args: tuple[Any, ...], axes: Sequence[int | None]) -> int:
+    """The number of rows of the arguments, given the axis of rows of every leaf."""
     sizes = {np.shape(leaf)[axis] for leaf, axis in zip(jax.tree.leaves(args), axes, strict=True) if axis is not None}
     if len(sizes) != 1:
         raise ValueError(f"The arguments have {sorted(sizes) or 'no'} rows along in_axes; one number is expected.")
@@ -138,20 +139,26 @@ def _checked_ids(ids: Any, rows: int, members: int) -> jax.Array:
     return jnp.where((ids < -1) | (ids >= members), members, ids)
 
 
-def _map_rows(
+def map_rows(
     of_block: Callable[..., Any],
-    stacked: Adapter,
-    ids: jax.Array,
+    members: Any,
+    member_axes: Any,
     leaves: Sequence[Any],
     axes: Sequence[int | None],
     out_axes: Any,
 ) -> Any:
-    """Blocks of one row: the axis of rows is mapped where it is, so that no argument or result is copied."""
-    members, member_axes = _gather(stacked, ids, in_loops=True)
+    """Blocks of one row: the axis of rows is mapped where it is, so that no argument or result is copied.
+
+    Arguments:
+        of_block: `of_block(member, *leaves)`, of a batch of one row.
+        members: the first argument of all rows, and `member_axes` the axis of rows in each of its arrays.
+        leaves: the leaves of the other arguments, and `axes` the axis of rows in each.
+        out_axes: the axis of rows in the results.
+    """
     rows = [leaf if axis is None else _with_axis_of_one(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)]
     places = [None if axis is None else axis % np.ndim(leaf) for leaf, axis in zip(leaves, axes, strict=True)]
 
-    def of_row(member: Adapter, *row: Any) -> Any:
+    def of_row(member: Any, *row: Any) -> Any:
         out = of_block(member, *row)
         for leaf, axis in zip(jax.tree.leaves(out), _broadcast(out_axes, out), strict=True):
             _check_rows(leaf.shape, axis, 1)
