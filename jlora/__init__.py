@@ -77,6 +77,7 @@ if typing.TYPE_CHECKING:
     from jlora.optim.gradients import lora_fa_gradient as lora_fa_gradient
     from jlora.optim.gradients import lora_plus as lora_plus
     from jlora.optim.gradients import riemannian as riemannian
+    from jlora.optim.kasa import kasa_penalty as kasa_penalty
 
 __version__ = "0.1.0"
 __docformat__ = "google"
@@ -93,6 +94,7 @@ _LAZY = {
     "load_state": "jlora.io.checkpoint.orbax",
     "save": "jlora.io.checkpoint.orbax",
     "rank_budget": "jlora.optim.adalora",
+    "kasa_penalty": "jlora.optim.kasa",
     "lora_fa_gradient": "jlora.optim.gradients",
     "lora_plus": "jlora.optim.gradients",
     "orthogonality": "jlora.optim.adalora",

@@ -80,7 +80,7 @@ def new_update(
         arrays = new_arrays(method, key, site, dtype, None)
     method = method.without_init_fields()
     factors = {name: array for name, array in arrays.items() if name not in method.frozen}
-    frozen = {name: arrays[name] for name in method.frozen}
+    frozen = {name: arrays[name] for name in method.frozen if name in arrays}
     initial = {name: jnp.copy(array) for name, array in factors.items()} if method.offset else {}
     return Update(factors, method, site.roles, whole.shape, frozen, initial=initial)
 

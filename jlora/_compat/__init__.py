@@ -7,6 +7,7 @@ from jlora._compat.calls import reshape_apart as reshape_apart
 from jlora._compat.defects import one_by_one as one_by_one
 from jlora._compat.defects import row_major as row_major
 from jlora._compat.defects import row_major_gradient as row_major_gradient
+from jlora._compat.devices import has_auto_mesh as has_auto_mesh
 from jlora._compat.devices import has_no_mesh as has_no_mesh
 from jlora._compat.devices import is_for_cpu as is_for_cpu
 from jlora._compat.devices import is_for_gpu as is_for_gpu

@@ -28,6 +28,14 @@ def is_for_gpu(*arrays: Any) -> bool:
     return (platforms[0] if platforms else _default_platform()) in ("gpu", "cuda", "rocm")
 
 
+def has_auto_mesh(*arrays: Any) -> bool:
+    """Whether the context has a mesh whose axes the compiler alone divides, and none is in the arrays' types."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = [jax.typeof(a).sharding.mesh for a in arrays if isinstance(a, jax.Array)]
+    meshes = [mesh, *(m for m in types if not m.empty)]
+    return not mesh.empty and all(set(m.axis_types) == {jax.sharding.AxisType.Auto} for m in meshes)
+
+
 def has_no_mesh(*arrays: Any) -> bool:
     """Whether no mesh is in sight: neither a context mesh nor one in the arrays' types."""
     return all(mesh.empty for mesh in _meshes(*arrays))

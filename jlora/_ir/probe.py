@@ -13,7 +13,7 @@ from jlora._ir.weight import AdaptedWeight, TensorNetwork
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["factors", "key", "picks"],
-    meta_fields=["terms", "scale", "key_term", "rate", "picked", "pick_terms", "latent", "path"],
+    meta_fields=["terms", "scale", "key_term", "rate", "picked", "pick_terms", "latent", "in_parts", "path"],
 )
 @dataclasses.dataclass(frozen=True)
 class Probe(TensorNetwork):

@@ -46,7 +46,7 @@ def at_index(name: str, fn: Callable[[jax.Array, int], jax.Array], new: str | No
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["factors", "key", "picks"],
-    meta_fields=["terms", "scale", "key_term", "rate", "picked", "pick_terms", "latent"],
+    meta_fields=["terms", "scale", "key_term", "rate", "picked", "pick_terms", "latent", "in_parts"],
 )
 @dataclasses.dataclass(frozen=True)
 class TensorNetwork:
@@ -65,6 +65,8 @@ class TensorNetwork:
         latent: an index of one factor alone, of size two: what the input gives with it is the mean and the logarithm of
             the variance of a normal distribution, from which the key draws. Empty without.
         pick_terms: for every position the indices of its axes: none, or that of a loop which gives each step its own.
+        in_parts: whether a product on a mesh is divided, together with the base, along an index of the weight that
+            several factors share, so that devices that divide this index exchange one sum.
     """
 
     factors: tuple[jax.Array, ...]
@@ -77,6 +79,7 @@ class TensorNetwork:
     picked: str = ""
     pick_terms: tuple[str, ...] = ()
     latent: str = ""
+    in_parts: bool = False
 
     @property
     def arrays(self) -> list[tuple[jax.Array, str]]:

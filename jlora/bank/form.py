@@ -209,7 +209,7 @@ def exact_lora(path: str, name: str, update: Update, params: Any) -> Update:
     """
     method = update.method
     if isinstance(method, LoRA) and not update.initial and update.layers is None:
-        plain = dataclasses.replace(method, freeze_a=False)
+        plain = dataclasses.replace(method, freeze_a=False, freeze_b=False)
         return dataclasses.replace(update, method=plain, factors={**update.frozen, **update.factors}, frozen={})
     try:
         converted, errors = to_lora({path: update}, params)

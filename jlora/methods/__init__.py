@@ -2,19 +2,23 @@
 
 from jlora.methods import _interchange
 from jlora.methods.adalora import AdaLoRA
+from jlora.methods.adamss import AdaMSS
 from jlora.methods.additive import Additive
+from jlora.methods.bd_lora import BDLoRA
 from jlora.methods.boft import BOFT
 from jlora.methods.conv_lora import ConvLoRA
 from jlora.methods.delora import DeLoRA
 from jlora.methods.dora import DoRA
 from jlora.methods.fourierft import FourierFT
 from jlora.methods.full import Full
+from jlora.methods.glora import GLoRA
 from jlora.methods.gralora import GraLoRA
 from jlora.methods.grouped_lora import GroupedLoRA
 from jlora.methods.hadamard import Hadamard
 from jlora.methods.hira import HiRA
 from jlora.methods.hra import HRA
 from jlora.methods.ia3 import IA3
+from jlora.methods.kasa import KaSA
 from jlora.methods.locon import LoCon
 from jlora.methods.loha import LoHa
 from jlora.methods.lokr import LoKr
@@ -23,8 +27,11 @@ from jlora.methods.lora_xs import LoRAXS
 from jlora.methods.miss import MiSS
 from jlora.methods.monteclora import MonteCLoRA
 from jlora.methods.oft import OFT
+from jlora.methods.osf import OSF
 from jlora.methods.peanut import PEANuT
+from jlora.methods.psoft import PSOFT
 from jlora.methods.pvera import PVeRA
+from jlora.methods.qalora import QALoRA
 from jlora.methods.randlora import RandLoRA
 from jlora.methods.rows import Rows
 from jlora.methods.shared_lora import SharedLoRA
@@ -39,17 +46,23 @@ __all__ = [
     "HRA",
     "IA3",
     "OFT",
+    "OSF",
+    "PSOFT",
     "AdaLoRA",
+    "AdaMSS",
     "Additive",
+    "BDLoRA",
     "ConvLoRA",
     "DeLoRA",
     "DoRA",
     "FourierFT",
     "Full",
+    "GLoRA",
     "GraLoRA",
     "GroupedLoRA",
     "Hadamard",
     "HiRA",
+    "KaSA",
     "LoCon",
     "LoHa",
     "LoKr",
@@ -59,6 +72,7 @@ __all__ = [
     "MonteCLoRA",
     "PEANuT",
     "PVeRA",
+    "QALoRA",
     "RandLoRA",
     "Rows",
     "SHiRA",

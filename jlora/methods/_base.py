@@ -227,6 +227,17 @@ class Method:
         """The sizes of the method's axes that are not fields of the same name."""
         return {}
 
+    def divided_axes(self, axes: WeightAxes) -> Mapping[str, str]:
+        """The method's axes that number equal parts of a group of the weight's axes, so that they are sharded as it is.
+
+        Arguments:
+            axes: of the weight.
+
+        Returns:
+            the groups by axis, `{"block": "*out"}`; the parts are those of the group's first axis.
+        """
+        return {}
+
     def shapes(self, axes: WeightAxes) -> dict[str, tuple[int, ...]]:
         """The shapes of all arrays for a weight."""
         declared = self.factors_for(axes)

@@ -39,8 +39,11 @@ class LoRA(Method):
         b_init: initialiser of B, called with `(rank, out)`. The default is zeros; standard normal for an embedding.
         start: instead of initialisers "gaussian", "orthogonal", or one that takes both matrices from the weight, with
             the initial product subtracted and the base unchanged: "pissa", "pissa_niter_4" (or another number of
-            subspace iterations), "milora", "olora". Those need `jlora.init(..., params=params)`.
+            subspace iterations), "milora", "olora". "mica" (Rüdiger and Raschka 2026, arXiv:2604.01694) takes B from
+            the weight, its last right singular vectors, and trains A alone, from zero. All that take something from the
+            weight need `jlora.init(..., params=params)`.
         freeze_a: trains B alone (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
+        freeze_b: trains A alone, which starts at zero; B is random, unless the start is "mica", which implies this.
 
     Raises:
         ValueError: if a hyper-parameter is not valid, and from `jlora.init`, if it does not fit the weight.
@@ -59,6 +62,7 @@ class LoRA(Method):
     b_init: Initializer | None = None
     start: str | None = None
     freeze_a: bool = switch(False)
+    freeze_b: bool = switch(False)
 
     factors = {"a": "*stack *in rank", "b": "*stack rank *out"}
     networks = ("a b",)
@@ -71,6 +75,10 @@ class LoRA(Method):
                 raise ValueError(f"LoRA's start is one of {names}, not {self.start!r}.")
             if self.a_init or self.b_init:
                 raise ValueError("LoRA takes a start or initialisers, not both.")
+        if len(self.frozen) > 1:
+            raise ValueError(
+                "LoRA would train nothing: freeze_a with freeze_b, or with the start 'mica'. Leave one out."
+            )
 
     @property
     def scale(self) -> float:
@@ -78,20 +86,28 @@ class LoRA(Method):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        return ("a",) if self.freeze_a else ()
+        return ("a",) * self.freeze_a + ("b",) * (self.freeze_b or self.start == "mica")
 
     @property
     def init_needs_weight(self) -> bool:
+        return self.start == "mica" or self._starts_apart
+
+    @property
+    def _starts_apart(self) -> bool:
+        """Whether A B is not zero at the start, so that it has to be subtracted."""
         return bool(re.fullmatch(initializers.FROM_BASE, self.start or ""))
 
     def unsupported_reason(self, site: Site) -> str:
         return site.unsupported_reason or rank_too_high(site, self.rank)
 
     def without_init_fields(self) -> "LoRA":
-        offset = self.offset or self.init_needs_weight
-        return dataclasses.replace(self, a_init=None, b_init=None, start=None, offset=offset)
+        changes = {"offset": self.offset or self._starts_apart, "freeze_b": "b" in self.frozen}
+        return dataclasses.replace(self, a_init=None, b_init=None, start=None, **changes)
 
     def initializers_for(self, site: Site) -> Mapping[str, Initializer]:
+        if self.freeze_b:
+            random = initializers.normal(1.0) if site.is_lookup else initializers.kaiming_of_outputs
+            return {"a": self.a_init or initializers.zeros, "b": self.b_init or random}
         return pair_initializers(self.a_init, self.b_init, self.freeze_a, site)
 
     def init(self, key: jax.Array, site: Site, dtype: DTypeLike, base: jax.Array | None) -> dict[str, jax.Array]:
@@ -100,7 +116,7 @@ class LoRA(Method):
         weight = None if base is None else as_matrix(base, site.roles)
         shape = (*site.sizes("stack"), *in_out(site))
         a, b = initializers.named_start(self.start, key, weight, shape, self.rank)
-        if self.init_needs_weight and self.scale != 1:
+        if self._starts_apart and self.scale != 1:
             a, b = (factor / math.sqrt(self.scale) for factor in (a, b))
         return {"a": a.astype(dtype), "b": b.astype(dtype)}
 

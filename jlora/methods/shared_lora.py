@@ -4,14 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import final
 
-import jax
-from jax.typing import DTypeLike
-
 from jlora._interpreter.site import Site
 from jlora.methods._base import Method
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import choice, fraction, nonzero, positive_integer, scale_of, switch
-from jlora.methods._common.initializers import Initializer, kaiming, normal, zeros
+from jlora.methods._common.initializers import Initializer, kaiming_of_outputs, normal, zeros
 from jlora.methods._common.matrices import rank_too_high
 from jlora.methods.lora import LoRA, pair_initializers
 
@@ -64,8 +61,3 @@ class SharedLoRA(Method):
         if self.shared == "a":
             return pair_initializers(None, None, True, site)
         return {"a": zeros, "b": normal(1.0) if site.is_lookup else kaiming_of_outputs}
-
-
-def kaiming_of_outputs(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """B as A starts, with out and in exchanged: uniform in +-1/sqrt(out)."""
-    return kaiming(key, shape[::-1], dtype).T

@@ -99,12 +99,27 @@ class GGUF(Quantized):
             scale = _to_float16((blocks.max(axis=-1, keepdims=True) - minimum) / 15)
             minimum = _to_float16(minimum)
             parts = [_float16_bytes(scale), _float16_bytes(minimum), _pack((blocks - minimum) * _reciprocal(scale))]
+            parts = self._with_shifted_minima(blocks, parts)
         else:
             largest = jnp.take_along_axis(blocks, jnp.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)
             scale = _to_float16(largest / -8)
             parts = [_float16_bytes(scale), _pack((blocks + 8 * scale) * _reciprocal(scale))]
         data = jnp.concatenate(parts, axis=-1).reshape(*rows.shape[:-1], -1)
         return dataclasses.replace(self, data=data)
+
+    def _with_shifted_minima(self, blocks: jax.Array, parts: list[jax.Array]) -> list[jax.Array]:
+        """The parts of Q4_1 blocks; those that differ from this weight's by a constant keep their codes and scales."""
+        old = self.data.reshape(*self.data.shape[:-1], -1, BYTES[self.kind])
+        if old.shape[:-1] != blocks.shape[:-1]:
+            return parts
+        values = self.dequantize()
+        change = blocks - (values.mT if self.transposed else values).astype(jnp.float32).reshape(blocks.shape)
+        lowest, highest = (extreme(change, axis=-1, keepdims=True) for extreme in (jnp.min, jnp.max))
+        largest = jnp.abs(blocks).max(axis=-1, keepdims=True)
+        is_shift = highest - lowest <= 8 * jnp.finfo(self.dtype).eps * largest
+        minimum = _from_float16(old[..., 2:4]) + (lowest + highest) / 2
+        shifted = [old[..., :2], _float16_bytes(_to_float16(minimum)), old[..., 4:]]
+        return [jnp.where(is_shift, new, part) for new, part in zip(shifted, parts, strict=True)]
 
 
 def _from_float16(data: jax.Array) -> jax.Array:

@@ -92,6 +92,7 @@ def test_factors_of_a_weight_in_numpy_are_placed_on_the_default_device():
 # Sizes that no rank, number of blocks or number of coefficients of the methods has by chance.
 LAYERS, IN, OUT = 12, 20, 28
 SHORTER = ("randlora", "b")  # its last axis has the length of the shorter side, but is neither side
+DIVIDED = {"bd_lora": OUT, "bd_lora_in": IN}
 STACK = {"up": PartitionSpec("x", "y", None), "down": PartitionSpec(None, "y", "x"), "mix": PartitionSpec("y", "x")}
 
 
@@ -104,7 +105,7 @@ def stack(p, x):
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_an_axis_as_long_as_one_of_the_weight_is_sharded_as_that_axis(name):
-    """And every other axis, of ranks, blocks and coefficients, is replicated."""
+    """And every other axis, of ranks, blocks and coefficients, is replicated, but for the blocks of BD-LoRA."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     shapes = {"up": (LAYERS, IN, OUT), "down": (LAYERS, IN, OUT), "mix": (IN, OUT)}
     weights = {
@@ -117,6 +118,8 @@ def test_an_axis_as_long_as_one_of_the_weight_is_sharded_as_that_axis(name):
     shardings = jlora.shardings(updates, weights)
     for path, update in updates.items():
         mesh_axis = dict(zip(shapes[path], STACK[path], strict=True))
+        if name in DIVIDED:  # its two blocks are parts of a side; `down` is used as its transpose
+            mesh_axis[2] = mesh_axis[DIVIDED[name] if path != "down" else {IN: OUT, OUT: IN}[DIVIDED[name]]]
         for group in ("factors", "frozen"):
             for array, axes in getattr(update, group).items():
                 lengths = axes.shape if (name, array) != SHORTER else (*axes.shape[:-1], 0)

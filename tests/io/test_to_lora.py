@@ -18,8 +18,8 @@ def wide(p: dict, x: jax.Array) -> jax.Array:
 
 # Methods without a low rank, or with one that no factors of theirs show.
 DENSE = {
-    *("dora", "full", "hadamard_sigmoid", "hadamard_tanh", "hira", "ia3", "ia3_in", "oft", "boft", "randlora"),
-    *("shira",),
+    *("dora", "full", "glora", "glora_lora", "hadamard_sigmoid", "hadamard_tanh", "hira", "ia3", "ia3_in", "oft"),
+    *("boft", "randlora", "shira"),
 }
 
 

@@ -27,8 +27,8 @@ NAMES = sorted(METHODS)
 # One method of every form in the default run, with a sixth of the others; all in the nightly run.
 FORMS = {"lora", "additive", "delora", "dora", "full", "hadamard_sigmoid", "hra", "ia3_in", "lokr_both", "oft"}
 STARTS_ELSEWHERE = {"unilora", "vblora"}  # without an offset
-MULTIPLICATIVE = {"boft", "dora", "ia3", "ia3_in", "oft"}
-DEPENDS_ON_WEIGHT = {"delora", "dora", "hira", "hra", "peanut", "peanut_deep"}
+MULTIPLICATIVE = {"boft", "dora", "glora", "glora_lora", "ia3", "ia3_in", "oft"}
+DEPENDS_ON_WEIGHT = {"delora", "dora", "glora_lora", "hira", "hra", "peanut", "peanut_deep"}
 
 
 def cases(names: Iterable[str]) -> list[Any]:

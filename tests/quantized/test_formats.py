@@ -115,3 +115,28 @@ def test_a_users_format() -> None:
     )
     assert isinstance(params["mix"]["kernel"], NF4)
     assert params["mix"]["kernel"].scale.shape == (2, toy_model.WIDTH)
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_qalora_merges_into_the_minima_of_q4_1(group: int) -> None:
+    """Codes and scales keep their bits, also where no entry of a block has the lowest or the highest code."""
+    values = weight(6, 128)
+    packed = GGUF(jnp.zeros((6, 80), jnp.uint8), "Q4_1", transposed=True)
+    base = packed.requantize(jnp.asarray(values.T))
+    blocks = np.array(base.data).reshape(6, 4, 20)
+    blocks[0, 0, 4:] = 0x55
+    blocks[1, 2, 4:] = 0x69
+    base = GGUF(jnp.asarray(blocks.reshape(6, 80)), "Q4_1", transposed=True)
+    params, x = {"w": base}, jnp.ones((2, 128))
+    sites = jlora.trace(lambda p, x: x @ p["w"], params, x)
+    adapter = toy_model.random_adapter(sites, jlora.QALoRA(2, group))
+    merged = jlora.merge(params, adapter, requantize=True)["w"]
+    after = np.asarray(merged.data).reshape(6, 4, 20)
+    np.testing.assert_array_equal(after[..., :2], blocks[..., :2])
+    np.testing.assert_array_equal(after[..., 4:], blocks[..., 4:])
+    want = np.asarray(jlora.merge(params, adapter)["w"])
+    np.testing.assert_allclose(merged.dequantize(), want, atol=1e-3 * np.abs(want).max())
+    assert np.abs(want - np.asarray(base.dequantize())).max() > 0.1
+    lora = toy_model.random_adapter(sites, jlora.LoRA(2))
+    changed = np.asarray(jlora.merge(params, lora, requantize=True)["w"].data).reshape(6, 4, 20)
+    assert (changed[..., 4:] != blocks[..., 4:]).any((0, 1)).all()

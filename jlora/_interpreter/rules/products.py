@@ -26,6 +26,7 @@ from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork, fresh_indice
 from jlora._ops.contraction import Groups, apply_network
 from jlora._ops.inputs import record_product
 from jlora._ops.maps import apply_maps, form_of
+from jlora._ops.parts import common_part, product_in_parts
 
 AxisPairs = tuple[Sequence[int], Sequence[int]]  # axes of the activation and those of the weight that they meet
 
@@ -223,6 +224,13 @@ def _evaluate(
     sizes = form.sizes
     x_mapped = _map(x, form.x, maps[0], group_sizes, form, of_input=True)
     operands = (x_mapped, base) if form.x_is_left else (base, x_mapped)
+    is_divisible = not any(maps) and group_sizes is None and _compat.has_auto_mesh(*operands)
+    part = common_part(networks, form.x, form.weight, form.out) if is_divisible else ""
+    if part:
+        (like,) = jax.eval_shape(product, *operands)
+        terms = (form.x, form.weight, form.out)
+        y = product_in_parts(x, lazy.materialize(base), networks, part, terms, sizes, like.dtype, form.precision)
+        return y.reshape(like.shape)
     (y,) = product(*operands, *(() if group_sizes is None else (group_sizes,)))
     y = _map(y, form.out, maps[1], group_sizes, form, of_input=False)
 

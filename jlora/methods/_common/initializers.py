@@ -14,7 +14,7 @@ from jlora._compat import one_by_one
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]  # of a key, a shape and a dtype
 
 FROM_BASE = r"pissa|pissa_niter_\d+|milora|olora"
-STARTS = rf"gaussian|orthogonal|{FROM_BASE}"
+STARTS = rf"gaussian|orthogonal|mica|{FROM_BASE}"
 
 kaiming = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # a = sqrt(5): +-1 / sqrt(fan in)
 zeros = jax.nn.initializers.zeros
@@ -28,6 +28,11 @@ _qr = jnp.vectorize(one_by_one(lambda w: tuple(jnp.linalg.qr(w))), signature="(m
 def uniform_within(bound: float) -> Initializer:
     """Uniform numbers in +-bound."""
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def kaiming_of_outputs(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """B as A starts, with out and in exchanged: uniform in +-1/sqrt(out)."""
+    return kaiming(key, shape[::-1], dtype).T
 
 
 def stacked(
@@ -47,8 +52,9 @@ def named_start(
 
     gaussian: A ~ N(0, 1/rank^2), B zero. orthogonal: A B = 0, A and B non-zero. pissa: the leading singular vectors
     (Meng et al. 2024, arXiv:2404.02948), `pissa_niter_k` by k subspace iterations (Halko et al. 2011,
-    arXiv:0909.4061). milora: the last ones (Wang et al. 2024, arXiv:2406.09044). olora: the first columns of the
-    transposed weight's QR factors (Buyukakyuz 2024, arXiv:2406.01775).
+    arXiv:0909.4061). milora: the last ones (Wang et al. 2024, arXiv:2406.09044). mica: A zero, and B the last right
+    ones (Rüdiger and Raschka 2026, arXiv:2604.01694). olora: the first columns of the transposed weight's QR factors
+    (Buyukakyuz 2024, arXiv:2406.01775).
     """
     *stack, m, n = shape
     if start == "gaussian":
@@ -64,6 +70,8 @@ def named_start(
         u, s, vt = _randomised_svd(key, weight, rank, int(iterations[1]))
     else:
         u, s, vt = jnp.linalg.svd(weight, full_matrices=False)
+    if start == "mica":
+        return jnp.zeros((*stack, m, rank)), vt[..., -rank:, :]
     cut = slice(-rank, None) if start == "milora" else slice(0, rank)
     root = jnp.sqrt(s[..., cut])
     return u[..., cut] * root[..., None, :], root[..., None] * vt[..., cut, :]
