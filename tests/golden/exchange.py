@@ -20,7 +20,7 @@ import numpy as np
 import peft  # pyright: ignore[reportMissingImports]
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
-from peft.tuners.lora.config import CordaConfig, LoraGAConfig  # pyright: ignore[reportMissingImports]
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig, VeloraConfig  # pyright: ignore[reportMissingImports]
 from peft.tuners.lora.corda import preprocess_corda  # pyright: ignore[reportMissingImports]
 from peft.tuners.lora.loraga import preprocess_loraga  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
@@ -139,6 +139,7 @@ ADAPTERS: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
     ),
     "tokens_tied": ("llama_tied", lambda: lora("q_proj", trainable_token_indices={"embed_tokens": [1, 5]})),
     "tied": ("llama_tied", lambda: lora("embed_tokens", "q_proj", ensure_weight_tying=True)),
+    "compressed": ("bert", lambda: lora("query", velora_config=VeloraConfig())),
     "tied_saved": ("llama_tied", lambda: lora("q_proj", modules_to_save=["lm_head"], ensure_weight_tying=True)),
     "tokens_alone_tied": (
         "llama_tied",

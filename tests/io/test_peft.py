@@ -60,7 +60,7 @@ def test_from_peft(name, model, tmp_path):
 # in another form becomes the plain one: VeRA with torch's matrices and AdaLoRA become LoRA, a start that changes the
 # base doubles the rank, and `lora_bias` becomes a trained bias.
 REWRITTEN = (
-    *("vera", "drawn", "with_base", "tied", "tied_saved", "tokens_alone_tied", "experts"),
+    *("vera", "drawn", "with_base", "tied", "tied_saved", "tokens_alone_tied", "compressed", "experts"),
     *("weights", "conv1d_weights", "weights_pissa"),
     *("output_bias", "output_bias_beside", "conv1d_output_bias", "convolution_output_bias"),
     *("pissa", "pissa_dora", "conv1d_pissa", "pissa_iterated", "olora", "corda", "lora_ga"),

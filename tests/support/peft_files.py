@@ -27,16 +27,9 @@ BOUND = 1e-5  # of the largest entry, in float32
 
 # Forms that share their code with another one that the default run reads.
 NIGHTLY = (
-    *(
-        "output_bias",
-        "convolution_output_bias",
-        "conv1d_weights",
-        "weights_pissa",
-        "pissa_dora",
-        "conv1d_pissa",
-        "olora",
-    ),
-    *("pissa_iterated", "lora_ga", "adalora", "convolution_adalora", "effective_loha", "tokens_alone_tied"),
+    *("output_bias", "convolution_output_bias", "conv1d_weights", "weights_pissa", "pissa_dora", "conv1d_pissa"),
+    *("olora", "pissa_iterated", "lora_ga", "adalora", "convolution_adalora", "effective_loha"),
+    *("tokens_alone_tied", "compressed"),
 )
 
 

@@ -60,7 +60,7 @@ def content(config: Config | None, tensors: Tensors, refused: list[str]) -> Cont
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         suffix = next((suffix for suffix in (*SUFFIXES, *plain_forms.SUFFIXES) if name.endswith(f".{suffix}")), "")
-        if key in PROJECTIONS:
+        if key in PROJECTIONS or name.endswith(".lora_velora_embed"):
             continue
         if name.endswith(".lora_B.bias"):
             notes.append(f"{name} is a bias of B: jlora.peft.load adds it to the bias of the module.")

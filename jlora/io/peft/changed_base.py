@@ -13,7 +13,8 @@ from jlora.io.torch.factor_layout import ModuleFactors
 from jlora.io.torch.join_modules import total_scale
 from jlora.methods import DoRA, LoRA
 
-FROM_BASE = ("pissa", "olora")  # values of init_lora_weights
+# Values of init_lora_weights: A0 and B0 follow from W, or from a file.
+FROM_BASE, FROM_FILE = ("pissa", "olora"), ("corda", "lora_ga")
 
 
 def start_of(start: str, weight: np.ndarray, factors: ModuleFactors, *, is_transposed: bool) -> ModuleFactors:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from jlora.io.peft.changed_base import FROM_BASE
+from jlora.io.peft.changed_base import FROM_BASE, FROM_FILE
 from jlora.methods import IA3, DoRA, LoHa, LoKr, LoRA, PEANuT, TinyLoRA, UniLoRA, VBLoRA, VeRA
 from jlora.methods._base import Method
 
@@ -167,8 +167,13 @@ def check_start(path: str | os.PathLike[str], config: Config, accepted: Iterable
         what = "Set it to true in the file, and pass or merge with the base that LoftQ has quantised"
     elif start in FROM_BASE:
         what = "Load it by jlora.peft.load with params="
-    else:
+    elif start in FROM_FILE or str(start).startswith("pissa_niter_"):
         what = "Load it by jlora.peft.load(..., start=folder), the folder of the adapter before training"
+    else:
+        raise ValueError(
+            f"{path} has init_lora_weights = {start!r}, which jlora does not know: if that leaves the base as it is, "
+            "set it to true in the file; else save it with PEFT as a plain LoRA."
+        )
     raise ValueError(
         f"{path} has init_lora_weights = {start!r}: PEFT changes the base, and the adapter is relative to the changed "
         f"base. {what}; or save it with PEFT as a plain LoRA: "

@@ -30,6 +30,7 @@ from jlora.methods._base import Adapter, Update
 from jlora.methods._sharing import tie
 
 _BIAS = "lora_B.bias"
+_OF_TRAINING = ".lora_velora_embed"  # what VeLoRA compresses activations with
 _TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
 
 
@@ -140,7 +141,7 @@ def _group_tensors(tensors: Tensors, owners: Owners, config: Config) -> FileCont
     """The tensors by what they are, by the suffixes of their names."""
     content = FileContent(collections.defaultdict(dict), {}, {}, {}, {})
     for key, tensor in tensors.items():
-        if key in PROJECTIONS or is_shared_name(key):
+        if key in PROJECTIONS or is_shared_name(key) or key.endswith(_OF_TRAINING):
             continue
         if not key.startswith(PREFIX):
             raise ValueError(f"The file has the tensor {key}, and all of PEFT's start with {PREFIX}")
