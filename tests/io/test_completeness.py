@@ -11,7 +11,7 @@ import jlora
 from tests.support.peft_files import FILES, golden, program, unpack
 from tests.support.peft_models import MODELS
 
-# Copies that PEFT adds to the file or not, of the base, and of the trained rows for a tied output head; and what acts in
+# Copies that PEFT adds to the file or not, of the base and of the trained rows for a tied output head, and what acts in
 # training alone.
 NOT_PROMISED = (".base_layer.weight", "lm_head.trainable_tokens_delta", ".lora_velora_embed")
 

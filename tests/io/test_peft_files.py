@@ -216,3 +216,25 @@ def test_fused_modules_of_several_widths(tmp_path):
     for entry in (["q_proj", "k_proj", "v_proj"], [Module("q_proj", size=6), Module("k_proj", size=6)]):
         with pytest.raises(ValueError, match=r"qkv has 10 outputs, and its modules .*give each its size"):
             jlora.peft.save(tmp_path / "c", adapter, {"qkv": entry})
+
+
+def test_ia3_of_a_module_without_a_bias(tmp_path):
+    """The program has a bias that torch's module does not have: the map says so, and IA3 leaves the bias as it is."""
+    x, w, b = jnp.ones((2, 3)), jnp.arange(12.0).reshape(3, 4), jnp.arange(4.0)
+    scale = np.array([[1.0], [2.0], [0.5], [-1.0]], np.float32)
+    config = {"peft_type": "IA3", "target_modules": ["layer"], "feedforward_modules": []}
+    (tmp_path / FILES[0]).write_text(json.dumps(config))
+    save_file({"base_model.model.layer.ia3_l": scale}, tmp_path / FILES[1])
+
+    def layer(params, x):
+        return x @ params["layer"]["w"] + params["layer"]["b"][None]
+
+    params = {"layer": {"w": w, "b": b}}
+    sites = jlora.trace(layer, params, x)
+    with pytest.raises(ValueError, match=r"layer/b may be that of layer/w.*names\['layer/b'\] = None"):
+        jlora.peft.load(tmp_path, sites, {"layer/w": "layer"}, params=params)
+    names: jlora.peft.Names = {"layer/b": None, "layer/w": "layer"}
+    adapter = jlora.peft.load(tmp_path, sites, names, params=params)
+    np.testing.assert_allclose(jlora.adapt(layer)(params, adapter, x), (x @ w) * scale.T + b[None], rtol=1e-6)
+    jlora.peft.save(tmp_path / "again", adapter, names, params=params)
+    assert (tmp_path / "again" / FILES[1]).read_bytes() == (tmp_path / FILES[1]).read_bytes()

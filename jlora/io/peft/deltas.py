@@ -9,7 +9,7 @@ import numpy as np
 from jlora._interpreter.context import Role, matrix_side
 from jlora._tree.leaves import as_array
 from jlora._tree.paths import is_array, named_leaves
-from jlora.io.torch.module_names import Names, bias_hint
+from jlora.io.torch.module_names import Names, absent_paths, bias_hint
 from jlora.io.torch.weight_location import WeightLocation, bias_of, owners_of
 from jlora.methods import IA3, DoRA, Full
 from jlora.methods._base import Adapter, Update
@@ -163,16 +163,17 @@ def scaled_biases(
     Raises:
         ValueError: if a weight seems to have a bias that is not in the map; the message says what to write.
     """
-    owners, biases = owners_of(locations), {}
+    owners, biases, absent = owners_of(locations), {}, absent_paths(names, leaves)
     for path, update in adapter.items():
         if not _scales_output(update):
             continue
         bias = bias_of(locations[path], owners)
-        unnamed = _unnamed_bias(path, update, leaves, locations)
+        unnamed = _unnamed_bias(path, update, leaves, {*locations, *absent})
         if bias is None and unnamed is not None:
             raise ValueError(
                 f"{_BIAS}, and {unnamed} may be that of {path}: add it to names, as a 'parameter': "
-                f"{bias_hint(unnamed, names)}."
+                f"{bias_hint(unnamed, names)}. If torch's module has no bias, state that: "
+                f"names[{unnamed!r}] = None."
             )
         if bias in leaves:
             biases[path] = bias

@@ -67,9 +67,11 @@ def tied(names: Names, embedding: str, head: str) -> dict[str, Entry]:
     """
     out = {}
     for path, entry in names.items():
-        first = modules_of(entry)[0]
-        if first.name != head:
-            out[path] = dataclasses.replace(first, tied=head) if first.name == embedding else entry
+        first = next(iter(modules_of(entry)), None)
+        if first is None or first.name not in (head, embedding):
+            out[path] = entry
+        elif first.name == embedding:
+            out[path] = dataclasses.replace(first, tied=head)
     return out
 
 

@@ -64,18 +64,22 @@ class Module:
         return f"Module({', '.join([repr(self.name), *kind, *given])})"
 
 
-Entry = str | Module | Sequence[str | Module]
-Names = Mapping[str, str | Module | Sequence[str | Module]]
+Entry = str | Module | Sequence[str | Module] | None
+Names = Mapping[str, str | Module | Sequence[str | Module] | None]
 
 
 def modules_of(entry: Entry) -> tuple[Module, ...]:
-    """The modules of one entry of a map; a plain name is a linear layer."""
+    """The modules of one entry of a map; a plain name is a linear layer, None has no module in torch."""
+    if entry is None:
+        return ()
     entries = [entry] if isinstance(entry, (str, Module)) else entry
     return tuple(one if isinstance(one, Module) else Module(one) for one in entries)
 
 
 def entry_of(modules: Sequence[Module]) -> Entry:
     """The shortest entry of a map for some modules: the inverse of `modules_of`."""
+    if not modules:
+        return None
     entries = [one.name if one == Module(one.name) else one for one in modules]
     return entries[0] if len(entries) == 1 else tuple(entries)
 
@@ -129,6 +133,17 @@ def _terms(expression: str) -> list[tuple[int, str]]:
     return [(int(sign + (factor or number or "1")), index) for sign, factor, index, number in matches]
 
 
+def absent_paths(names: Names, paths: Iterable[str]) -> set[str]:
+    """The paths that a map states to have no counterpart in torch, by None.
+
+    Arguments:
+        names: the map.
+        paths: of the program.
+    """
+    patterns = [compile_pattern(pattern) for pattern, entry in names.items() if entry is None]
+    return {path for path in paths if any(pattern.fullmatch(path) for pattern in patterns)}
+
+
 def bias_hint(path: str, names: Names) -> str:
     """What to add to a map for the bias of a layer whose weight it knows; empty if it knows none beside the path.
 
@@ -140,7 +155,7 @@ def bias_hint(path: str, names: Names) -> str:
     for pattern, entry in names.items():
         layer = pattern.rpartition("/")[0]
         modules = modules_of(entry)
-        if modules[0].kind not in ("parameter", "embedding") and compile_pattern(layer).fullmatch(parent):
+        if modules and modules[0].kind not in ("parameter", "embedding") and compile_pattern(layer).fullmatch(parent):
             biases = [dataclasses.replace(m, name=f"{m.name}.bias", kind="parameter") for m in modules]
             written = biases[0] if len(biases) == 1 else tuple(biases)
             return f"names[{layer + '/' + last!r}] = {written!r}"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from jlora._interpreter.context import Role, matrix_side
-from jlora.io.torch.module_names import Module, Names, compile_pattern, fill, index_names, modules_of
+from jlora.io.torch.module_names import Module, Names, absent_paths, compile_pattern, fill, index_names, modules_of
 
 Index = tuple[int, ...]
 
@@ -138,12 +138,13 @@ def locate_weights(
             weights claim the same module.
     """
     locations: dict[str, WeightLocation] = {}
+    absent = absent_paths(names, weights)
     for pattern, entry in names.items():
         modules, expression = modules_of(entry), compile_pattern(pattern)
         _check_indices(pattern, tuple(expression.groupindex), modules)
         for path, weight in weights.items():
             match = expression.fullmatch(path)
-            if match and path not in locations:
+            if match and path not in locations and path not in absent:
                 locations[path] = _locate(path, weight, modules, match.groupdict(), assume_experts)
     _check_claims(locations)
     return locations
