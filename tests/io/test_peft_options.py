@@ -22,6 +22,7 @@ WITHOUT_EFFECT = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "init_weights"),
     *("init_ia3_weights", "rank_dropout", "rank_dropout_scale", "module_dropout", "runtime_config", "megatron_core"),
+    *("init_v_bound", "init_logits_std", "init_vector_bank_bound", "init_theta_d_bound"),
     *("qalora_group_size", "fan_in_fan_out"),  # of QALoRA, which is refused; a fact about torch's layer
 }
 MODULES = {"peft_type", "target_modules", "exclude_modules", "modules_to_save"}
@@ -43,11 +44,17 @@ READ = {
     },
     "LOHA": MODULES | LAYERS | PATTERNS | {"alpha", "use_effective_conv2d"},
     "LOKR": MODULES | LAYERS | PATTERNS | {"alpha", "use_effective_conv2d", "decompose_both", "decompose_factor"},
-    "VERA": MODULES
-    | LAYERS
-    | {"r", "bias", "projection_prng_key", "save_projection", "vera_dropout", "d_initial"} - {"exclude_modules"},
+    "VERA": MODULES | LAYERS | {"r", "bias", "projection_prng_key", "save_projection", "vera_dropout", "d_initial"},
     "IA3": MODULES | {"feedforward_modules"},
     "TRAINABLE_TOKENS": {"peft_type", "target_modules", "token_indices"},
+    "TINYLORA": MODULES
+    | LAYERS
+    | {"r", "u", "bias", "weight_tying", "projection_seed", "save_projection", "tinylora_dropout"},
+    "VBLORA": MODULES
+    | LAYERS
+    | {"r", "bias", "num_vectors", "vector_length", "topk", "vblora_dropout", "save_only_topk_weights"},
+    "UNILORA": MODULES | LAYERS | {"r", "bias", "theta_d_length", "proj_seed", "unilora_dropout", "save_indices"},
+    "PEANUT": MODULES | LAYERS | {"r", "depth", "act_fn", "scaling"},
 }
 REQUIRED = {"r": 2, "lora_alpha": 3, "alpha": 3, "init_r": 3, "target_modules": ["q"], "feedforward_modules": ["q"]}
 # Values that PEFT accepts; of any other option one is made from the default.
