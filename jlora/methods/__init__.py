@@ -7,6 +7,7 @@ from jlora.methods.additive import Additive
 from jlora.methods.bd_lora import BDLoRA
 from jlora.methods.boft import BOFT
 from jlora.methods.conv_lora import ConvLoRA
+from jlora.methods.deft import DEFT
 from jlora.methods.delora import DeLoRA
 from jlora.methods.dora import DoRA
 from jlora.methods.fourierft import FourierFT
@@ -28,11 +29,13 @@ from jlora.methods.miss import MiSS
 from jlora.methods.monteclora import MonteCLoRA
 from jlora.methods.oft import OFT
 from jlora.methods.osf import OSF
+from jlora.methods.para import PaRa
 from jlora.methods.peanut import PEANuT
 from jlora.methods.psoft import PSOFT
 from jlora.methods.pvera import PVeRA
 from jlora.methods.qalora import QALoRA
 from jlora.methods.randlora import RandLoRA
+from jlora.methods.road import RoAd
 from jlora.methods.rows import Rows
 from jlora.methods.shared_lora import SharedLoRA
 from jlora.methods.shira import SHiRA
@@ -43,6 +46,7 @@ from jlora.methods.vera import VeRA
 
 __all__ = [
     "BOFT",
+    "DEFT",
     "HRA",
     "IA3",
     "OFT",
@@ -72,8 +76,10 @@ __all__ = [
     "MonteCLoRA",
     "PEANuT",
     "PVeRA",
+    "PaRa",
     "QALoRA",
     "RandLoRA",
+    "RoAd",
     "Rows",
     "SHiRA",
     "SharedLoRA",

@@ -186,6 +186,7 @@ def test_a_quantised_base(form):
 
 DENSE = {
     *("dora", "hadamard_sigmoid", "hadamard_tanh", "hira", "ia3", "ia3_in", "oft", "boft", "randlora", "shira"),
+    *("road", "road_4"),
 }
 
 

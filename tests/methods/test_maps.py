@@ -74,6 +74,7 @@ PROGRAMS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Callable[..., Array]
     "tied": ((8, 12), (3, 12), lambda w, x: (x + w[jnp.array([1, 7, 1])]) @ w.T, "out"),
     "conv_1x1": ((1, 1, 8, 12), (2, 5, 5, 8), lambda w, x: conv(x, w), "in out"),
     "conv": ((2, 2, 8, 12), (2, 5, 5, 8), lambda w, x: conv(x, w), "out"),
+    "conv_of_groups_that_blocks_join": ((1, 1, 4, 4), (2, 5, 5, 8), lambda w, x: conv(x, w, 2), "in"),
     "conv_in_groups": ((1, 1, 4, 12), (2, 5, 5, 8), lambda w, x: conv(x, w, 2), "in"),
     "experts": ((3, 8, 12), (7, 8), lambda w, x: jax.lax.ragged_dot(x, w, jnp.array([2, 1, 3])), "in out"),
 }  # fmt: skip
@@ -123,6 +124,19 @@ def test_values(side):
     assert_law(lambda params, x: x @ params["w"], params, [lora, blocks], x, is_factored=True)
     restored = jlora.unmerge(jlora.merge(params, [lora, blocks]), [lora, blocks])["w"]
     np.testing.assert_allclose(restored, params["w"], atol=2e-4)
+
+
+def test_a_batch_axis_that_is_mapped():
+    """A second use may batch the mapped axis: there a sum over it is no sum of results, and the weight is dense."""
+    params, x = {"w": array(8, 12)}, array(3, 8)
+
+    def f(params, x):
+        return jnp.einsum("ti,io->ito", x, params["w"]).sum(0) + x @ params["w"]
+
+    sites = jlora.trace(lambda params, x: x @ params["w"], params, x)
+    for side in ("in", "out"):
+        adapter = adapter_for(sites, Blocks(4, side), RNG)
+        assert_law(f, params, adapter, x, is_factored=side == "out")
 
 
 @pytest.mark.nightly

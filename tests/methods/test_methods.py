@@ -27,8 +27,8 @@ NAMES = sorted(METHODS)
 # One method of every form in the default run, with a sixth of the others; all in the nightly run.
 FORMS = {"lora", "additive", "delora", "dora", "full", "hadamard_sigmoid", "hra", "ia3_in", "lokr_both", "oft"}
 STARTS_ELSEWHERE = {"unilora", "vblora"}  # without an offset
-MULTIPLICATIVE = {"boft", "dora", "glora", "glora_lora", "ia3", "ia3_in", "oft"}
-DEPENDS_ON_WEIGHT = {"delora", "dora", "glora_lora", "hira", "hra", "peanut", "peanut_deep"}
+MULTIPLICATIVE = {"boft", "dora", "glora", "glora_lora", "ia3", "ia3_in", "oft", "road", "road_4"}
+DEPENDS_ON_WEIGHT = {"deft", "deft_qr", "delora", "dora", "glora_lora", "hira", "hra", "para", "peanut", "peanut_deep"}
 
 
 def cases(names: Iterable[str]) -> list[Any]:
@@ -191,6 +191,19 @@ FORMED = {
         *("concatenated", "stacked", "interpolated", "conv_of_composite_channels"),
     },
 }
+# A map that sums over an axis does not commute with what mixes, cuts or looks up that axis: a rotation of rows with
+# more than a rotation of columns. The window of a convolution belongs to its rows.
+_NEVER = {"concatenated", "interpolated", "added_to_a_frozen_kernel", "scaled_by_vectors"}
+_NEVER |= {"weights_multiplied", "weights_multiplied_and_transposed", "weights_multiplied_by_experts"}
+FORMED["road"] = _NEVER | {"split", "conv_grouped", "conv_depthwise_wide", "conv_transpose_kernel"}
+FORMED["oft"] = {
+    *_NEVER,
+    *("axes_split", "axes_regrouped", "sliced", "padded_and_rolled", "conv_1d", "conv_2d", "conv_3d"),
+    *("conv_2d_of_a_dilated_input", "conv_of_composite_channels", "conv_grouped", "conv_depthwise"),
+    *("conv_depthwise_wide", "conv_transpose", "conv_transpose_kernel", "take_fill", "take_clip", "take_wrap"),
+    *("take_columns", "index", "index_of_one_row", "index_by_two_numbers", "index_in_each_table"),
+    *("dynamic_slice_of_a_row", "tied_embedding"),
+}
 FACTORED = {
     "additive",
     "miss",
@@ -199,8 +212,11 @@ FACTORED = {
     "lora_offset",
     "lora_fa",
     "adalora",
+    "deft",
+    "deft_qr",
     "delora",
     "hra",
+    "para",
     "lora_xs",
     "vera",
 }

@@ -123,9 +123,9 @@ def _record(ctx: Context, eqn: Eqn, kernel: _Kernel, y: jax.Array, folded: bool,
 def _channel_maps(kernel: _Kernel) -> tuple[list[AxisMap], list[AxisMap]] | None:
     """The maps of the input's channels and those of the output's, None if one is neither."""
     maps, out, inner = kernel.f.maps, set(kernel.group + kernel.outer), set(kernel.group + kernel.inner)
-    after = [m for m in maps if set(m.kept) <= out]
-    before = [m for m in maps if set(m.kept) <= inner and set(m.kept) & set(kernel.inner) and set(m.new) <= inner]
-    before = [m for m in before if not set(m.new) & set(kernel.group)]
+    maps_of_one_group = [m for m in maps if not set(m.new) & set(kernel.group)]
+    after = [m for m in maps_of_one_group if set(m.kept) <= out]
+    before = [m for m in maps_of_one_group if set(m.kept) <= inner and set(m.kept) & set(kernel.inner)]
     return (before, after) if len(before) + len(after) == len(maps) else None
 
 

@@ -95,7 +95,8 @@ def place_maps(
     """Divides maps into those of the activation and those of the result, None if one is of neither."""
     contracted, of_x = set(labels.contracted), set(labels.x + labels.group)
     before = [m for m in maps if set(m.kept) & contracted and set(m.kept) <= of_x and set(m.new) <= contracted]
-    after = [m for m in maps if not set(m.kept) & contracted]
+    # A sum over an axis that the activation has too, such as one of a batch, is no sum of results.
+    after = [m for m in maps if not set(m.kept) & contracted and not set(m.new) & of_x]
     if len(before) + len(after) < len(maps) or (before and not jnp.issubdtype(x_dtype, jnp.floating)):
         return None
     return before, after
