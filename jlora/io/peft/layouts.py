@@ -35,6 +35,7 @@ def _layout(**factors: tuple[str, str]) -> Layout:
 _LORA = _layout(a=("lora_A.weight", "rank kernel"), b=("lora_B.weight", "out rank 1..."))
 _EMBEDDING = _layout(a=("lora_embedding_A", "rank in"), b=("lora_embedding_B", "out rank"))
 _EXPERTS = _layout(a=("lora_A.weight", "(experts rank) in"), b=("lora_B.weight", "out (rank experts)"))
+EARLIER_EXPERTS = _layout(b=("lora_A.weight", "(experts rank) out"), a=("lora_B.weight", "in (rank experts)"))
 _MAGNITUDE = _layout(m=("lora_magnitude_vector", "out"))
 _CONV_MAGNITUDE = _layout(m=("lora_magnitude_vector", "1 out 1..."))
 _LOHA = _layout(

@@ -9,6 +9,7 @@ from jlora.io.peft.adalora import check_empty
 from jlora.io.peft.changed_base import FROM_BASE, minus_start, start_of
 from jlora.io.peft.config import Config
 from jlora.io.peft.deltas import BaseParams
+from jlora.io.peft.experts import layout_of_experts
 from jlora.io.peft.forms import shared_name
 from jlora.io.peft.full_weights import base_matrix
 from jlora.io.peft.layouts import layout_of
@@ -78,6 +79,8 @@ class ModuleReader:
                 f"{sorted(set(by_suffix) - suffixes)}."
             )
         sizes = sizes_of(self.owners[name]).with_axes(own_sizes(method, location))
+        if kind == "parameter":
+            layout = layout_of_experts(self.config, name, layout, by_suffix, sizes)
         arrays = {
             factor: from_file(by_suffix[row.suffix], axes[factor], row.axes, sizes, f"{name}.{row.suffix}")
             for factor, row in layout.items()

@@ -86,7 +86,7 @@ def concatenate_out_axis(parts: Parts, sizes: Sequence[int], name: str) -> Modul
     present = [part for part in parts if part is not None]
     classes = {type(part.method) for part in present}
     is_incomplete_dora = classes == {DoRA} and len(present) < len(parts)
-    if classes not in ({LoRA}, {DoRA}) or is_incomplete_dora or present[0].has_axis("experts"):
+    if classes not in ({LoRA}, {DoRA}) or is_incomplete_dora:
         raise ValueError(
             f"{name}: the modules that are concatenated in it have different factors of "
             f"{', '.join(sorted(c.__name__ for c in classes))}, and no single update has both. Adapt all of them "
@@ -120,14 +120,15 @@ def _with_block_diagonal_b(parts: Parts, sizes: Sequence[int]) -> ModuleFactors:
     present = [part for part in parts if part is not None]
     first = present[0]
     rank, scale, dtype = sum(_rank(part) for part in present), total_scale(first), first.arrays["b"].dtype
-    b, row, column = np.zeros((rank, sum(sizes)), dtype), 0, 0
+    experts = first.arrays["b"].shape[:-2]
+    b, row, column = np.zeros((*experts, rank, sum(sizes)), dtype), 0, 0
     for part, size in zip(parts, sizes, strict=True):
         if part is not None:
             stop = row + _rank(part)
-            b[row:stop, column : column + size] = part.arrays["b"] * dtype.type(total_scale(part) / scale)
+            b[..., row:stop, column : column + size] = part.arrays["b"] * dtype.type(total_scale(part) / scale)
             row = stop
         column += size
-    arrays = {"a": np.concatenate([part.arrays["a"] for part in present], 1), "b": b}
+    arrays = {"a": np.concatenate([part.arrays["a"] for part in present], -1), "b": b}
     if isinstance(first.method, DoRA):
         arrays["m"] = np.concatenate([part.arrays["m"] for part in present])
     dropout = max(part.method.dropout for part in present)
