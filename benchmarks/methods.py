@@ -95,6 +95,7 @@ METHODS: dict[str, tuple[jlora.Method, Limits]] = {
     "FourierFT": (jlora.FourierFT(1000), Limits(temp_bytes=1.30, kernel=False)),
     "RandLoRA": (jlora.RandLoRA(RANK), Limits(flops=1.55, kernel=False)),
     "SHiRA": (jlora.SHiRA(RANK), Limits(kernel=False)),
+    "Super-Tuning": (jlora.SuperTuning(), FORMS_THE_WEIGHT),
     "Full": (jlora.Full(), NO_LIMITS),
 }
 

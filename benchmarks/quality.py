@@ -78,6 +78,7 @@ METHODS: dict[str, tuple[jlora.Method, float]] = {
     "HiRA": (jlora.HiRA(8, 16.0), 1e-2),
     "FourierFT": (jlora.FourierFT(9216), 3e-3),
     "RandLoRA": (jlora.RandLoRA(24, 48.0), 2e-3),
+    "Super-Tuning": (jlora.SuperTuning(0.95), 5e-3),
     "SHiRA": (jlora.SHiRA(8), 5e-3),
 }
 

@@ -39,6 +39,7 @@ from jlora.methods.road import RoAd
 from jlora.methods.rows import Rows
 from jlora.methods.shared_lora import SharedLoRA
 from jlora.methods.shira import SHiRA
+from jlora.methods.super_tuning import SuperTuning
 from jlora.methods.tinylora import TinyLoRA
 from jlora.methods.unilora import UniLoRA
 from jlora.methods.vblora import VBLoRA
@@ -83,6 +84,7 @@ __all__ = [
     "Rows",
     "SHiRA",
     "SharedLoRA",
+    "SuperTuning",
     "TinyLoRA",
     "UniLoRA",
     "VBLoRA",

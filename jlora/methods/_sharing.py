@@ -14,8 +14,8 @@ def share(adapter: Adapter) -> Adapter:
         adapter: new updates, each with all of its arrays.
     """
     out = dict(adapter)
-    for method in dict.fromkeys(update.method for update in adapter.values() if update.method.shared_arrays):
-        members = {path: update for path, update in adapter.items() if update.method == method}
+    for method in dict.fromkeys(group_of(update) for update in adapter.values() if update.method.shared_arrays):
+        members = {path: update for path, update in adapter.items() if group_of(update) == method}
         arrays = method.share(members)
         for path, update in members.items():
             groups = {group: _replaced(getattr(update, group), arrays) for group in ("factors", "frozen", "initial")}
@@ -31,9 +31,9 @@ def tie(adapter: Adapter) -> Adapter:
     """
     holders: dict[Method, str] = {}
     for path in sorted(adapter):
-        holders.setdefault(adapter[path].method, path)
+        holders.setdefault(group_of(adapter[path]), path)
     return {
-        path: update if holders[update.method] == path else _without_shared_arrays(update)
+        path: update if holders[group_of(update)] == path else _without_shared_arrays(update)
         for path, update in adapter.items()
     }
 
@@ -62,8 +62,10 @@ def untie(adapter: Adapter) -> Adapter:
     holders: dict[Method, list[str]] = {}
     for path, update in adapter.items():
         if update.method.shared_arrays and not _missing(update):
-            holders.setdefault(update.method, []).append(path)
-    return {path: _completed(path, update, adapter, holders.get(update.method, [])) for path, update in adapter.items()}
+            holders.setdefault(group_of(update), []).append(path)
+    return {
+        path: _completed(path, update, adapter, holders.get(group_of(update), [])) for path, update in adapter.items()
+    }
 
 
 def check_all_or_none(name: str, adapter: Adapter, like: Adapter) -> None:
@@ -77,8 +79,8 @@ def check_all_or_none(name: str, adapter: Adapter, like: Adapter) -> None:
     Raises:
         ValueError: if it has some of them.
     """
-    for method in {update.method for update in like.values() if update.method.shared_arrays}:
-        paths = [path for path, update in like.items() if update.method == method]
+    for method in {group_of(update) for update in like.values() if update.method.shared_arrays}:
+        paths = [path for path, update in like.items() if group_of(update) == method]
         missing = [path for path in paths if path not in adapter]
         if missing and len(missing) < len(paths):
             raise ValueError(
@@ -89,6 +91,11 @@ def check_all_or_none(name: str, adapter: Adapter, like: Adapter) -> None:
 
 def _replaced(arrays: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return {name: new.get(name, array) for name, array in arrays.items()}
+
+
+def group_of(update: Update) -> Method:
+    """What updates that share arrays have in common: the method, of whichever layers of a stack."""
+    return dataclasses.replace(update.method, layers=None)
 
 
 def _missing(update: Update) -> bool:

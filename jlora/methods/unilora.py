@@ -15,13 +15,12 @@ from jlora._ir.weight import AdaptedWeight
 from jlora._tree.paths import path_number
 from jlora.methods._base import Method, Update
 from jlora.methods._common import random_matrices
+from jlora.methods._common.digits import count_digits, from_digits, to_digits
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import fraction, integer, optional, positive_integer, text
 from jlora.methods._common.initializers import uniform_within
 from jlora.methods._common.matrices import rank_too_high
 from jlora.methods._common.networks import add_network
-
-_BASE = 256  # whole numbers are kept as digits to this base, which every floating-point dtype holds exactly
 
 
 @final
@@ -123,21 +122,3 @@ class UniLoRA(Method):
         shapes = (*stack, n_in, self.rank), (*stack, self.rank, n_out)
         a, b = (jax.random.randint(k, s, 0, self.length) for k, s in zip(jax.random.split(key), shapes, strict=True))
         return a, b
-
-
-def count_digits(length: int) -> int:
-    """How many digits an index into a vector takes."""
-    return 1 if length <= _BASE else 1 + count_digits(-(-length // _BASE))
-
-
-def to_digits(numbers: np.ndarray, count: int) -> np.ndarray:
-    """Whole numbers as digits along a last axis, the most significant one first."""
-    return np.stack([numbers // _BASE**place % _BASE for place in reversed(range(count))], axis=-1).astype(np.float32)
-
-
-def from_digits(digits: jax.Array | np.ndarray) -> jax.Array:
-    """The inverse of `to_digits`."""
-    numbers = jnp.zeros(digits.shape[:-1], jnp.int32)
-    for place in range(digits.shape[-1]):
-        numbers = numbers * _BASE + digits[..., place].astype(jnp.int32)
-    return numbers

@@ -10,6 +10,7 @@ from jlora._adapter.dropout import with_key
 from jlora._compat import is_tracer
 from jlora.methods._base import Method, Update
 from jlora.methods._common.factor_axes import expand
+from jlora.methods._sharing import group_of
 
 _PLACEMENT = ("hijax", "ref", "eager_sharding", "sharding_rules", "mesh")
 
@@ -99,7 +100,7 @@ def with_shared_variables(factors: dict[str, Factors]) -> dict[str, Factors]:
     first: dict[Method, Update] = {}
     for path in sorted(factors):
         update = factors[path].update
-        holder = first.setdefault(update.method, update)
+        holder = first.setdefault(group_of(update), update)
         for group in ("factors", "frozen", "initial"):
             arrays, others = getattr(update, group), getattr(holder, group)
             arrays.update({name: others[name] for name in update.method.shared_arrays if name in arrays})

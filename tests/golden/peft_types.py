@@ -30,6 +30,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.norm = nn.LayerNorm(8)
         self.out = nn.Linear(8, 12)
         for name, p in self.named_parameters():
             p.data = torch.from_numpy(numbers(name, *p.shape))
@@ -37,7 +38,7 @@ class Model(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
             x = torch.tanh(layer(x))
-        return self.out(x)
+        return self.out(self.norm(x))
 
 
 def numbers(name: str, *shape: int) -> np.ndarray:
@@ -52,6 +53,17 @@ ADAPTERS: dict[str, Callable[[], peft.PeftConfig]] = {
         r=2, num_vectors=5, vector_length=4, topk=2, target_modules=TARGETS, save_only_topk_weights=True
     ),
     "unilora": lambda: peft.UniLoraConfig(r=2, theta_d_length=300, save_indices=True, target_modules=TARGETS),
+    "pvera": lambda: peft.PveraConfig(r=3, target_modules=TARGETS),
+    "monteclora": lambda: peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=TARGETS,
+        monteclora_config=peft.tuners.lora.config.MontecloraConfig(num_samples=4),
+    ),
+    "super_tuning": lambda: peft.SupertuningConfig(sparsity=0.8, target_modules=TARGETS),
+    "supra": lambda: peft.SupertuningConfig(sparsity=0.8, select_top=False, r=2, lora_alpha=3, target_modules=TARGETS),
+    "beft": lambda: peft.BeftConfig(target_modules=TARGETS),
+    "ln_tuning": lambda: peft.LNTuningConfig(target_modules=["norm"]),
     "peanut": lambda: peft.PeanutConfig(r=3, scaling=0.5, target_modules=TARGETS),
     "peanut_deep": lambda: peft.PeanutConfig(r=3, depth=2, act_fn="tanh", target_modules=TARGETS),
 }

@@ -225,3 +225,10 @@ def test_unilora_keeps_lengths():
         assert np.abs(products - value).min() < 1e-5
     narrow = jlora.merge(params, jax.tree.map(lambda a: a.astype(jnp.bfloat16), adapter | {"column": holder}))
     np.testing.assert_allclose(narrow["row"], merged["row"], rtol=0.05)  # the same indices
+
+
+def test_weights_share_whichever_of_their_layers_are_updated():
+    targets = {"up": jlora.VBLoRA(2, 5, 3, layers=slice(1, 3)), "down": jlora.VBLoRA(2, 5, 3)}
+    adapter = jlora.init(KEY, SITES, targets)
+    assert ["bank" in adapter[path].factors for path in ("down", "up")] == [True, False]
+    assert jlora.merge(PARAMS, adapter)["up"].shape == PARAMS["up"].shape

@@ -24,6 +24,9 @@ def _blocks(method: type, *sizes: Any, **options: Any) -> list[jlora.Method]:
     return [method(size, **options) for size in sizes]
 
 
+# Many rows, so that those which a program reads are among them; not in order.
+ROWS = [tuple(range(n))[::-1] for n in (12, 8, 6, 5, 4, 3, 2, 1)]
+
 METHODS: dict[str, list[jlora.Method]] = {
     "lora": [jlora.LoRA(2, ALPHA)],
     "lora_of_rank_1": [jlora.LoRA(1, ALPHA)],
@@ -76,14 +79,16 @@ METHODS: dict[str, list[jlora.Method]] = {
     "peanut_deep": [jlora.PEANuT(2, 2, "tanh", 0.5)],
     "pvera": [jlora.PVeRA(3)],
     "randlora": [jlora.RandLoRA(2, ALPHA)],
-    "rows": _blocks(jlora.Rows, (1, 2), (0,)),
-    "rows_out": _blocks(jlora.Rows, (1, 2), (0,), axis="out"),
+    "rows": _blocks(jlora.Rows, *ROWS),
+    "rows_out": _blocks(jlora.Rows, *ROWS, axis="out"),
     "para": [jlora.PaRa(1, "relu")],
     "road": [*(jlora.RoAd(1, group) for group in (4, 6, 2)), jlora.LoRA(1)],
     "road_4": [*(jlora.RoAd(4, group) for group in (6, 4, 2)), jlora.LoRA(1)],
     "shared_a": [jlora.SharedLoRA(2, ALPHA)],
     "shared_b": [jlora.SharedLoRA(2, ALPHA, shared="b")],
     "shira": [jlora.SHiRA(1), jlora.FourierFT(2)],
+    "super_tuning": [jlora.SuperTuning(0.7)],
+    "supra": [jlora.SuperTuning(0.7, False, 2, ALPHA), jlora.SuperTuning(0.7, False, 1, ALPHA)],
     "tinylora": [jlora.TinyLoRA(2, 3)],
     "tinylora_untied": [jlora.TinyLoRA(2, 3, tied=False)],
     "unilora": [jlora.UniLoRA(2, 7)],

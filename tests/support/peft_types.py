@@ -11,13 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
+from jlora.io.peft import Module
 
-NAMES = {"layers/kernel": "layers.{i}", "out/kernel": "out"}
+NAMES = {
+    "layers/kernel": "layers.{i}",
+    "layers/bias": Module("layers.{i}.bias", "parameter"),
+    "norm/scale": Module("norm.weight", "parameter"),
+    "norm/bias": Module("norm.bias", "parameter"),
+    "out/kernel": "out",
+    "out/bias": Module("out.bias", "parameter"),
+}
 
-EXPORTS: dict[str, jlora.Method] = {
+EXPORTS: dict[str, jlora.Method | dict[str, jlora.Method]] = {
     "tinylora": jlora.TinyLoRA(2, 3),
     "vblora": jlora.VBLoRA(2, 5, 4),
     "unilora": jlora.UniLoRA(2, 300),
+    "pvera": jlora.PVeRA(3),
+    "monteclora": jlora.MonteCLoRA(3, 5.0, samples=4),
+    "super_tuning": jlora.SuperTuning(0.8),
+    "supra": jlora.SuperTuning(0.8, rank=2, alpha=3.0),
+    "beft": {"(layers|out)/bias": jlora.Full()},
+    "ln_tuning": {"norm/.*": jlora.Full()},
     "peanut": jlora.PEANuT(3, 1, "gelu", 0.5),
 }
 
@@ -25,14 +39,21 @@ EXPORTS: dict[str, jlora.Method] = {
 def params_of(state: dict[str, np.ndarray]) -> Any:
     layers = [{"kernel": state[f"layers.{i}.weight"].T, "bias": state[f"layers.{i}.bias"]} for i in (0, 1)]
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
-    return {"layers": stacked, "out": {"kernel": jnp.asarray(state["out.weight"].T), "bias": state["out.bias"]}}
+    return {
+        "layers": stacked,
+        "norm": {"scale": state["norm.weight"], "bias": state["norm.bias"]},
+        "out": {"kernel": jnp.asarray(state["out.weight"].T), "bias": state["out.bias"]},
+    }
 
 
 def apply(params: Any, x: jax.Array) -> jax.Array:
     def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
         return jnp.tanh(x @ p["kernel"] + p["bias"][None]), None
 
-    return jax.lax.scan(layer, x, params["layers"])[0] @ params["out"]["kernel"] + params["out"]["bias"][None]
+    x = jax.lax.scan(layer, x, params["layers"])[0]
+    x = (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)
+    x = x * params["norm"]["scale"][None] + params["norm"]["bias"][None]
+    return x @ params["out"]["kernel"] + params["out"]["bias"][None]
 
 
 def sites_of(params: Any) -> jlora.Sites:
@@ -42,7 +63,9 @@ def sites_of(params: Any) -> jlora.Sites:
 def save(name: str, folder: Path, state: dict[str, np.ndarray]) -> jlora.Adapter:
     """Saves the adapter of this name, all its numbers at random."""
     params = params_of(state)
-    adapter = jlora.init(jax.random.key(0), sites_of(params), {".*kernel": EXPORTS[name]}, params=params)
+    export = EXPORTS[name]
+    targets = export if isinstance(export, dict) else {".*kernel": export}
+    adapter = jlora.init(jax.random.key(0), sites_of(params), targets, params=params)
     rng = np.random.RandomState(zlib.crc32(name.encode()))
 
     def fill(array: jax.Array) -> np.ndarray:

@@ -51,7 +51,7 @@ def _named_biases(config: Config, adapted: set[str], owners: Owners) -> set[str]
 
 def _named_targets(config: Config, owners: Owners) -> set[str]:
     """The modules and parameters that the configuration adapts."""
-    if config["peft_type"] == "TRAINABLE_TOKENS":
+    if config["peft_type"] in ("TRAINABLE_TOKENS", "BEFT"):
         return set()
     parameters = {name for name, weights in owners.items() if weights[0].location.module.kind == "parameter"}
     modules = {

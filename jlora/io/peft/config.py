@@ -7,7 +7,21 @@ from collections.abc import Iterable
 from typing import Any
 
 from jlora.io.peft.changed_base import FROM_BASE, FROM_FILE
-from jlora.methods import IA3, DoRA, LoHa, LoKr, LoRA, PEANuT, TinyLoRA, UniLoRA, VBLoRA, VeRA
+from jlora.methods import (
+    IA3,
+    DoRA,
+    LoHa,
+    LoKr,
+    LoRA,
+    MonteCLoRA,
+    PEANuT,
+    PVeRA,
+    SuperTuning,
+    TinyLoRA,
+    UniLoRA,
+    VBLoRA,
+    VeRA,
+)
 from jlora.methods._base import Method
 
 Config = dict[str, Any]
@@ -25,6 +39,9 @@ PEFT_TYPES: dict[type[Method], str] = {
     VBLoRA: "VBLORA",
     UniLoRA: "UNILORA",
     PEANuT: "PEANUT",
+    PVeRA: "PVERA",
+    SuperTuning: "SUPERTUNING",
+    MonteCLoRA: "LORA",
 }
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -47,6 +64,7 @@ _READ = {
     "LORA": [
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout"),
         *("init_lora_weights", "trainable_token_indices", "target_parameters", "ensure_weight_tying", "lora_bias"),
+        "monteclora_config",
     ],
     # PEFT gives AdaLoRA all fields of LoRA; those in the last three lines change nothing there.
     "ADALORA": [
@@ -65,6 +83,10 @@ _READ = {
     "VBLORA": ["r", "num_vectors", "vector_length", "topk", "vblora_dropout", "save_only_topk_weights"],
     "UNILORA": ["r", "theta_d_length", "proj_seed", "unilora_dropout", "save_indices"],
     "PEANUT": ["r", "depth", "act_fn", "scaling"],
+    "PVERA": ["r", "projection_prng_key", "save_projection", "pvera_dropout", "sample_at_inference", "generator_seed"],
+    "SUPERTUNING": ["sparsity", "select_top", "r", "lora_alpha", "lora_dropout", "save_precomputed_indices"],
+    "LN_TUNING": [],
+    "BEFT": [],
 }
 _REQUIRED = {
     "LORA": ("r", "lora_alpha"),
@@ -78,6 +100,10 @@ _REQUIRED = {
     "VBLORA": ("r", "num_vectors", "vector_length"),
     "UNILORA": ("r", "theta_d_length"),
     "PEANUT": ("r",),
+    "PVERA": ("r", "projection_prng_key"),
+    "SUPERTUNING": ("sparsity",),
+    "LN_TUNING": (),
+    "BEFT": (),
 }
 # Why a field is refused, and what to do, if there is more to say than that jlora does not implement it.
 _REASONS = {
@@ -101,6 +127,7 @@ _FIELD_TYPES: dict[str, tuple[tuple[type, ...], type]] = {
     "trainable_token_indices": ((list, dict), int),
     "rank_pattern": ((dict,), int),
     "alpha_pattern": ((dict,), object),
+    "monteclora_config": ((dict,), object),
 }
 _LISTS_OF_EXPRESSIONS = ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save")
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jlora.io.peft.config import Config
-from jlora.methods import PEANuT, TinyLoRA, UniLoRA, VBLoRA
+from jlora.methods import PEANuT, SuperTuning, TinyLoRA, UniLoRA, VBLoRA
 from jlora.methods._base import Method
 
 
@@ -28,3 +28,15 @@ def method_of_form(config: Config, rank: int, number: Callable[[Any, str], float
         case _:
             scaling = number(config.get("scaling", 1.0), "scaling")
             return PEANuT(rank, config.get("depth", 0), config.get("act_fn", "relu"), scaling)
+
+
+def super_tuning(config: Config, number: Callable[[Any, str], float]) -> SuperTuning:
+    """The method of a configuration of Super-Tuning, with a LoRA beside if it has a rank.
+
+    Arguments:
+        config, number: as for `method_of_form`.
+    """
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    alpha = 2.0 * rank if rank and alpha is None else alpha
+    sparsity = number(config["sparsity"], "sparsity")
+    return SuperTuning(sparsity, config.get("select_top", True), rank, None if rank is None else number(alpha, "alpha"))

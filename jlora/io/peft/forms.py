@@ -13,10 +13,13 @@ import numpy as np
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.method_fields import is_flipped
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
+from jlora.io.peft.monteclora import without_state
+from jlora.io.peft.pvera import divided
 from jlora.io.peft.tensors import Tensors
-from jlora.methods import PEANuT, TinyLoRA, UniLoRA, VBLoRA
+from jlora.io.peft.trained_vectors import biases_as_output_biases, norms_as_saved_modules
+from jlora.methods import PEANuT, SuperTuning, TinyLoRA, UniLoRA, VBLoRA
 from jlora.methods._base import Update
-from jlora.methods.unilora import count_digits, from_digits, to_digits
+from jlora.methods._common.digits import count_digits, from_digits, to_digits
 
 _ROOT = "base_model."
 _INDICES = re.compile(r"(.*\.unilora_)(indices|scales)(_[AB])")
@@ -33,24 +36,29 @@ def is_shared_name(name: str) -> bool:
     return name.startswith("shared.")
 
 
-def one_tensor_each(config: Config, tensors: Tensors) -> Tensors:
-    """The tensors of a file with one for each factor.
+def one_tensor_each(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """The configuration and the tensors of a file, with one tensor for each factor.
 
     Raises:
         ValueError: if the file lacks tensors, or does not tell to which modules they belong.
     """
-    convert = _READ.get(config["peft_type"])
+    match config["peft_type"]:
+        case "LN_TUNING":
+            return norms_as_saved_modules(config, tensors)
+        case "BEFT":
+            return biases_as_output_biases(config, tensors)
+    convert = without_state if config.get("monteclora_config") else _READ.get(config["peft_type"])
     if convert is None:
-        return tensors
+        return config, tensors
     converted = convert(config, dict(tensors))
     if integers := [name for name, tensor in converted.items() if np.issubdtype(tensor.dtype, np.integer)]:
         raise ValueError(f"{integers[0]} holds integers, and no factor of {config['peft_type']} does.")
-    return converted
+    return config, converted
 
 
 def has_integers(config: Config) -> bool:
     """Whether files of a type hold integers: indices."""
-    return config["peft_type"] in ("VBLORA", "UNILORA")
+    return config["peft_type"] in ("VBLORA", "UNILORA", "SUPERTUNING")
 
 
 def _read_tinylora(config: Config, tensors: Tensors) -> Tensors:
@@ -97,6 +105,13 @@ def _read_unilora(config: Config, tensors: Tensors) -> Tensors:
     return tensors | {shared_name("theta"): theta, shared_name("norm"): norm}
 
 
+def _read_super_tuning(config: Config, tensors: Tensors) -> Tensors:
+    missing = [n for n in tensors if n.endswith("_values") and n.replace("_values", "_indices") not in tensors]
+    if missing:
+        raise ValueError(f"The file lacks the indices of {missing[0]}: save it with save_precomputed_indices=True.")
+    return {n: to_digits(t.astype(np.int64), 4) if n.endswith("_indices") else t for n, t in tensors.items()}
+
+
 def _read_peanut(config: Config, tensors: Tensors) -> Tensors:
     layers: dict[str, dict[int, np.ndarray]] = collections.defaultdict(dict)
     for name in list(tensors):
@@ -110,6 +125,8 @@ _READ: dict[str, Callable[[Config, Tensors], Tensors]] = {
     "VBLORA": _read_vblora,
     "UNILORA": _read_unilora,
     "PEANUT": _read_peanut,
+    "PVERA": divided,
+    "SUPERTUNING": _read_super_tuning,
 }
 
 
@@ -122,7 +139,7 @@ def has_form(update: Update) -> bool:
         case VBLoRA():
             sides = update.axes.count("*in"), update.axes.count("*out")
             return is_unscaled and not any(side % update.method.length for side in sides)
-        case UniLoRA():
+        case UniLoRA() | SuperTuning():
             return is_unscaled
     return True
 
@@ -141,7 +158,10 @@ def add_form(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
     """
     first = next(iter(entries.values())).factors
     method, shared = first.method, {name: first.arrays[name] for name in first.method.shared_arrays}
-    fields: Config = {"bias": "none", "init_weights": True, "modules_to_save": None, "r": shared_field(entries, "rank")}
+    fields: Config = {"init_weights": True, "modules_to_save": None, "r": shared_field(entries, "rank")}
+    if isinstance(method, SuperTuning):
+        return fields | _write_super_tuning(method, entries, tensors)
+    fields["bias"] = "none"
     flipped = {"fan_in_fan_out": is_flipped(entries)}
     match method:
         case TinyLoRA():
@@ -182,6 +202,18 @@ def add_form(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
         case PEANuT():
             return fields | _write_peanut(entries, tensors)
     raise TypeError(f"{type(method).__name__} has no form of its own.")
+
+
+def _write_super_tuning(method: SuperTuning, entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
+    for name in [name for name in tensors if name.endswith(".supertuning_indices")]:
+        tensors[name] = np.asarray(from_digits(tensors[name]))
+    scale = shared_field(entries, "alpha")
+    return {
+        "lora_alpha": method.rank if method.rank and scale is None else scale,
+        "save_precomputed_indices": True,
+        "select_top": shared_field(entries, "largest"),
+        "sparsity": shared_field(entries, "sparsity"),
+    }
 
 
 def _write_unilora(tensors: Tensors, shared: Mapping[str, np.ndarray]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jlora._adapter.change import change_of
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.deltas import BaseParams
 from jlora.io.peft.layouts import FactorInFile, layout_of
@@ -13,7 +14,7 @@ from jlora.io.peft.tensors import Tensors, from_file, module_tensors, sizes_of, 
 from jlora.io.torch.factor_layout import FlatAxes, ModuleFactors, flat_axes
 from jlora.io.torch.split_modules import split_modules
 from jlora.io.torch.weight_location import ModuleOwner, WeightLocation
-from jlora.methods import Full
+from jlora.methods import Full, Rows
 from jlora.methods._base import Update
 
 
@@ -203,3 +204,11 @@ def _check_is_lora(config: Config, names: list[str]) -> None:
             f"PEFT trains {sorted(names)} with LoRA alone, and the adapter has {config['peft_type']}. Leave them "
             "out, or adapt all weights by LoRA."
         )
+
+
+def rows_as_full(path: str, update: Update, location: WeightLocation) -> Update:
+    """`Rows` of an embedding as a difference of its whole weight, of which PEFT has the rows that change."""
+    if not isinstance(update.method, Rows) or location.module.kind != "embedding":
+        return update
+    value = change_of(path, update, None).array()
+    return Update({"d": value}, Full(), location.weight.roles, location.weight.shape)

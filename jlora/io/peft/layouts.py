@@ -14,7 +14,22 @@ from typing import NamedTuple
 
 from jlora.io.torch.factor_layout import FlatAxes
 from jlora.io.torch.module_names import Kind
-from jlora.methods import IA3, DoRA, Full, LoHa, LoKr, LoRA, PEANuT, TinyLoRA, UniLoRA, VBLoRA, VeRA
+from jlora.methods import (
+    IA3,
+    DoRA,
+    Full,
+    LoHa,
+    LoKr,
+    LoRA,
+    MonteCLoRA,
+    PEANuT,
+    PVeRA,
+    SuperTuning,
+    TinyLoRA,
+    UniLoRA,
+    VBLoRA,
+    VeRA,
+)
 from jlora.methods._base import Method
 
 
@@ -59,6 +74,13 @@ _TINYLORA = _layout(
 )
 _VBLORA = _layout(a=("vblora_logits_A", "rank in_pieces vectors"), b=("vblora_logits_B", "out_pieces rank vectors"))
 _UNILORA = _layout(a_index=("unilora_indices_A", "rank in digits"), b_index=("unilora_indices_B", "out rank digits"))
+_SUPER = _layout(s=("supertuning_values", "entries"), place=("supertuning_indices", "entries digits"))
+_SUPRA = _layout(a=("supertuning_lora_A.weight", "rank in"), b=("supertuning_lora_B.weight", "out rank"))
+_PVERA = _layout(d=("pvera_lambda_d", "rank"), c=("pvera_lambda_c", "rank"), b=("pvera_lambda_b", "out"))
+_SAMPLER = _layout(
+    spread=("lora_monteclora_sampler.std_prior", "rank"),
+    mixture=("lora_monteclora_sampler.expert_weights_prior", "samples"),
+)
 _PEANUT = _layout(a=("peanut_A.weight", "rank out"), b=("peanut_B.weight", "out rank"))
 _PEANUT_LAYERS = _layout(
     encoders=("peanut_encoders", "depth width rank"), decoders=("peanut_decoders", "depth width rank")
@@ -86,6 +108,9 @@ ADAPTERS: dict[type[Method], dict[Kind, list[Layout]]] = {
     TinyLoRA: {"linear": [_TINYLORA], "conv1d": [_TINYLORA]},
     VBLoRA: {"linear": [_VBLORA], "conv1d": [_VBLORA]},
     UniLoRA: {"linear": [_UNILORA], "conv1d": [_UNILORA]},
+    SuperTuning: {"linear": [_SUPER, {**_SUPER, **_SUPRA}]},
+    PVeRA: {"linear": [_PVERA], "conv1d": [_PVERA]},
+    MonteCLoRA: {"linear": [{**_LORA, **_SAMPLER}]},
     PEANuT: {"linear": [_PEANUT, {**_PEANUT, **_PEANUT_LAYERS}]},
 }
 # Parameters that are trained in full.

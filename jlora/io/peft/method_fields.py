@@ -7,12 +7,13 @@ from typing import Any
 
 from jlora.io.peft.adalora import adalora_method
 from jlora.io.peft.config import Config
-from jlora.io.peft.form_methods import method_of_form
+from jlora.io.peft.form_methods import method_of_form, super_tuning
 from jlora.io.peft.lokr import decompose_factor
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
+from jlora.io.peft.monteclora import monteclora_method
 from jlora.io.peft.targets import by_pattern, exact_patterns, is_feedforward
 from jlora.io.torch.factor_layout import ModuleFactors
-from jlora.methods import IA3, DoRA, LoHa, LoKr, LoRA, VeRA
+from jlora.methods import IA3, DoRA, LoHa, LoKr, LoRA, MonteCLoRA, PVeRA, VeRA
 from jlora.methods._base import Method
 
 
@@ -23,10 +24,15 @@ def method_of(config: Config, name: str) -> Method | None:
         ValueError: if a rank, an alpha or a dropout is not a number that makes sense.
     """
     match config["peft_type"]:
+        case "SUPERTUNING":
+            return super_tuning(config, _number)
         case "TINYLORA" | "VBLORA" | "UNILORA" | "PEANUT":
             return method_of_form(config, _rank(config, name), _number)
         case "IA3":
             return IA3("in" if is_feedforward(config, name) else "out")
+        case "PVERA":
+            start, dropout = (_number(config.get(field, 0.0), field) for field in ("d_initial", "pvera_dropout"))
+            return PVeRA(_rank(config, name), start, config["projection_prng_key"], dropout)
         case "VERA":
             start, dropout = (_number(config.get(field, 0.0), field) for field in ("d_initial", "vera_dropout"))
             return VeRA(_rank(config, name), start, config["projection_prng_key"], dropout)
@@ -40,6 +46,9 @@ def method_of(config: Config, name: str) -> Method | None:
         case _:
             rank, alpha = _rank(config, name), _alpha(config, name, "lora_alpha")
             dropout = _number(config.get("lora_dropout", 0.0), "lora_dropout")
+            if config.get("monteclora_config"):
+                lora = {"rank": rank, "alpha": alpha, "rank_stabilized": bool(config.get("use_rslora"))}
+                return monteclora_method(config, lora | {"dropout": dropout})
             method_class = DoRA if config.get("use_dora") else LoRA
             return method_class(rank, alpha, bool(config.get("use_rslora")), dropout=dropout)
 
@@ -76,7 +85,7 @@ def rank_fields(entries: Mapping[str, ModuleEntry]) -> Config:
         "alpha_pattern": exact_patterns(alphas, alpha),
         "modules_to_save": None,
     }
-    if isinstance(methods[0], (LoRA, DoRA)):
+    if isinstance(methods[0], (LoRA, DoRA, MonteCLoRA)):
         return fields | {
             "bias": "none",
             "fan_in_fan_out": is_flipped(entries),

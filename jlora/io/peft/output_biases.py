@@ -9,6 +9,7 @@ from jlora._trace.sites import Sites
 from jlora.io.peft.full_weights import read_full
 from jlora.io.peft.method_fields import method_of
 from jlora.io.peft.read_module import ModuleReader
+from jlora.io.peft.targets import is_target
 from jlora.io.torch.collected import add_module, check_updates, new_collection, update_of
 from jlora.io.torch.factor_layout import ModuleFactors
 from jlora.io.torch.module_names import Names, bias_hint
@@ -46,9 +47,12 @@ def with_output_biases(
         bias = f"{module}.bias"
         if bias not in owners:
             raise ValueError(_no_bias(module, names, owners[module][0].location.path))
-        method = method_of(reader.config, module)
-        assert isinstance(method, LoRA)  # PEFT has no such biases for another method
-        value = tensor.astype(np.promote_types(tensor.dtype, np.float32)) * np.float32(method.scale)
+        scale = 1.0
+        if reader.config["peft_type"] != "BEFT":
+            method = method_of(reader.config, module)
+            assert isinstance(method, LoRA)  # PEFT has no such biases for another method
+            scale = method.scale
+        value = tensor.astype(np.promote_types(tensor.dtype, np.float32)) * np.float32(scale)
         add_module(collected, bias, read_full(bias, value, owners[bias]), owners)
         locations |= {owner.location.path: owner.location for owner in owners[bias]}
     for path, location in locations.items():
@@ -64,6 +68,11 @@ def with_output_biases(
 
 def _check_complete(adapted: Iterable[str], biases: Mapping[str, np.ndarray], reader: ModuleReader) -> None:
     """Raises unless the file has the biases of B that the configuration names: all of them or none."""
+    if reader.config["peft_type"] == "BEFT":
+        targets = {name for name in reader.owners if is_target(reader.config, name) and not name.endswith(".bias")}
+        if targets != set(biases):
+            raise ValueError(f"The configuration of BEFT names {sorted(targets)}, and the file has {sorted(biases)}.")
+        return
     has_biases = reader.config["peft_type"] == "LORA" and bool(reader.config.get("lora_bias"))
     missing = sorted(set(adapted) - set(biases)) if has_biases else []
     if missing:

@@ -18,6 +18,7 @@ from jlora.io.peft.full_weights import check_stored_base, read_full, read_token_
 from jlora.io.peft.infer.result import for_weights, unnamed_weights
 from jlora.io.peft.layouts import SUFFIXES
 from jlora.io.peft.output_biases import with_output_biases
+from jlora.io.peft.pvera import MATRICES
 from jlora.io.peft.read_module import ModuleReader
 from jlora.io.peft.targets import is_target_parameter
 from jlora.io.peft.tensors import Tensors, sizes_of
@@ -68,7 +69,8 @@ def read_adapter(
     Raises:
         ValueError: if the file and the program do not fit.
     """
-    base, tensors = BaseParams(params), one_tensor_each(config, tensors)
+    base = BaseParams(params)
+    config, tensors = one_tensor_each(config, tensors)
     weights = {path: Weight(site.shape, site.roles) for path, site in sites.items()}
     inferred, names = names, for_weights(names, weights)
     locations = locate_weights(names, weights, assume_experts=True)
@@ -141,7 +143,7 @@ def _group_tensors(tensors: Tensors, owners: Owners, config: Config) -> FileCont
     """The tensors by what they are, by the suffixes of their names."""
     content = FileContent(collections.defaultdict(dict), {}, {}, {}, {})
     for key, tensor in tensors.items():
-        if key in PROJECTIONS or is_shared_name(key) or key.endswith(_OF_TRAINING):
+        if key in (*PROJECTIONS, *MATRICES) or is_shared_name(key) or key.endswith(_OF_TRAINING):
             continue
         if not key.startswith(PREFIX):
             raise ValueError(f"The file has the tensor {key}, and all of PEFT's start with {PREFIX}")

@@ -16,11 +16,12 @@ from jlora.io.peft.layouts import layout_of
 from jlora.io.peft.lokr import with_usual_split
 from jlora.io.peft.method_fields import is_unscaled, method_of
 from jlora.io.peft.plain_forms import parameter_of, plain
+from jlora.io.peft.pvera import read_pvera
 from jlora.io.peft.tensors import Tensors, from_file, sizes_of
 from jlora.io.peft.vera import read_vera
 from jlora.io.torch.factor_layout import ModuleFactors, flat_axes, own_sizes
 from jlora.io.torch.weight_location import Owners
-from jlora.methods import LoKr, VeRA
+from jlora.methods import LoKr, PVeRA, VeRA
 
 _LAYERS = ("linear", "conv1d")
 
@@ -87,6 +88,8 @@ class ModuleReader:
         }
         arrays |= {factor: self.tensors[shared_name(factor)] for factor in method.shared_arrays}
         factors = ModuleFactors(method, 1.0, arrays, axes)
+        if isinstance(method, PVeRA):
+            return read_pvera(factors, sizes.axes["in"], self.tensors)
         if isinstance(method, VeRA):
             return read_vera(name, factors, sizes.axes["in"], arrays["b"].shape[0], self.tensors)
         if isinstance(method, LoKr) and is_unscaled(factors):

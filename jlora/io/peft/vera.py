@@ -39,7 +39,7 @@ def read_vera(
     drawn = _matrices(method.seed, a.shape[1], len(b), method.rank)
     d, axes = factors.arrays["d"], factors.axes
     if all(np.array_equal(stored, matrix) for stored, matrix in zip((a, b), drawn, strict=True)):
-        return ModuleFactors(method, 1.0, {**factors.arrays, "d": _for_own_width(d, a.shape[1], n_in)}, axes)
+        return ModuleFactors(method, 1.0, {**factors.arrays, "d": for_own_width(d, a.shape[1], n_in)}, axes)
     lora = LoRA(method.rank, dropout=method.dropout)
     arrays = {"a": a[:, :n_in].T * d, "b": b[:n_out].T * factors.arrays["b"]}
     return ModuleFactors(lora, 1.0, arrays, {"a": ("in", "rank"), "b": ("rank", "out")})
@@ -88,19 +88,19 @@ def _matrices(seed: int, n_in: int, n_out: int, rank: int) -> tuple[np.ndarray, 
     return np.asarray(a).T, np.asarray(b).T
 
 
-def _for_shared_width(d: np.ndarray, widest: int, n_in: int) -> np.ndarray:
+def for_shared_width(d: np.ndarray, widest: int, n_in: int) -> np.ndarray:
     """VeRA's d for one matrix A of the largest width: jlora scales A to the width of each weight."""
     return d * d.dtype.type(np.sqrt(widest / n_in))
 
 
-def _for_own_width(d: np.ndarray, widest: int, n_in: int) -> np.ndarray:
-    """The inverse of `_for_shared_width`, to the last bit if there is such a number."""
+def for_own_width(d: np.ndarray, widest: int, n_in: int) -> np.ndarray:
+    """The inverse of `for_shared_width`, to the last bit if there is such a number."""
     quotient = d / d.dtype.type(np.sqrt(widest / n_in))
     best = quotient
     for direction in (np.inf, -np.inf):
         neighbour = np.nextafter(quotient, d.dtype.type(direction))
-        best = np.where(_for_shared_width(best, widest, n_in) == d, best, neighbour)
-    return np.where(_for_shared_width(best, widest, n_in) == d, best, quotient)
+        best = np.where(for_shared_width(best, widest, n_in) == d, best, neighbour)
+    return np.where(for_shared_width(best, widest, n_in) == d, best, quotient)
 
 
 def add_vera(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
@@ -109,7 +109,7 @@ def add_vera(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
     widest, highest = (max(entry.location.count(role) for entry in entries.values()) for role in ("in", "out"))
     for name, entry in entries.items():
         d, b = (f"{PREFIX}{name}.vera_lambda_{factor}" for factor in "db")
-        tensors[d] = _for_shared_width(tensors[d], widest, entry.location.count("in"))
+        tensors[d] = for_shared_width(tensors[d], widest, entry.location.count("in"))
         tensors[b] = tensors[b] * tensors[b].dtype.type(entry.factors.scale)
     tensors |= zip(PROJECTIONS, _matrices(seed, widest, highest, rank), strict=True)
     return {

@@ -8,15 +8,32 @@ from jlora._adapter.to_lora import to_lora
 from jlora.io.peft.config import PEFT_TYPES, PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, to_absolute, without_scaled_biases
 from jlora.io.peft.forms import add_form, has_form, with_indices
-from jlora.io.peft.full_weights import add_tokens, add_trained, only_tokens
+from jlora.io.peft.full_weights import add_tokens, add_trained, only_tokens, rows_as_full
 from jlora.io.peft.method_fields import ia3_fields, rank_fields
 from jlora.io.peft.module_entry import ModuleEntry
 from jlora.io.peft.module_parts import complete_biases, complete_modules, locate_adapter, module_entries
+from jlora.io.peft.monteclora import add_monteclora
+from jlora.io.peft.pvera import add_pvera
 from jlora.io.peft.tensors import Tensors, module_tensors
+from jlora.io.peft.trained_vectors import file_of_vectors
 from jlora.io.peft.uniform import check_experts, check_vllm, with_uniform_rank
 from jlora.io.peft.vera import add_vera
 from jlora.io.torch.module_names import Names
-from jlora.methods import IA3, DoRA, Full, GroupedLoRA, LoRA, PEANuT, TinyLoRA, UniLoRA, VBLoRA, VeRA
+from jlora.methods import (
+    IA3,
+    DoRA,
+    Full,
+    GroupedLoRA,
+    LoRA,
+    MonteCLoRA,
+    PEANuT,
+    PVeRA,
+    SuperTuning,
+    TinyLoRA,
+    UniLoRA,
+    VBLoRA,
+    VeRA,
+)
 from jlora.methods._base import Adapter, Method, Update
 
 TARGETS = (None, "vllm")
@@ -49,13 +66,16 @@ def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) 
         raise ValueError("The adapter is empty: there is nothing to save.")
     base = BaseParams(params)
     locations = locate_adapter(adapter, names, base)
+    adapter = {path: rows_as_full(path, update, locations[path]) for path, update in adapter.items()}
     adapter = without_scaled_biases(adapter, base, locations, names)
     adapter, notes = as_one_method(adapter, params, target)
-    adapter = complete_modules(complete_biases(adapter, locations), locations)
+    given, adapter = adapter, complete_modules(complete_biases(adapter, locations), locations)
     absolute = {path: to_absolute(path, with_indices(update), base) for path, update in adapter.items()}
     entries = module_entries(absolute, locations)
     trained = {name: entry for name, entry in entries.items() if isinstance(entry.factors.method, Full)}
     adapted = {name: entry for name, entry in entries.items() if name not in trained}
+    if not adapted and (vectors := file_of_vectors(trained, module_entries(given, locations))):
+        return Files(*vectors, tuple(notes))
     adapted = _for_target(adapted, trained, target, notes)
     return Files(*_config_and_tensors(adapted, trained, base), tuple(notes))
 
@@ -148,7 +168,11 @@ def _adapted_modules(adapted: Entries) -> tuple[Config, Tensors]:
             config |= ia3_fields(modules)
         case VeRA():
             config |= add_vera(modules, tensors)
-        case TinyLoRA() | VBLoRA() | UniLoRA() | PEANuT():
+        case PVeRA():
+            config |= add_pvera(modules, tensors)
+        case MonteCLoRA():
+            config |= rank_fields(adapted) | add_monteclora(modules, tensors)
+        case SuperTuning() | TinyLoRA() | VBLoRA() | UniLoRA() | PEANuT():
             config |= add_form(modules, tensors)
         case _:
             config |= rank_fields(adapted)
