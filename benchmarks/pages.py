@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import _measure, methods
+from benchmarks import _measure, features_peft, methods
 
 METHODS_PAGES = Path(__file__).parents[1] / "jlora" / "methods"
 END = "<!-- end of the table -->"
@@ -42,7 +42,10 @@ def costs() -> str:
     return _measure.table(header, rows)
 
 
-TABLES: dict[str, tuple[Path, Callable[[], str]]] = {"costs": (METHODS_PAGES / "costs.md", costs)}
+TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
+    "costs": (METHODS_PAGES / "costs.md", costs),
+    "features": (METHODS_PAGES / "scope.md", features_peft.table),
+}
 
 
 def with_table(text: str, name: str, table: str) -> str:

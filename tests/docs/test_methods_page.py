@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import jlora
-from benchmarks import pages
+from benchmarks import features_peft, pages
 from tests.support.pages import ROOT
 
 PAGE = (ROOT / "jlora" / "methods" / "formulas.md").read_text()
@@ -74,6 +75,14 @@ def test_generated_tables_are_those_of_the_results(name: str):
     page, make = pages.TABLES[name]
     text = page.read_text()
     assert pages.with_table(text, name, make()) == text, "run python -m benchmarks.pages"
+
+
+def test_each_type_of_peft_has_a_row():
+    listed = json.loads(features_peft.RESULT.read_text())
+    assert len(listed["types"]) == len(set(listed["types"])) == 45
+    assert set(features_peft.FEATURES) == set(listed["types"])
+    assert f"peft=={listed['peft']}" in (ROOT / "pyproject.toml").read_text()
+    assert f"PEFT {listed['peft']}" in (ROOT / "jlora" / "methods" / "scope.md").read_text()
 
 
 def convolution(params: dict, x: jax.Array) -> jax.Array:
