@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jlora.quantized import NF4
 
@@ -20,6 +20,8 @@ Product = Callable[[jax.Array, Any], jax.Array]
 AXES = ("replica", "data", "model")
 BATCH = ("replica", "data")
 COLUMN, ROW = PartitionSpec(None, "data", "model"), PartitionSpec(None, "model", "data")
+# For GPUs: XLA gathers there along the major axis alone. With `ROW` it copies the stack of all layers, transposed.
+ROW_MAJOR = PartitionSpec(None, ("model", "data"), None)
 STREAM, BATCHED, HEADS = PartitionSpec(BATCH, "model"), PartitionSpec(BATCH), PartitionSpec(BATCH, None, "model")
 HEAD = PartitionSpec("data", "model")
 QUERY_PARTS = PartitionSpec(None, BATCH, None, "model")
@@ -56,30 +58,30 @@ SIZES = {
 }
 
 
-def kernels(sizes: Sizes) -> dict[str, tuple[tuple[int, int, int], PartitionSpec]]:
-    """Shape `(layers, in, out)` and partition of every kernel of the layers."""
+def kernels(sizes: Sizes, row: PartitionSpec = ROW) -> dict[str, tuple[tuple[int, int, int], PartitionSpec]]:
+    """Shape `(layers, in, out)` and partition of every kernel of the layers; `row` of those with a sharded input."""
     n, d, h, kv = sizes.layers, sizes.width, sizes.hidden, sizes.kv_heads * sizes.head
     out = {
         "wq": ((n, d, d), COLUMN),
         "wk": ((n, d, kv), COLUMN),
         "wv": ((n, d, kv), COLUMN),
-        "wo": ((n, d, d), ROW),
+        "wo": ((n, d, d), row),
         "up": ((n, d, h), COLUMN),
-        "down": ((n, h, d), ROW),
+        "down": ((n, h, d), row),
     }
     return out | ({"gate": ((n, d, h), COLUMN)} if sizes.gated else {})
 
 
-def array(mesh: AbstractMesh, shape: tuple[int, ...], spec: PartitionSpec, dtype: Any = jnp.bfloat16) -> Any:
+def array(mesh: AbstractMesh | Mesh, shape: tuple[int, ...], spec: PartitionSpec, dtype: Any = jnp.bfloat16) -> Any:
     """An abstract array on a mesh."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
-def nf4(mesh: AbstractMesh, shape: tuple[int, ...], spec: PartitionSpec) -> NF4:
+def nf4(mesh: AbstractMesh | Mesh, shape: tuple[int, ...], spec: PartitionSpec) -> NF4:
     """An abstract kernel in 4-bit NormalFloat: codes, 8-bit scales and their scales, sharded as the kernel is."""
     *stack, rows, columns = shape
     groups = columns // 256
-    columns_axis = spec[-1] if groups % mesh.shape[spec[-1]] == 0 else None
+    columns_axis = spec[-1] if spec[-1] and groups % mesh.shape[spec[-1]] == 0 else None
     unit = array(mesh, (*stack, rows // 64, groups), PartitionSpec(*spec[:-1], columns_axis), jnp.float32)
     codes = array(mesh, (*stack, rows // 2, columns), spec, jnp.uint8)
     scale = array(mesh, (*stack, rows // 64, columns), spec, jnp.int8)
@@ -89,12 +91,14 @@ def nf4(mesh: AbstractMesh, shape: tuple[int, ...], spec: PartitionSpec) -> NF4:
 BASES: dict[str, Callable[..., Any]] = {"bf16": array, "nf4": nf4}
 
 
-def params(sizes: Sizes, mesh: AbstractMesh, kernel: Callable[..., Any] = array) -> Params:
-    """Abstract parameters in bfloat16; `kernel` makes the kernels of the layers."""
+def params(
+    sizes: Sizes, mesh: AbstractMesh | Mesh, kernel: Callable[..., Any] = array, row: PartitionSpec = ROW
+) -> Params:
+    """Abstract parameters in bfloat16; `kernel` makes the kernels of the layers, `row` is as in `kernels`."""
     n, d, v = sizes.layers, sizes.width, sizes.vocabulary
     replicated = PartitionSpec()
     norms = {name: array(mesh, (n, d), replicated) for name in ("norm1", "norm2")}
-    layers = {name: kernel(mesh, shape, spec) for name, (shape, spec) in kernels(sizes).items()}
+    layers = {name: kernel(mesh, shape, spec) for name, (shape, spec) in kernels(sizes, row).items()}
     out = {
         "embed": array(mesh, (v, d), PartitionSpec("model", "data")),
         "layers": norms | layers,

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks import _llama, _measure
 from benchmarks._measure import Bar
-from benchmarks._plan_rows import FORMS, ROWS, SMALLEST, WEAK, Row, slice_name
+from benchmarks._plan_rows import CARDS, FORMS, ROWS, SMALLEST, SMALLEST_GPUS, WEAK, Row, slice_name
 
 # form -> plan of one row; and the same for every row by its name
 Plans = dict[str, dict[str, Any]]
@@ -30,7 +30,36 @@ def bars(results: Results) -> list[Bar]:
     if "jlora" in quantized:
         ratio = quantized["jlora"]["needed"] / quantized["jlora"]["hbm"]
         out.append(Bar("70B nf4 v5e:4x4: bytes a chip / its memory", ratio, 1.0))
-    return out + weak_scaling_bars(results)
+    return out + weak_scaling_bars(results) + gpu_bars(results)
+
+
+def gpu_bars(results: Results) -> list[Bar]:
+    """Programs for GPUs move no more than those by hand, and fewer cards do not hold what the smallest number does."""
+    out = []
+    for name, plans in results.items():
+        if all_fit(plans, "jlora", "by hand") and plans["jlora"].get("kernels"):
+            ours, by_hand = (plans[form]["kernels"] for form in ("jlora", "by hand"))
+            for figure, limit in (
+                ("count", 1.05),
+                ("bytes_moved", 1.0),
+                ("float32_bytes", 1.01),
+                ("largest_bytes", 1.0),
+            ):
+                label = f"{name}: {figure.replace('_', ' ').replace('count', 'kernels')} / by hand"
+                out.append(Bar(label, ours[figure] / by_hand[figure], limit))
+    for (model, base), cards in SMALLEST_GPUS.items():
+        for card, (too_small, smallest) in cards.items():
+            plan = results.get(slice_name(model, base, f"{card}:{smallest}"), {}).get("jlora")
+            if plan is None:
+                continue
+            name = f"{model.split()[-1]} {base} {card}"
+            out.append(Bar(f"{name}: {smallest} cards, bytes / memory", plan["needed"] / plan["hbm"], 1.0))
+            fewer = results.get(slice_name(model, base, f"{card}:{too_small}"), {}).get("jlora")
+            # On half as many cards the arguments take twice as much, and the temporaries no less.
+            needed = fewer["needed"] if fewer else 2 * plan["argument_bytes"] + plan["temporary_bytes"]
+            if plan["devices"] > 1:
+                out.append(Bar(f"{name}: memory / bytes on half as many cards", plan["hbm"] / needed, 1.0))
+    return out
 
 
 def weak_scaling_bars(results: Results) -> list[Bar]:
@@ -72,6 +101,8 @@ def show(results: Results) -> None:
     """Prints the tables: steps, smallest slices, collectives and bars."""
     print(f"\n### GiB and TFLOPs a chip\n\n{step_table(results)}")
     print(f"\n### the smallest slices, GiB a chip\n\n{slice_table(results)}")
+    print(f"\n### the smallest numbers of GPUs, GiB a card\n\n{gpu_table(results)}")
+    print(f"\n### programs for GPUs, jlora / by hand\n\n{kernel_table(results)}")
     for name, plans in results.items():
         forms = [form for form in FORMS if all_fit(plans, form)]
         if "base" in forms:
@@ -118,6 +149,46 @@ def slice_table(results: Results) -> str:
             )
     header = ["model", "base", "slice", "chips", "arguments", "temporaries", "all", "of", "temporaries / by hand"]
     return _measure.table([*header, "merged: all", "next smaller: all", "sent", "by hand: sent"], body)
+
+
+def gpu_table(results: Results) -> str:
+    """For every card the smallest number that holds each model: arguments + temporaries, GiB a card."""
+    body = []
+    for card in CARDS:
+        cells, memory = [], ""
+        for (model, base), cards in SMALLEST_GPUS.items():
+            shape = cards[card][1]
+            plan = results.get(slice_name(model, base, f"{card}:{shape}"), {}).get("jlora")
+            # A larger card holds on one what a smaller one does.
+            cells.append(f"{shape}: {gib(plan['argument_bytes'])} + {gib(plan['temporary_bytes'])}" if plan else shape)
+            memory = gib(plan["hbm"], 1) if plan else memory
+        body.append([card, memory, *cells])
+    header = [f"{model.removeprefix('Llama 3 ')}, {base}" for model, base in SMALLEST_GPUS]
+    return _measure.table(["card", "75%, GiB", *header], body)
+
+
+def kernel_table(results: Results) -> str:
+    """The step's program for GPUs, jlora / by hand."""
+    body = []
+    for name, plans in results.items():
+        if not (all_fit(plans, "jlora", "by hand") and plans["jlora"].get("kernels")):
+            continue
+        ours, by_hand = plans["jlora"], plans["by hand"]
+        kernels = ours["kernels"], by_hand["kernels"]
+        pairs = [(k["count"], k["products"], k["fused_products"]) for k in kernels]
+        merged = plans.get("merged")
+        body.append(
+            [
+                name,
+                *(f"{a:,} / {b:,}" for a, b in zip(*pairs, strict=True)),
+                " / ".join(f"{k['bytes_moved'] / 1e12:.3f}" for k in kernels),
+                " / ".join(f"{k['float32_bytes'] / 1e12:.3f}" for k in kernels),
+                " / ".join(gib(plan["temporary_bytes"]) for plan in (ours, by_hand)),
+                gib(merged["temporary_bytes"]) if merged else "",
+            ]
+        )
+    header = ["row", "kernels", "products", "with more in the kernel", "TB moved", "TB of float32 written"]
+    return _measure.table([*header, "temporaries, GiB", "merged"], body)
 
 
 def collective_table(plans: Plans, smallest: float = 1e6) -> str:

@@ -4,7 +4,9 @@ import dataclasses
 import math
 from typing import Any
 
-from benchmarks._llama import SIZES, Sizes
+from jax.sharding import PartitionSpec
+
+from benchmarks._llama import ROW, ROW_MAJOR, SIZES, Sizes
 
 FORMS = ("jlora", "by hand", "merged", "base", "full")
 
@@ -23,6 +25,7 @@ class Row:
         rank: the rank of the LoRA.
         kernels: a pattern for the kernels that are adapted.
         base: the format of the layers' kernels: `bf16` or `nf4`.
+        partition: of the kernels with a sharded input.
     """
 
     sizes: Sizes
@@ -33,6 +36,7 @@ class Row:
     rank: int = 16
     kernels: str = r"layers/(wq|wk|wv|wo|gate|up|down)"
     base: str = "bf16"
+    partition: PartitionSpec = ROW
 
 
 def _row(model: str, topology: str, forms: tuple[str, ...] = FORMS[:3], **changes: Any) -> Row:
@@ -102,7 +106,8 @@ SMALLEST_GPUS: dict[tuple[str, str], dict[str, tuple[str | None, str]]] = {
         **dict.fromkeys(("h100", "a100-80", "rtx6000pro"), (None, "2x8")),
         **dict.fromkeys(("h200", "b200"), (None, "8")),
         **dict.fromkeys(("a100-40", "a6000", "l40s"), (None, "4x8")),
-        **dict.fromkeys(("l4", "rtx4090"), (None, "8x8")),
+        "l4": ("8x8", "16x8"),
+        "rtx4090": (None, "8x8"),
     },
     ("Llama 3 405B", "nf4"): {
         **dict.fromkeys(("h100", "a100-80", "a6000", "l40s"), (None, "8")),
@@ -120,14 +125,14 @@ def slice_name(model: str, base: str, topology: str) -> str:
     return f"{model.split()[-1]} {base} {topology}"
 
 
-def _smallest(slices: dict[tuple[str, str], dict[str, tuple[str | None, str]]]) -> dict[str, Row]:
+def _smallest(slices: dict[tuple[str, str], dict[str, tuple[str | None, str]]], **changes: Any) -> dict[str, Row]:
     out = {}
     for (model, base), generations in slices.items():
         for generation, (too_small, smallest) in generations.items():
             for shape, forms in ((too_small, FORMS[:1]), (smallest, FORMS[:3])):
                 if shape is not None:
                     topology = f"{generation}:{shape}"
-                    out[slice_name(model, base, topology)] = _row(model, topology, forms, base=base)
+                    out[slice_name(model, base, topology)] = _row(model, topology, forms, base=base, **changes)
     return out
 
 
@@ -139,5 +144,5 @@ ROWS = {
     "405B v5p:8x8x8": _row("Llama 3 405B", "v5p:8x8x8"),
     "GPT-3 v5p:4x4x4": _row("GPT-3 175B", "v5p:4x4x4", ("jlora", "by hand", "merged", "full"), **PAPER),
     **_smallest(SMALLEST),
-    **_smallest(SMALLEST_GPUS),
+    **_smallest(SMALLEST_GPUS, partition=ROW_MAJOR),
 }

@@ -28,7 +28,7 @@ OPTIMISER = optax.adam(1e-4)
 
 def step(row: Row, form: str, mesh: AbstractMesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A jitted training step `(trained, state, params, tokens) -> (trained, state, loss)`, and abstract arguments."""
-    params = _llama.params(row.sizes, mesh, _llama.BASES[row.base])
+    params = _llama.params(row.sizes, mesh, _llama.BASES[row.base], row.partition)
     tokens = _llama.array(mesh, (row.batch, row.sizes.length), _llama.BATCHED, jnp.int32)
     model = _llama.loss(row.sizes)
     with jax.sharding.use_abstract_mesh(mesh):

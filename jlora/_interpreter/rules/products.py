@@ -250,18 +250,26 @@ def _evaluate(
             precision=form.precision,
             groups=groups,
         )
-        if form.is_for_gpu:
-            # In the backward pass XLA's compiler for GPUs joins products that share the cotangent of `y`: it would copy
-            # the base and the factor into one array.
-            z = jax.lax.optimization_barrier(z)
+        z = _apart(z, form)
         return jnp.broadcast_to(z, [sizes[c] for c in form.out]).reshape(y.shape)
 
     if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != base.dtype:
         # A mixed product is as exact as its wider operand.
         x = x.astype(max(map(accumulation_dtype, (x.dtype, base.dtype)), key=lambda dtype: dtype.itemsize))
+    x = _apart(x, form) if networks else x
     updates = *(n for n in networks if not isinstance(n, Probe)), *by_path(networks)
     terms = (under_auto_axes(branch, y)(x, n, group_sizes) for n in updates)
     return add_up(y, terms, is_for_cpu=form.is_for_cpu)
+
+
+def _apart(x: jax.Array, form: _Form) -> jax.Array:
+    """An array that products of the base do not share with those of factors, in programs for GPUs.
+
+    XLA's compiler for GPUs joins two products with a common operand if one of them is small: it would copy the base
+    and a factor into one array in every step, which moves three times the bytes of the base's product. So the input of
+    a branch, and in the backward pass the cotangent of its result, are other arrays for the compiler.
+    """
+    return jax.lax.optimization_barrier(x) if form.is_for_gpu else x
 
 
 def _map(
