@@ -1,6 +1,7 @@
 """What all benchmarks share: compiled costs, wall times in turns, limits, tables and result files."""
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -9,10 +10,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-from tqdm import tqdm
+
+T = TypeVar("T")
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -68,7 +70,7 @@ def interleave(calls: Mapping[str, Callable[[], Any]], rounds: int, warm: int = 
     """
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in tqdm(range(-warm if rounds else 0, rounds), "timing", disable=not rounds):
+    for number in progress(range(-warm, rounds), "timing") if rounds else ():
         start = number % len(names)
         for name in names[start:] + names[:start]:
             begin = time.perf_counter()
@@ -76,6 +78,14 @@ def interleave(calls: Mapping[str, Callable[[], Any]], rounds: int, warm: int = 
             if number >= 0:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
+
+
+def progress(items: Iterable[T], title: str) -> Iterable[T]:
+    """The items, with a bar if tqdm is installed: on a machine with an accelerator there may be nothing but JAX."""
+    try:
+        return importlib.import_module("tqdm").tqdm(items, title)
+    except ImportError:
+        return items
 
 
 def lowering(

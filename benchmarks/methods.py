@@ -18,15 +18,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from tqdm import tqdm
 
 import jlora
 from benchmarks import _measure, _transformer
 from benchmarks._measure import Bar
 
 RANK = 16
-OPTIMISER = optax.adamw(1e-3)
 
 
 class Limits(NamedTuple):
@@ -130,6 +127,8 @@ def transformer(options: argparse.Namespace, *, biases: bool) -> Problem:
     tokens = jax.random.randint(keys[1], (options.batch, sizes.length), 0, sizes.vocabulary)
 
     def loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+        import optax
+
         following = jnp.roll(tokens, -1, axis=1)
         return optax.softmax_cross_entropy_with_integer_labels(logits, following).mean()
 
@@ -169,8 +168,10 @@ def new_adapter(problem: Problem, method: jlora.Method) -> jlora.Adapter:
 
 def step(problem: Problem, adapter: Any) -> Program:
     """`(adapter, state, params, batch) -> (adapter, state, loss)`, with AdamW on the adapter, and its arguments."""
+    import optax  # here, because `METHODS` is read where there is nothing but JAX
+
     apply = jlora.adapt(problem.forward)
-    tx = optax.masked(OPTIMISER, jlora.mask)
+    tx = optax.masked(optax.adamw(1e-3), jlora.mask)
 
     def run(adapter: Any, state: Any, params: Any, batch: jax.Array) -> tuple[Any, Any, jax.Array]:
         value, gradients = jax.value_and_grad(lambda a: problem.loss(apply(params, a, batch), batch))(adapter)
@@ -195,7 +196,8 @@ def measure(form: str, options: argparse.Namespace) -> tuple[dict[str, Any], lis
     names = [name for name in METHODS if name == "LoRA" or name in (options.methods or METHODS)]
     adapters = {name: new_adapter(problem, METHODS[name][0]) for name in names}
     steps = {name: step(problem, adapter) for name, adapter in adapters.items()}
-    programs = {name: _measure.compile(run, *args) for name, (run, args) in tqdm(steps.items(), f"compiling, {form}")}
+    items = _measure.progress(steps.items(), f"compiling, {form}")
+    programs = {name: _measure.compile(run, *args) for name, (run, args) in items}
     seconds = _measure.interleave({name: program.run for name, program in programs.items()}, options.rounds)
     lora = programs["LoRA"]
     rows = {
