@@ -33,7 +33,7 @@ READ = {
     "LORA": {
         *(MODULES | LAYERS | PATTERNS),
         *("lora_alpha", "use_rslora", "use_dora", "lora_dropout", "bias", "lora_bias", "init_lora_weights"),
-        *("trainable_token_indices", "target_parameters", "ensure_weight_tying"),
+        *("trainable_token_indices", "target_parameters", "ensure_weight_tying", "monteclora_config"),
     },
     "ADALORA": {
         *(MODULES | LAYERS | {"lora_alpha", "lora_dropout", "init_r", "rank_pattern", "bias"}),
@@ -54,6 +54,13 @@ READ = {
     | LAYERS
     | {"r", "bias", "num_vectors", "vector_length", "topk", "vblora_dropout", "save_only_topk_weights"},
     "UNILORA": MODULES | LAYERS | {"r", "bias", "theta_d_length", "proj_seed", "unilora_dropout", "save_indices"},
+    "PVERA": MODULES
+    | LAYERS
+    | {"r", "bias", "projection_prng_key", "save_projection", "pvera_dropout", "d_initial"}
+    | {"sample_at_inference", "generator_seed"},
+    "SUPERTUNING": MODULES | {"sparsity", "select_top", "r", "lora_alpha", "lora_dropout", "save_precomputed_indices"},
+    "LN_TUNING": MODULES,
+    "BEFT": MODULES,
     "PEANUT": MODULES | LAYERS | {"r", "depth", "act_fn", "scaling"},
 }
 REQUIRED = {"r": 2, "lora_alpha": 3, "alpha": 3, "init_r": 3, "target_modules": ["q"], "feedforward_modules": ["q"]}
@@ -69,6 +76,7 @@ VALUES: dict[str, Any] = {
     "init_lora_weights": "gaussian",
     "trainable_token_indices": [1],
     "token_indices": [1],
+    "monteclora_config": {"num_samples": 2},
     "target_parameters": ["q.weight"],
     "target_modules": ["k"],
     "feedforward_modules": ["k"],
