@@ -25,7 +25,7 @@ def _blocks(method: type, *sizes: Any, **options: Any) -> list[jlora.Method]:
 
 
 # Many rows, so that those which a program reads are among them; not in order.
-ROWS = [tuple(range(n))[::-1] for n in (12, 8, 6, 5, 4, 3, 2, 1)]
+ROWS = [tuple(range(n))[::-1] for n in (30, 24, 16, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1)]
 
 METHODS: dict[str, list[jlora.Method]] = {
     "lora": [jlora.LoRA(2, ALPHA)],
@@ -87,7 +87,7 @@ METHODS: dict[str, list[jlora.Method]] = {
     "shared_a": [jlora.SharedLoRA(2, ALPHA)],
     "shared_b": [jlora.SharedLoRA(2, ALPHA, shared="b")],
     "shira": [jlora.SHiRA(1), jlora.FourierFT(2)],
-    "super_tuning": [jlora.SuperTuning(0.7)],
+    "super_tuning": [jlora.SuperTuning(0.2)],
     "supra": [jlora.SuperTuning(0.7, False, 2, ALPHA), jlora.SuperTuning(0.7, False, 1, ALPHA)],
     "tinylora": [jlora.TinyLoRA(2, 3)],
     "tinylora_untied": [jlora.TinyLoRA(2, 3, tied=False)],
