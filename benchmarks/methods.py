@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 import jlora
-from benchmarks import _measure, _transformer
+from benchmarks import _measure, _site, _transformer
 from benchmarks._measure import Bar
 
 RANK = 16
@@ -157,6 +157,7 @@ PROBLEMS: dict[str, Callable[[argparse.Namespace], Problem]] = {
     "kernel": partial(kernel, biases=False),
     "kernel_biased": partial(kernel, biases=True),
 }
+SITE = "site"  # one product with the gradient of its input: compiled alone
 
 
 def new_adapter(problem: Problem, method: jlora.Method) -> jlora.Adapter:
@@ -191,7 +192,10 @@ def count_weight_sized(program: Program, width: int) -> int:
 
 
 def measure(form: str, options: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
-    """Costs and times of all steps in one form, and the bars."""
+    """Costs and times of all steps in one form, and the bars; of one site those of methods with limits for a kernel."""
+    if form == SITE:
+        chosen = {name: method for name, (method, limits) in METHODS.items() if limits.kernel}
+        return _site.measure({k: m for k, m in chosen.items() if k == "LoRA" or k in (options.methods or chosen)})
     problem = PROBLEMS[form](options)
     names = [name for name in METHODS if name == "LoRA" or name in (options.methods or METHODS)]
     adapters = {name: new_adapter(problem, METHODS[name][0]) for name in names}
@@ -232,6 +236,8 @@ def bars_of(name: str, form: str, row: dict[str, Any], program: Program, width: 
 
 def show(form: str, rows: dict[str, Any], bars: list[Bar]) -> None:
     """Prints the figures of one form, and the bars that it misses."""
+    if form == SITE:
+        return _site.show(rows, bars)
     header = ["method", "parameters", "FLOPs", "temporary bytes", "seconds", "of LoRA", ""]
     body = [
         [
@@ -250,7 +256,7 @@ def show(form: str, rows: dict[str, Any], bars: list[Bar]) -> None:
 def main() -> None:
     """Reads the options, measures, prints and writes."""
     parser = _measure.parser(__doc__, "methods.json")
-    parser.add_argument("--forms", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="default: all")
+    parser.add_argument("--forms", nargs="+", choices=[*PROBLEMS, SITE], default=[*PROBLEMS, SITE], help="default: all")
     parser.add_argument(
         "--methods", nargs="+", metavar="NAME", choices=METHODS, help="to compare with LoRA (default: all)"
     )

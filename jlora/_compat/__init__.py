@@ -3,6 +3,7 @@
 One file for each subject, so that each rename in JAX is one edit. The other packages import the names from here.
 """
 
+from jlora._compat.calls import call_apart as call_apart
 from jlora._compat.calls import reshape_apart as reshape_apart
 from jlora._compat.defects import one_by_one as one_by_one
 from jlora._compat.defects import row_major as row_major

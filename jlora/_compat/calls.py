@@ -1,5 +1,6 @@
 """Calls that XLA does not inline."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,3 +19,9 @@ def reshape_apart(x: jax.Array, shape: tuple[Any, ...]) -> jax.Array:
 
 
 _reshape = jax.jit(jnp.reshape, static_argnums=1)
+
+
+def call_apart(jitted: Callable[..., Any], *args: Any) -> Any:
+    """A call of a jitted function that XLA does not inline: no part of it is computed before all operands are there."""
+    with set_xla_metadata(inlineable="false"):
+        return jitted(*args)

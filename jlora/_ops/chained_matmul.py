@@ -2,11 +2,11 @@
 
     k = h C,    y = k B;    with indices  ac, rd  on  h: (t, a, r),  k: (t, c, r),  y: (t, c, d)
 
-The gradient of B takes k, as large as h. `jax.checkpoint` does not help on the CPU, where XLA keeps k: measured
-temporaries are those without it. So the backward pass computes k together with the gradient of h,
-which it needs anyway, in one product:
+The gradient of B takes k, as large as h. `jax.checkpoint` does not help on the CPU, where XLA computes k once and keeps
+it: measured temporaries are those without it. So the backward pass is two calls, which XLA does not inline, and which
+need g: the one for B computes k again, and neither keeps an activation.
 
-    [h, gk] [[0, C], [C^T, 0]] = [gh, k],    gk = g B^T,    dC = h^T gk,    dB = k^T g
+    gk = g B^T,    gh = gk C^T,    dC = h^T gk,    k = h C,    dB = k^T g
 """
 
 import functools
@@ -14,15 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from jlora import _compat
 from jlora._compat import Primitive, ad, batching, mlir
 from jlora._ops.matmul import eager, rank_matmul
 
 Terms = tuple[str, str, str, str]  # of h, C, B and y
-_JOINT, _TURNED = "+-"  # both indices of C, one after the other, before and after the product
 
 
 def chained_matmul(h: jax.Array, c: jax.Array, b: jax.Array, terms: Terms, **params: Any) -> jax.Array:
@@ -75,29 +72,29 @@ def _arranged(x: jax.Array, labels: str, out: Sequence[str]) -> jax.Array:
 def _transpose(g: Any, h: Any, c: Any, b: Any, *linear: Any, terms: Terms, dtype: Any, **params: Any) -> list[Any]:
     if isinstance(g, ad.Zero):
         return [None] * 6
-    hs, cs, bs, ys = terms
-    inner, outer = sorted(cs, key=lambda name: name not in hs)
-    shared = "".join(name for name in hs if name != inner)
-    gk, ks = _pair(g, ys, b, bs, dtype=h.dtype, **params)
-
-    beside = jnp.concatenate([h, _arranged(gk, ks, hs.replace(inner, outer))], hs.index(inner))
-    beside = _arranged(beside, hs.replace(inner, _JOINT), shared + _JOINT)
-    matrix = _arranged(c, cs, inner + outer)
-    a, n = matrix.shape
-    turn = jnp.block([[jnp.zeros((a, a), c.dtype), matrix], [matrix.T, jnp.zeros((n, n), c.dtype)]])
-    both, both_labels = _pair(beside, shared + _JOINT, turn, _JOINT + _TURNED, dtype=h.dtype, **params)
-    gh, k = jnp.split(both, [a], both_labels.index(_TURNED))
-    gh = _arranged(gh, both_labels.replace(_TURNED, inner), hs)
-
-    order = "".join([*(name for name in ys if name in ks), *(name for name in bs if name in ks)])
-    k = _arranged(k, both_labels.replace(_TURNED, outer), order)
-    db = _pair(k, order, g, ys, dtype=b.dtype, **params)
-    gk = _arranged(gk, ks, shared + outer)
-    dc, both_labels = _pair(beside, shared + _JOINT, gk, shared + outer, dtype=c.dtype, **params)
-    dc = lax.slice_in_dim(dc, 0, a, axis=both_labels.index(_JOINT))
-    cotangents = gh, _arranged(dc, both_labels.replace(_JOINT, inner), cs), _arranged(*db, bs)
+    static = terms, tuple(params.items())
+    gh, dc = _compat.call_apart(_gradients_of_first, *static, g, h, c, b)
+    cotangents = gh, dc, _compat.call_apart(_gradient_of_second, *static, g, h, c, b)
     results = zip(linear, cotangents, strict=True)
     return [None, None, None, *(value if ad.is_undefined_primal(operand) else None for operand, value in results)]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradients_of_first(terms: Terms, params: Any, g: Any, h: Any, c: Any, b: Any) -> tuple[jax.Array, jax.Array]:
+    """The gradients of h and C."""
+    (hs, cs, bs, ys), options = terms, dict(params)
+    gk, ks = _pair(g, ys, b, bs, dtype=h.dtype, **options)
+    gh, gh_labels = _pair(gk, ks, c, cs, dtype=h.dtype, **options)
+    return _arranged(gh, gh_labels, hs), _arranged(*_pair(h, hs, gk, ks, dtype=c.dtype, **options), cs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradient_of_second(terms: Terms, params: Any, g: Any, h: Any, c: Any, b: Any) -> jax.Array:
+    """The gradient of B."""
+    (hs, cs, bs, ys), options = terms, dict(params)
+    k, ks = _pair(h, hs, c, cs, dtype=h.dtype, **options)
+    order = "".join([*(name for name in ys if name in ks), *(name for name in bs if name in ks)])
+    return _arranged(*_pair(_arranged(k, ks, order), order, g, ys, dtype=b.dtype, **options), bs)
 
 
 def _tangent_jvp(primals: Any, tangents: Any, **params: Any) -> tuple[jax.Array, jax.Array]:

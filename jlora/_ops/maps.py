@@ -1,5 +1,6 @@
 """Maps of a weight, applied to the activation that meets it or to the result: never to the weight itself."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from jlora._ir.algebra import align_axes
 from jlora._ir.sizes import is_static
-from jlora._ir.weight import AxisMap
+from jlora._ir.weight import AxisMap, TensorNetwork
 from jlora._ops.contraction import Groups, by_row, contract_pair
 
 _FEW = 2  # up to this size a sum is cheaper as additions of arrays than as a product of small matrices
@@ -50,6 +51,30 @@ def form_of(before: Sequence[AxisMap], after: Sequence[AxisMap]) -> str:
     sides = {"the input": before, "the output": after}
     names = [side for side, maps in sides.items() if any(m.new for m in maps)]
     return f"map of {' and '.join(names)}" if names else ""
+
+
+def maps_of_sum(
+    networks: tuple[TensorNetwork, ...], before: list[AxisMap], after: list[AxisMap]
+) -> tuple[tuple[TensorNetwork, ...], list[list[AxisMap]]]:
+    """Takes the last multipliers of the result out of the networks, if all have them: they multiply the sum (DoRA).
+
+    The backward pass then needs the sum alone, for the gradients of what multiplies it and of what consumes it.
+
+    Returns:
+        the networks, and the maps of the activation, of the product with the base, and of the sum.
+    """
+    of_sum: list[AxisMap] = []
+    while networks and after and not after[-1].new:
+        places = [[k for k, a in enumerate(n.factors) if a is after[-1].array] for n in networks]
+        if any(len(at) != 1 or len(n.factors) == 1 for at, n in zip(places, networks, strict=True)):
+            break
+        networks = tuple(_without_factor(n, at[0]) for at, n in zip(places, networks, strict=True))
+        after, of_sum = after[:-1], [after[-1], *of_sum]
+    return networks, [before, after, of_sum]
+
+
+def _without_factor(n: TensorNetwork, k: int) -> TensorNetwork:
+    return dataclasses.replace(n, factors=n.factors[:k] + n.factors[k + 1 :], terms=n.terms[:k] + n.terms[k + 1 :])
 
 
 def _apply(x: jax.Array, labels: str, m: AxisMap, of_input: bool, precision: Any, groups: Groups | None) -> jax.Array:

@@ -130,10 +130,9 @@ class GroupedLoRA(Method):
             w = split_index(w, group, (self.groups, w.size(group) // self.groups))
         labels: dict[str, Any] = group_labels(w, update)
         labels |= {"group": group, "group_out": labels["*out"].replace(group, "")}
-        terms: list[Term] = [(update[name], declared) for name, declared in update.declared.items()]
-        if len(self.enabled) == self.groups:
-            labels["enabled"] = group
-        else:
-            places = jnp.arange(len(self.enabled)), jnp.array(self.enabled)
-            terms.append((jnp.zeros((len(self.enabled), self.groups)).at[places].set(1), "enabled group"))
+        # B as one matrix with a block for each pair, zero elsewhere: a product with a batch axis copies activations.
+        b = update["b"]
+        places = jnp.eye(self.groups, dtype=b.dtype)[jnp.array(self.enabled)]  # (enabled, groups)
+        blocks = jnp.einsum("...ero,eg->...ergo", b, places)
+        terms: list[Term] = [(update["a"], update.declared["a"]), (blocks, "*stack enabled rank group group_out")]
         return add_network(w, update, terms, self.scale * update.scale, labels)

@@ -23,9 +23,10 @@ from jlora._ir.explicit_mesh import under_auto_axes
 from jlora._ir.materialize import accumulation_dtype
 from jlora._ir.probe import Probe, by_path
 from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork, fresh_indices
+from jlora._ops.apart import reshape_apart
 from jlora._ops.contraction import Groups, apply_network
 from jlora._ops.inputs import record_product
-from jlora._ops.maps import apply_maps, form_of
+from jlora._ops.maps import apply_maps, form_of, maps_of_sum
 from jlora._ops.parts import common_part, product_in_parts
 
 AxisPairs = tuple[Sequence[int], Sequence[int]]  # axes of the activation and those of the weight that they meet
@@ -142,7 +143,8 @@ def multiply(
         is_for_cpu=_compat.is_for_cpu(x),
         is_for_gpu=_compat.is_for_gpu(x),
     )
-    operands = x, f.base, f.networks, maps, group_sizes
+    networks, all_maps = maps_of_sum(f.networks, *maps) if group_sizes is None else (f.networks, [*maps, []])
+    operands = x, f.base, networks, all_maps, group_sizes
     if group_sizes is None and _is_plain(x, f, form):
         return [_traced_once(*operands, form=form, eqn=_Equation(eqn.primitive, tuple(eqn.params.items())))]
     return [_evaluate(*operands, form=form, product=functools.partial(lazy.consume, eqn))]
@@ -215,13 +217,13 @@ def _evaluate(
     x: jax.Array,
     base: Any,
     networks: Sequence[TensorNetwork],
-    maps: tuple[list[AxisMap], list[AxisMap]],
+    maps: Sequence[list[AxisMap]],
     group_sizes: jax.Array | None,
     *,
     form: _Form,
     product: Callable[..., list[Any]],
 ) -> jax.Array | PendingSum:
-    """The product with the base between maps, plus that with each network."""
+    """The product with the base between maps, plus that with each network, and the maps of the sum."""
     sizes = form.sizes
     x_mapped = _map(x, form.x, maps[0], group_sizes, form, of_input=True)
     operands = (x_mapped, base) if form.x_is_left else (base, x_mapped)
@@ -236,7 +238,7 @@ def _evaluate(
     y = _map(y, form.out, maps[1], group_sizes, form, of_input=False)
 
     def branch(x: jax.Array, n: TensorNetwork | Sequence[Probe], group_sizes: jax.Array | None) -> jax.Array:
-        x = x.reshape([sizes[c] for c in form.x])
+        x = reshape_apart(x, [sizes[c] for c in form.x])
         groups = form.groups(group_sizes)
         if not isinstance(n, TensorNetwork):
             return jnp.broadcast_to(record_product(x, form.x, n, form.out, groups).astype(y.dtype), y.shape)
@@ -251,7 +253,7 @@ def _evaluate(
             groups=groups,
         )
         z = _apart(z, form)
-        return jnp.broadcast_to(z, [sizes[c] for c in form.out]).reshape(y.shape)
+        return reshape_apart(jnp.broadcast_to(z, [sizes[c] for c in form.out]), y.shape)
 
     if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != base.dtype:
         # A mixed product is as exact as its wider operand.
@@ -259,7 +261,11 @@ def _evaluate(
     x = _apart(x, form) if networks else x
     updates = *(n for n in networks if not isinstance(n, Probe)), *by_path(networks)
     terms = (under_auto_axes(branch, y)(x, n, group_sizes) for n in updates)
-    return add_up(y, terms, is_for_cpu=form.is_for_cpu)
+    total = add_up(y, terms, is_for_cpu=form.is_for_cpu)
+    if not maps[2]:
+        return total
+    total = total.value if isinstance(total, PendingSum) else total
+    return _map(total, form.out, maps[2], group_sizes, form, of_input=False)
 
 
 def _apart(x: jax.Array, form: _Form) -> jax.Array:

@@ -1,0 +1,24 @@
+"""Temporary bytes of one product with the gradient of its input, in activations, from the compiled program."""
+
+import pytest
+
+import jlora
+from benchmarks import _site
+
+
+@pytest.mark.parametrize(
+    ("method", "limit"),
+    [
+        (jlora.LoRA(16), 1.05),
+        (jlora.GroupedLoRA(16, groups=2), 1.05),
+        (jlora.GroupedLoRA(16, groups=2, enable=(False, True)), 1.05),
+        (jlora.LoKr(8), 2.2),
+    ],
+    ids=["lora", "two groups", "one of two groups", "lokr"],
+)
+def test_temporaries_in_activations(method: jlora.Method, limit: float) -> None:
+    assert _site.activations(_site.program(method, 1024), 1024) <= limit
+
+
+def test_a_multiplier_needs_one_activation_more() -> None:
+    assert _site.activations(_site.program(jlora.DoRA(16), 4096), 4096) <= 2.1
