@@ -152,19 +152,25 @@ def slice_table(results: Results) -> str:
 
 
 def gpu_table(results: Results) -> str:
-    """For every card the smallest number that holds each model: arguments + temporaries, GiB a card."""
+    """For every card the smallest number that holds each model: arguments + temporaries, GiB a card.
+
+    Cards with a number above one that is not compiled yet are left out.
+    """
     body = []
     for card in CARDS:
-        cells, memory = [], ""
-        for (model, base), cards in SMALLEST_GPUS.items():
-            shape = cards[card][1]
-            plan = results.get(slice_name(model, base, f"{card}:{shape}"), {}).get("jlora")
-            # A larger card holds on one what a smaller one does.
-            cells.append(f"{shape}: {gib(plan['argument_bytes'])} + {gib(plan['temporary_bytes'])}" if plan else shape)
-            memory = gib(plan["hbm"], 1) if plan else memory
-        body.append([card, memory, *cells])
+        shapes = {key: cards[card][1] for key, cards in SMALLEST_GPUS.items()}
+        plans = {key: results.get(slice_name(*key, f"{card}:{n}"), {}).get("jlora") for key, n in shapes.items()}
+        compiled = [plan for plan in plans.values() if plan]
+        if not compiled or any(plan is None and shapes[key] != "1" for key, plan in plans.items()):
+            continue
+        cells = [_sizes(plans[key], shape) for key, shape in shapes.items()]
+        body.append([card, gib(compiled[0]["hbm"], 1), *cells])
     header = [f"{model.removeprefix('Llama 3 ')}, {base}" for model, base in SMALLEST_GPUS]
     return _measure.table(["card", "75%, GiB", *header], body)
+
+
+def _sizes(plan: dict[str, Any] | None, shape: str) -> str:
+    return f"{shape}: {gib(plan['argument_bytes'])} + {gib(plan['temporary_bytes'])}" if plan else shape
 
 
 def kernel_table(results: Results) -> str:

@@ -10,9 +10,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import _measure, features_peft, methods
+from benchmarks import _measure, _plan_report, features_peft, methods
 
 METHODS_PAGES = Path(__file__).parents[1] / "jlora" / "methods"
+GPU_PAGE = Path(__file__).parent / "gpus.md"
 END = "<!-- end of the table -->"
 
 FORMS = {
@@ -42,9 +43,16 @@ def costs() -> str:
     return _measure.table(header, rows)
 
 
+def plans(table: Callable[[_plan_report.Results], str]) -> Callable[[], str]:
+    """A table of the plans."""
+    return lambda: table(json.loads((_measure.RESULTS / "plan.json").read_text()))
+
+
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "costs": (METHODS_PAGES / "costs.md", costs),
     "features": (METHODS_PAGES / "scope.md", features_peft.table),
+    "smallest numbers of GPUs": (GPU_PAGE, plans(_plan_report.gpu_table)),
+    "programs for GPUs": (GPU_PAGE, plans(_plan_report.kernel_table)),
 }
 
 
