@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 import jlora
 from tests.support import peft_types
+from tests.support.peft_files import change_configuration, change_tensors
 from tests.support.recorded import sections
 
 GOLDEN = sections(Path(__file__).parents[1] / "golden" / "peft_types.npz")
@@ -107,3 +108,15 @@ def test_rows_of_an_embedding_are_written_as_trained_tokens(tmp_path):
         np.testing.assert_allclose(jlora.merge(params, a)["embed"], want, atol=1e-6)
     ids = np.array([5, 1])
     np.testing.assert_allclose(jlora.adapt(program)(params, adapter, ids), want[ids] @ want.T, atol=1e-3)
+
+
+def test_matrices_that_pvera_leaves_out_are_drawn_as_torch_does(tmp_path):
+    """The recorded file without its matrices, `save_projection=False`, is the same adapter."""
+    unpack("adapter", "pvera", tmp_path / "a")
+    expected = jlora.peft.load(tmp_path / "a", SITES, peft_types.NAMES, params=PARAMS)
+    change_tensors(tmp_path / "a", lambda t: {name: tensor for name, tensor in t.items() if "pvera_lambda" in name})
+    with pytest.raises(ValueError, match=r"lacks .*base_model.pvera_A"):
+        jlora.peft.load(tmp_path / "a", SITES, peft_types.NAMES, params=PARAMS)
+    change_configuration(tmp_path / "a", save_projection=False)
+    actual = jlora.peft.load(tmp_path / "a", SITES, peft_types.NAMES, params=PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)

@@ -23,7 +23,7 @@ def divided(config: Config, tensors: Tensors) -> Tensors:
         ValueError: if the file lacks the matrices.
     """
     missing = [name for name in MATRICES if name not in tensors]
-    if missing:
+    if missing and config.get("save_projection", True):
         raise ValueError(f"The file lacks {missing}, which all its modules share. Save it with save_projection=True.")
     for name in [name for name in tensors if name.endswith(".pvera_lambda_d")]:
         tensors[name], tensors[f"{name[:-1]}c"] = np.split(tensors[name], 2)

@@ -32,6 +32,8 @@ from jlora.methods._sharing import tie
 
 _BIAS = "lora_B.bias"
 _OF_TRAINING = ".lora_velora_embed"  # what VeLoRA compresses activations with
+# The random matrices of a type that a file may leave out, and a vector that tells the out size of a module.
+_DRAWN = {"VERA": (PROJECTIONS, "vera_lambda_b"), "PVERA": (MATRICES, "pvera_lambda_b")}
 _TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
 
 
@@ -126,17 +128,16 @@ def _implied_biases(
 
 
 def _with_drawn_projections(config: Config, content: FileContent, owners: Owners, tensors: Tensors) -> Tensors:
-    """The tensors of a file with the random matrices of VeRA that it leaves out."""
-    if config["peft_type"] != "VERA" or config.get("save_projection", True):
+    """The tensors of a file with the random matrices of VeRA or PVeRA that it leaves out."""
+    if config["peft_type"] not in _DRAWN or config.get("save_projection", True):
         return tensors
-    surplus = [name for name in PROJECTIONS if name in tensors]
+    names, suffix = _DRAWN[config["peft_type"]]
+    surplus = [name for name in names if name in tensors]
     if surplus:
-        raise ValueError(
-            f"The file has {', '.join(surplus)}, and save_projection = False: set it to true, or remove them."
-        )
-    sizes = [sizes_of(owners[name]).axes for name in content.adapters]
-    outs = [len(by_suffix["vera_lambda_b"]) for by_suffix in content.adapters.values() if "vera_lambda_b" in by_suffix]
-    return tensors | drawn_projections(config, max((axes["in"] for axes in sizes), default=1), max(outs, default=1))
+        raise ValueError(f"The file has {', '.join(surplus)}, and save_projection = False: set it to true.")
+    ins = [sizes_of(owners[name]).axes["in"] for name in content.adapters]
+    outs = [len(by_suffix[suffix]) for by_suffix in content.adapters.values() if suffix in by_suffix]
+    return tensors | drawn_projections(config, names, max(ins, default=1), max(outs, default=1))
 
 
 def _group_tensors(tensors: Tensors, owners: Owners, config: Config) -> FileContent:

@@ -45,16 +45,18 @@ def read_vera(
     return ModuleFactors(lora, 1.0, arrays, {"a": ("in", "rank"), "b": ("rank", "out")})
 
 
-def drawn_projections(config: Config, n_in: int, n_out: int) -> Tensors:
+def drawn_projections(config: Config, names: tuple[str, str], n_in: int, n_out: int) -> Tensors:
     """The random matrices that PEFT draws if the file leaves them out (`save_projection=False`), by name.
 
     Arguments:
-        config: the configuration.
+        config: the configuration, of VeRA or of PVeRA, whose first matrix has two halves.
+        names: of the two.
         n_in, n_out: the largest in size and out size of the adapted modules.
     """
     generator, rank = Generator(config["projection_prng_key"]), config["r"]
-    a, b = (generator.kaiming_uniform(shape) for shape in ((rank, n_in), (n_out, rank)))
-    return dict(zip(PROJECTIONS, (a, b), strict=True))
+    rows = 2 * rank if config["peft_type"] == "PVERA" else rank
+    a, b = (generator.kaiming_uniform(shape) for shape in ((rows, n_in), (n_out, rank)))
+    return dict(zip(names, (a, b), strict=True))
 
 
 def _stored_matrices(
