@@ -48,8 +48,36 @@ def plans(table: Callable[[_plan_report.Results], str]) -> Callable[[], str]:
     return lambda: table(json.loads((_measure.RESULTS / "plan.json").read_text()))
 
 
+# PEFT's own figures of the time of a training step on an L40S, in units of its LoRA's.
+PUBLISHED = {
+    "DoRA": 1.26,
+    "LoHa": 1.48,
+    "LoKr": 1.37,
+    "HiRA": 1.37,
+    "OFT": 1.26,
+    "LoRA-FA": 1.23,
+    "BOFT": 7.35,
+    "RandLoRA": 1.51,
+    "C3A": 1.24,
+    "GraLoRA": 1.16,
+}
+
+
+def beside_peft() -> str:
+    """The time of a step of every method that both libraries have, each in units of its own LoRA's."""
+    ours = json.loads((_measure.RESULTS / "methods.json").read_text())["transformer"]["methods"]
+    file = _measure.RESULTS / "peft_costs.json"
+    theirs = json.loads(file.read_text())["methods"] if file.exists() else {}
+    rows = []
+    for name in dict.fromkeys([*PUBLISHED, *theirs]):
+        here = [_measure.number(rows_of.get(name, {}).get("of_lora"), 2) for rows_of in (ours, theirs)]
+        rows.append([name, *here, _measure.number(PUBLISHED.get(name), 2)])
+    return _measure.table(["method", "jlora", "PEFT, here", "PEFT, published"], rows)
+
+
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "costs": (METHODS_PAGES / "costs.md", costs),
+    "beside PEFT": (METHODS_PAGES / "costs.md", beside_peft),
     "features": (METHODS_PAGES / "scope.md", features_peft.table),
     "smallest numbers of GPUs": (GPU_PAGE, plans(_plan_report.gpu_table)),
     "programs for GPUs": (GPU_PAGE, plans(_plan_report.kernel_table)),
