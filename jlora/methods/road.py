@@ -67,8 +67,7 @@ class RoAd(Method):
         return "" if fits else f"group {self.group} does not divide its out size {n_out}; {nearest} would do"
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        theta, alpha = update["theta"] * update.scale, 1 + update.scale * (update["alpha"] - 1)
-        matrices = _matrices(theta, alpha, self.variant)
+        matrices = self._matrices_of(update)
         labels, half = group_labels(w, update), self.group // 2
         sizes = [w.size(c) for c in labels["*out"]]
         if not (splits_evenly(sizes, self.group) and splits_evenly(sizes, half)):
@@ -81,6 +80,21 @@ class RoAd(Method):
         indices = labels["*stack"] + groups + rest + pair
         array = matrices.reshape([w.size(c) for c in indices + pair])
         return add_map(w, AxisMap(array, indices + old, pair, old))
+
+    def rotate(self, update: Update, vectors: jax.Array) -> jax.Array:
+        """Vectors of outputs after the rotation, for a bias that is to follow its weight.
+
+        Arguments:
+            update: the update, with this method.
+            vectors: (*stack, *out).
+        """
+        matrices = self._matrices_of(update)
+        pairs = vectors.reshape(*matrices.shape[:-3], 2, self.group // 2)
+        return jnp.einsum("...hij,...jh->...ih", matrices, pairs, precision="highest").reshape(vectors.shape)
+
+    def _matrices_of(self, update: Update) -> jax.Array:
+        theta, alpha = update["theta"] * update.scale, 1 + update.scale * (update["alpha"] - 1)
+        return _matrices(theta, alpha, self.variant)
 
 
 def _matrices(theta: jax.Array, alpha: jax.Array, variant: int) -> jax.Array:

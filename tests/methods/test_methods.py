@@ -27,7 +27,7 @@ NAMES = sorted(METHODS)
 # One method of every form in the default run, with a sixth of the others; all in the nightly run.
 FORMS = {"lora", "additive", "delora", "dora", "full", "hadamard_sigmoid", "hra", "ia3_in", "lokr_both", "oft"}
 STARTS_ELSEWHERE = {"unilora", "vblora"}  # without an offset
-MULTIPLICATIVE = {"boft", "dora", "glora", "glora_lora", "ia3", "ia3_in", "oft", "road", "road_4"}
+MULTIPLICATIVE = {"boft", "dora", "glora", "glora_lora", "ia3", "ia3_in", "oft", "oft_shared", "road", "road_4"}
 DEPENDS_ON_WEIGHT = {"deft", "deft_qr", "delora", "dora", "glora_lora", "hira", "hra", "para", "peanut", "peanut_deep"}
 
 

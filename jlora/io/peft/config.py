@@ -8,14 +8,20 @@ from typing import Any
 
 from jlora.io.peft.changed_base import FROM_BASE, FROM_FILE
 from jlora.methods import (
+    BOFT,
+    DEFT,
+    HRA,
     IA3,
+    OFT,
     DoRA,
     LoHa,
     LoKr,
     LoRA,
     MonteCLoRA,
+    PaRa,
     PEANuT,
     PVeRA,
+    RoAd,
     SuperTuning,
     TinyLoRA,
     UniLoRA,
@@ -42,6 +48,12 @@ PEFT_TYPES: dict[type[Method], str] = {
     PVeRA: "PVERA",
     SuperTuning: "SUPERTUNING",
     MonteCLoRA: "LORA",
+    OFT: "OFT",
+    BOFT: "BOFT",
+    HRA: "HRA",
+    RoAd: "ROAD",
+    DEFT: "DEFT",
+    PaRa: "DEFT",
 }
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -87,6 +99,14 @@ _READ = {
     "SUPERTUNING": ["sparsity", "select_top", "r", "lora_alpha", "lora_dropout", "save_precomputed_indices"],
     "LN_TUNING": [],
     "BEFT": [],
+    "OFT": [
+        *("r", "oft_block_size", "coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
+    ],
+    # Dropouts act in training alone.
+    "BOFT": ["boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"],
+    "HRA": ["r", "apply_GS"],
+    "ROAD": ["variant", "group_size"],
+    "DEFT": ["r", "alpha", "decomposition_method", "para", "init_scale", "deft_dropout"],
 }
 _REQUIRED = {
     "LORA": ("r", "lora_alpha"),
@@ -104,6 +124,11 @@ _REQUIRED = {
     "SUPERTUNING": ("sparsity",),
     "LN_TUNING": (),
     "BEFT": (),
+    "OFT": ("use_cayley_neumann",),
+    "BOFT": (),
+    "HRA": (),
+    "ROAD": ("variant", "group_size"),
+    "DEFT": ("r",),
 }
 # Why a field is refused, and what to do, if there is more to say than that jlora does not implement it.
 _REASONS = {

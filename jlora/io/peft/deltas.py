@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jlora._interpreter.context import Role, matrix_side
@@ -11,7 +12,7 @@ from jlora._tree.leaves import as_array
 from jlora._tree.paths import is_array, named_leaves
 from jlora.io.torch.module_names import Names, absent_paths, bias_hint
 from jlora.io.torch.weight_location import WeightLocation, bias_of, owners_of
-from jlora.methods import IA3, DoRA, Full
+from jlora.methods import IA3, DoRA, Full, RoAd
 from jlora.methods._base import Adapter, Update
 from jlora.methods._common.layers import layer_axis
 
@@ -65,7 +66,7 @@ def difference(value: np.ndarray, base: np.ndarray) -> np.ndarray:
 
 _MAGNITUDE = "PEFT stores DoRA's magnitude absolutely, and jlora as a difference from the norms of the base"
 _TRAINED = "PEFT stores a trained weight absolutely, and jlora as a difference from the base"
-_BIAS = "PEFT's IA3 scales a layer's bias with its weight"
+_BIAS = "PEFT's IA3 and RoAd change a layer's bias with its weight"
 
 
 def to_absolute(path: str, update: Update, base: BaseParams) -> Update:
@@ -122,17 +123,19 @@ def _unnamed_bias(path: str, update: Update, leaves: Mapping[str, Any], named: C
 
 
 def scaled_bias(path: str, update: Update, bias: str, base: BaseParams) -> Update:
-    """What PEFT's IA3 adds to a layer's bias: (l - 1) * bias.
+    """What PEFT's IA3 and RoAd add to a layer's bias: (l - 1) * bias, or (R - I) bias.
 
     Arguments:
         path: of the weight.
-        update: of the weight, IA3 along its out axes.
+        update: of the weight, RoAd, or IA3 along its out axes.
         bias: the path of the bias.
         base: the base parameters.
 
     Raises:
         ValueError: if the base is missing, or the axes of the bias are not those of the weight.
     """
+    if isinstance(update.method, RoAd):
+        return _rotated_bias(path, update, update.method, bias, base)
     vector = ia3_vector(update).astype(np.float32)
     if update.layers is not None:
         all_layers = np.ones((update.shape[layer_axis(update)], *vector.shape[1:]), np.float32)
@@ -145,14 +148,22 @@ def scaled_bias(path: str, update: Update, bias: str, base: BaseParams) -> Updat
     return Update({"d": (vector - 1) * value}, Full(), (), vector.shape)
 
 
+def _rotated_bias(path: str, update: Update, method: RoAd, bias: str, base: BaseParams) -> Update:
+    shape = tuple(n for n, role in zip(update.shape, update.roles, strict=True) if role in ("stack", "out"))
+    if update.layers is not None:
+        raise ValueError(f"{path} rotates some layers of a stack, and {bias} is that of all: merge the adapter.")
+    value = base.value(bias, shape, _BIAS)
+    return Update({"d": np.asarray(method.rotate(update, jnp.asarray(value))) - value}, Full(), (), shape)
+
+
 def _scales_output(update: Update) -> bool:
-    return isinstance(update.method, IA3) and update.method.axis == "out"
+    return isinstance(update.method, RoAd) or (isinstance(update.method, IA3) and update.method.axis == "out")
 
 
 def scaled_biases(
     adapter: Adapter, leaves: Mapping[str, Any], locations: Mapping[str, WeightLocation], names: Names
 ) -> dict[str, str]:
-    """The biases that PEFT's IA3 scales: from the path of the weight to that of its bias.
+    """The biases that PEFT's IA3 and RoAd change: from the path of the weight to that of its bias.
 
     Arguments:
         adapter: the adapter.
@@ -183,7 +194,7 @@ def scaled_biases(
 def without_scaled_biases(
     adapter: Adapter, base: BaseParams, locations: Mapping[str, WeightLocation], names: Names
 ) -> Adapter:
-    """The adapter without those updates of biases that PEFT's IA3 implies.
+    """The adapter without those updates of biases that PEFT's IA3 and RoAd imply.
 
     Raises:
         ValueError: if the adapter does not scale a bias beside an IA3 with the weight, or the base is missing.
@@ -198,7 +209,7 @@ def without_scaled_biases(
         delta = 0 if actual is None else np.asarray(actual.factors["d"]) * np.float32(actual.scale)
         if not np.allclose(delta, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max(initial=0)):
             raise ValueError(
-                f"{_BIAS}, and jlora's scales {path} alone: {bias} would change. Give it jlora.Full() with "
-                "d = (l - 1) * bias, or adapt another weight."
+                f"{_BIAS}, and jlora's update changes {path} alone: {bias} would change. Give it jlora.Full() with "
+                "d = (l - 1) * bias for IA3, d = (R - I) bias for RoAd, or adapt another weight."
             )
     return remaining

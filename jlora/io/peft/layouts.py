@@ -15,15 +15,21 @@ from typing import NamedTuple
 from jlora.io.torch.factor_layout import FlatAxes
 from jlora.io.torch.module_names import Kind
 from jlora.methods import (
+    BOFT,
+    DEFT,
+    HRA,
     IA3,
+    OFT,
     DoRA,
     Full,
     LoHa,
     LoKr,
     LoRA,
     MonteCLoRA,
+    PaRa,
     PEANuT,
     PVeRA,
+    RoAd,
     SuperTuning,
     TinyLoRA,
     UniLoRA,
@@ -66,6 +72,9 @@ _LOKR: list[Layout] = [
     for second in (_LOKR_SECOND, _LOKR_SECOND_LOW_RANK)
 ]
 _VERA = _layout(d=("vera_lambda_d", "rank"), b=("vera_lambda_b", "out"))
+_HRA = _layout(u=("hra_u", "in rank"))
+_PARA = _layout(p=("deft_P", "out rank"))
+_DEFT = {**_PARA, **_layout(r=("deft_R", "rank in"))}
 _IA3 = [_layout(l=("ia3_l", "out 1")), _layout(l=("ia3_l", "1 channels"))]
 _CONV_IA3 = [_layout(l=("ia3_l", "1 out 1...")), _layout(l=("ia3_l", "1 channels 1..."))]
 
@@ -105,6 +114,12 @@ ADAPTERS: dict[type[Method], dict[Kind, list[Layout]]] = {
     LoKr: {"linear": _LOKR, "conv": _LOKR},
     VeRA: {"linear": [_VERA], "conv1d": [_VERA]},
     IA3: {"linear": _IA3, "conv1d": _IA3, "conv": _CONV_IA3},
+    OFT: {"linear": [_layout(q=("oft_R.weight", "blocks angles"))]},
+    BOFT: {"linear": [_layout(q=("boft_R", "levels blocks angles"), s=("boft_s", "out 1"))]},
+    HRA: {"linear": [_HRA], "conv": [_HRA]},
+    RoAd: {"linear": [_layout(theta=("road_theta", "(groups numbers)"), alpha=("road_alpha", "(groups numbers)"))]},
+    DEFT: {"linear": [_DEFT], "conv1d": [_DEFT]},
+    PaRa: {"linear": [_PARA], "conv1d": [_PARA]},
     TinyLoRA: {"linear": [_TINYLORA], "conv1d": [_TINYLORA]},
     VBLoRA: {"linear": [_VBLORA], "conv1d": [_VBLORA]},
     UniLoRA: {"linear": [_UNILORA], "conv1d": [_UNILORA]},

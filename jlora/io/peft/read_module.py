@@ -14,6 +14,7 @@ from jlora.io.peft.forms import shared_name
 from jlora.io.peft.full_weights import base_matrix
 from jlora.io.peft.layouts import layout_of
 from jlora.io.peft.lokr import with_usual_split
+from jlora.io.peft.maps import is_map, method_and_tensors
 from jlora.io.peft.method_fields import is_unscaled, method_of
 from jlora.io.peft.plain_forms import parameter_of, plain
 from jlora.io.peft.pvera import read_pvera
@@ -61,7 +62,10 @@ class ModuleReader:
 
     def _factors(self, name: str, by_suffix: Tensors) -> ModuleFactors | None:
         location = self.owners[name][0].location
-        method = method_of(self.config, parameter_of(self.config, name))
+        if is_map(self.config):
+            method, by_suffix = method_and_tensors(self.config, name, by_suffix)
+        else:
+            method = method_of(self.config, parameter_of(self.config, name))
         if not location.is_matrix:
             raise ValueError(f"The file adapts {name}, and {location.path} {location.weight.shape} is not a matrix.")
         if method is None:

@@ -9,6 +9,7 @@ from jlora.io.peft.config import PEFT_TYPES, PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, to_absolute, without_scaled_biases
 from jlora.io.peft.forms import add_form, has_form, with_indices
 from jlora.io.peft.full_weights import add_tokens, add_trained, only_tokens, rows_as_full
+from jlora.io.peft.maps import add_maps, has_map
 from jlora.io.peft.method_fields import ia3_fields, rank_fields
 from jlora.io.peft.module_entry import ModuleEntry
 from jlora.io.peft.module_parts import complete_biases, complete_modules, locate_adapter, module_entries
@@ -20,14 +21,20 @@ from jlora.io.peft.uniform import check_experts, check_vllm, with_uniform_rank
 from jlora.io.peft.vera import add_vera
 from jlora.io.torch.module_names import Names
 from jlora.methods import (
+    BOFT,
+    DEFT,
+    HRA,
     IA3,
+    OFT,
     DoRA,
     Full,
     GroupedLoRA,
     LoRA,
     MonteCLoRA,
+    PaRa,
     PEANuT,
     PVeRA,
+    RoAd,
     SuperTuning,
     TinyLoRA,
     UniLoRA,
@@ -112,7 +119,7 @@ def as_one_method(adapter: Adapter, params: Any, target: str | None) -> tuple[Ad
 
 def _saved_class(update: Update) -> type[Method] | None:
     """The method that PEFT can store this update as without a conversion; None if PEFT does not have it."""
-    if update.method.offset or not has_form(update):
+    if update.method.offset or not has_form(update) or not has_map(update):
         return None
     if isinstance(update.method, GroupedLoRA):  # a LoRA for each module
         return LoRA
@@ -174,6 +181,8 @@ def _adapted_modules(adapted: Entries) -> tuple[Config, Tensors]:
             config |= rank_fields(adapted) | add_monteclora(modules, tensors)
         case SuperTuning() | TinyLoRA() | VBLoRA() | UniLoRA() | PEANuT():
             config |= add_form(modules, tensors)
+        case OFT() | BOFT() | HRA() | RoAd() | DEFT() | PaRa():
+            config |= add_maps(modules, tensors)
         case _:
             config |= rank_fields(adapted)
     if isinstance(method, (LoRA, DoRA)):

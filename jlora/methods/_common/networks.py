@@ -142,16 +142,17 @@ def map_axes(w: AdaptedWeight, update: UpdateLike, blocks: jax.Array, group: str
 
     Arguments:
         w, update: as for `add_network`.
-        blocks: (*stack, size / b, b, b).
+        blocks: (*stack, size / b, b, b), or (*stack, 1, b, b) if all are equal.
         group: the axes that are mapped, "*in" or "*out".
     """
     labels, size = group_labels(w, update), blocks.shape[-1]
     if not splits_evenly([w.size(c) for c in labels[group]], size):
-        blocks = _block_diagonal(blocks)
+        count = math.prod(w.size(c) for c in labels[group]) // size
+        blocks = _block_diagonal(jnp.broadcast_to(blocks, (*blocks.shape[:-3], count, size, size)))
         size = blocks.shape[-1]
     w, number, part = split_group(w, labels[group], size)
     old = fresh_indices([w.used()], len(part))
-    indices = labels["*stack"] + number + part
+    indices = labels["*stack"] + ("" if blocks.shape[-3] == 1 else number) + part
     array = blocks.reshape([w.size(c) for c in indices + part])
     return add_map(w, AxisMap(array, indices + old, part, old))
 

@@ -39,18 +39,25 @@ def rotate_rows(matrix: jax.Array, angles: jax.Array, block: int, distance: int 
     return blocks.reshape(halves.shape).swapaxes(-4, -3).reshape(matrix.shape)
 
 
-def cayley(angles: jax.Array, block: int) -> jax.Array:
+def cayley(angles: jax.Array, block: int, terms: int = 0) -> jax.Array:
     """The rotation (I - Q) (I + Q)^-1 = 2 (I + Q)^-1 - I of every block, (*blocks, block, block).
 
     Arguments:
         angles: the entries above the diagonal of each Q, (*blocks, block (block - 1) / 2).
         block: the size of the blocks.
+        terms: of the series I - 2 Q + 2 Q^2 - ... in the place of the inverse, the last one without the 2; 0 inverts.
     """
     rows, columns = jnp.triu_indices(block, 1)
     q = jnp.zeros((*angles.shape[:-1], block, block), angles.dtype).at[..., rows, columns].set(angles)
     q = q - q.mT
     identity = identity_like(q)
-    return 2 * inverse(identity + q) - identity
+    if not terms:
+        return 2 * inverse(identity + q) - identity
+    total, power = identity, identity
+    for k in range(1, terms):
+        power = -jnp.matmul(power, q, precision=jax.lax.Precision.HIGHEST)
+        total = total + (power if k == terms - 1 else 2 * power)
+    return total
 
 
 def butterfly(angles: jax.Array, block: int) -> jax.Array:
