@@ -44,7 +44,7 @@ def ranks(method: jlora.Method, experts: int) -> Iterator[jlora.Method]:
             continue
 
 
-def hold(use: str, method: jlora.Method, sizes: tuple[int, int, int]) -> bool:
+def hold(use: str, method: jlora.Method, sizes: tuple[int, int, int], on_dense: str = "allow") -> bool:
     """The law, with gradients; False if the method does not fit the weight."""
     layout, program = USES[use]
     experts, inner, outer = sizes
@@ -57,7 +57,7 @@ def hold(use: str, method: jlora.Method, sizes: tuple[int, int, int]) -> bool:
     if method.unsupported_reason(sites["w"]) or method.init_needs_weight:
         return False
     adapter = adapter_for(sites, {"w": method}, rng, size=0.5)
-    check_law(program, params, adapter, x, group_sizes, bound=1e-4, on_dense="allow")
+    check_law(program, params, adapter, x, group_sizes, bound=1e-4, on_dense=on_dense)
     return True
 
 
@@ -78,6 +78,20 @@ def hold(use: str, method: jlora.Method, sizes: tuple[int, int, int]) -> bool:
 )
 def test_a_factor_for_each_expert(use: str, method: jlora.Method, sizes: tuple[int, int, int]) -> None:
     assert hold(use, method, sizes)
+
+
+@pytest.mark.parametrize(
+    ("method", "use"),
+    [
+        (jlora.LoKr(1), "ragged"),
+        (jlora.LoKr(None), "ragged_out_in"),
+        (jlora.GroupedLoRA(1, groups=2, enable=(False, True)), "ragged"),
+        (jlora.GraLoRA(2, 2), "ragged_experts_last"),
+    ],
+    ids=repr,
+)
+def test_blocks_of_experts_stay_factored(method: jlora.Method, use: str) -> None:
+    assert hold(use, method, (2, 6, 8), on_dense="error")
 
 
 @pytest.mark.nightly

@@ -175,7 +175,6 @@ def test_sixty_adapters_are_one_product():
 
 # Of the kinds of weight, those that a method with networks or gains forms after all, and says so.
 FORMED = {
-    "lora_groups": {"ragged_experts", "conv_grouped", "axes_split", "concatenated", "stacked", "interpolated"},
     "dora": {"padded_and_rolled", "interpolated", "added_to_a_frozen_kernel"},
     "ia3": {"padded_and_rolled", "interpolated", "added_to_a_frozen_kernel"},
     "ia3_in": {
@@ -187,8 +186,8 @@ FORMED = {
         "stacked",
     },
     "lokr": {
-        *("ragged_experts", "conv_depthwise_wide", "axes_split", "axes_regrouped", "sliced", "padded_and_rolled"),
-        *("concatenated", "stacked", "interpolated", "conv_of_composite_channels"),
+        *("added_to_a_frozen_kernel", "axes_split", "axes_regrouped", "sliced", "padded_and_rolled"),
+        *("concatenated", "stacked", "interpolated", "conv_of_composite_channels", "conv_depthwise_wide"),
     },
 }
 # A map that sums over an axis does not commute with what mixes, cuts or looks up that axis: a rotation of rows with
@@ -211,6 +210,7 @@ FACTORED = {
     "lora",
     "lora_offset",
     "lora_fa",
+    "lora_groups",
     "adalora",
     "deft",
     "deft_qr",

@@ -34,12 +34,9 @@ def ragged_dot_general(ctx: Context, eqn: Eqn, x: Value, f: Value, group_sizes: 
 
 
 def _is_supported(f: AdaptedWeight, group_axis: int, batch_axes: tuple[int, ...]) -> bool:
-    """Whether each axis has one index, or is that of a map alone, and each network is a ragged product."""
-    composite = [k for k, axis in enumerate(f.axes) if len(axis) > 1]
-    if composite and (f.networks or not f.mapped or group_axis in composite):
-        return False
-    group, batch = f.axes[group_axis], {f.axes[k] for k in batch_axes}
-    return all(_is_ragged(n, group, batch) for n in f.networks)
+    """Whether the axis of the groups has one index, and each network is a ragged product."""
+    group, batch = f.axes[group_axis], set("".join(f.axes[k] for k in batch_axes))
+    return len(group) == 1 and all(_is_ragged(n, group, batch) for n in f.networks)
 
 
 def _is_ragged(n: TensorNetwork, group: str, batch: set[str]) -> bool:
