@@ -90,6 +90,8 @@ METHODS: dict[str, tuple[jlora.Method, Limits]] = {
     "DEFT": (jlora.DEFT(RANK), LOW_RANK),
     "PaRa": (jlora.PaRa(RANK), LOW_RANK),
     "FourierFT": (jlora.FourierFT(1000), Limits(temp_bytes=1.30, kernel=False)),
+    "WaveFT": (jlora.WaveFT(1000), Limits(temp_bytes=1.30, kernel=False)),
+    "C3A": (jlora.C3A(128), Limits(kernel=False)),
     "RandLoRA": (jlora.RandLoRA(RANK), Limits(flops=1.55, kernel=False)),
     "SHiRA": (jlora.SHiRA(RANK), Limits(kernel=False)),
     "Super-Tuning": (jlora.SuperTuning(), FORMS_THE_WEIGHT),

@@ -77,6 +77,8 @@ METHODS: dict[str, tuple[jlora.Method, float]] = {
     "PaRa": (jlora.PaRa(16), 1e-3),
     "HiRA": (jlora.HiRA(8, 16.0), 1e-2),
     "FourierFT": (jlora.FourierFT(9216), 3e-3),
+    "WaveFT": (jlora.WaveFT(9216), 1e-2),
+    "C3A": (jlora.C3A(32), 1e-1),
     "RandLoRA": (jlora.RandLoRA(24, 48.0), 2e-3),
     "Super-Tuning": (jlora.SuperTuning(0.95), 5e-3),
     "SHiRA": (jlora.SHiRA(8), 5e-3),

@@ -14,6 +14,7 @@ from jlora._adapter.svd import Index, Layer, Pair, concatenated
 from jlora._adapter.thin_factors import by_factors, contract
 from jlora._interpreter.context import matrix_side
 from jlora._ir.materialize import without_maps
+from jlora._ir.structured import with_matrices
 from jlora._ir.weight import AdaptedWeight
 from jlora._tree.leaves import layer_of
 from jlora.methods._base import Update
@@ -164,4 +165,4 @@ def change_of(path: str, update: Update, leaf: Any) -> Change:
 def _lower(update: Update, leaf: Any) -> AdaptedWeight:
     """The networks and the multipliers of an update, without the base."""
     leaf = jnp.zeros(update.shape) if leaf is None else leaf
-    return dataclasses.replace(without_maps(lower_updates([{"": update}], leaf, "")), base=None)
+    return dataclasses.replace(without_maps(with_matrices(lower_updates([{"": update}], leaf, ""))), base=None)

@@ -14,6 +14,7 @@ from jlora._interpreter.device_axes import Axes, OperandAxes, operand_axes
 from jlora._interpreter.flops import equation_flops
 from jlora._ir.materialize import dense
 from jlora._ir.probe import probes, refuse
+from jlora._ir.structured import with_matrices
 from jlora._ir.weight import AdaptedWeight, TensorNetwork
 from jlora._ops.inputs import record_lookup
 
@@ -202,12 +203,13 @@ class Context:
         The result of a lookup is an activation: materialising it is not a dense fallback. Nor is it one for the right
         weight of a product of two.
         """
+        f = with_matrices(f)
         f = f if f.multiplied is None else dataclasses.replace(f, paths=f.multiplied)
         if f.gathered_axes:
             roles: dict[str, Role] = {x.name: "out" for x in f.indices if x.origins}
             self.record(eqn, f, roles, primitive="gather", added=f.base.size)
         else:
-            self.record(eqn, f, {}, factored=False, added=f.base.size)
+            self.record(eqn, f, {}, factored=False, added=f.base.size, why="no rule for this use")
             warning = self.on_dense(f, eqn.primitive.name if eqn else "", self.where) if f.paths else None
             if warning is not None:
                 self.warnings[warning] = None

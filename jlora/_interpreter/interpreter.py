@@ -11,6 +11,7 @@ from jlora._interpreter.rules.registry import Rule
 from jlora._interpreter.sums import PendingSum, waiting_operands
 from jlora._ir.algebra import take_picks
 from jlora._ir.materialize import without_maps
+from jlora._ir.structured import with_matrices
 from jlora._ir.weight import AdaptedWeight
 
 # Equations that leave the picks of a weight's factors to those after them: programs inside, and what changes the base
@@ -18,6 +19,8 @@ from jlora._ir.weight import AdaptedWeight
 _INNER_PROGRAMS = ("scan", "while", "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
 _OF_BASE_ALONE = ("copy", "copy_p", "name", "sharding_constraint", "convert_element_type", "stop_gradient", "transpose")
 _KEEPS_PICKS = {*_INNER_PROGRAMS, *_OF_BASE_ALONE}
+# Equations whose rules know structured networks. All others get these as matrices.
+_KEEPS_STRUCTURE = {*_KEEPS_PICKS, "dot_general"}
 
 # Equations whose rules know maps that sum over indices: they leave them to later equations, apply them to activations,
 # or call `without_maps`. Every other rule gets weights without such maps; what has no rule gets the dense weight.
@@ -79,13 +82,17 @@ def run(ctx: Context, jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Valu
 
 def _form_for(name: str) -> Callable[[AdaptedWeight], AdaptedWeight] | None:
     """What turns a weight into a form that the rule of a primitive takes, None if that takes every form."""
-    if name not in _KEEPS_MAPS and name in RULES:
-        return _without_picks_and_maps
-    return None if name in _KEEPS_PICKS else take_picks
+    if name in _KEEPS_STRUCTURE:
+        return None if name in _KEEPS_PICKS else take_picks
+    return _without_structure if name in _KEEPS_MAPS or name not in RULES else _without_structure_and_maps
 
 
-def _without_picks_and_maps(f: AdaptedWeight) -> AdaptedWeight:
-    return without_maps(take_picks(f))
+def _without_structure(f: AdaptedWeight) -> AdaptedWeight:
+    return with_matrices(take_picks(f))
+
+
+def _without_structure_and_maps(f: AdaptedWeight) -> AdaptedWeight:
+    return without_maps(_without_structure(f))
 
 
 def _last_uses(jaxpr: Jaxpr) -> list[set[Any]]:

@@ -13,6 +13,7 @@ from jlora._ir.explicit_mesh import explicit_axes, type_sharding, under_auto_axe
 from jlora._ir.lazy import materialize
 from jlora._ir.partition import index_axes
 from jlora._ir.probe import Probe
+from jlora._ir.structured import StructuredNetwork, with_matrices
 from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork
 
 
@@ -23,7 +24,7 @@ def dense(f: AdaptedWeight, dtype: jnp.dtype | None = None) -> jax.Array:
         f: the weight.
         dtype: of the result; that of the weight by default.
     """
-    dtype, f = f.dtype if dtype is None else dtype, take_picks(f)
+    dtype, f = f.dtype if dtype is None else dtype, take_picks(with_matrices(f))
     if not f.networks and not f.maps:
         return materialize(f.base).astype(dtype)
     return under_auto_axes(lambda f: _dense(f, accumulation_dtype(f.dtype)).astype(dtype), f.base)(f)
@@ -64,6 +65,7 @@ def without_maps(f: AdaptedWeight) -> AdaptedWeight:
     """
     if not f.mapped:
         return f
+    f = with_matrices(f)
 
     def added(f: AdaptedWeight) -> jax.Array:
         dtype = accumulation_dtype(f.dtype)
@@ -94,13 +96,15 @@ def fold_full_rank(f: AdaptedWeight) -> tuple[AdaptedWeight, bool]:
 
     Two products, one with the base and one with the update, cost more than this sum.
     """
-    full, thin = [], []
-    for n in f.networks:
-        (full if n.key is None and f.is_full_rank_network(n) else thin).append(n)
-    if not full:
-        return f, False
-    base = dense(dataclasses.replace(f, networks=tuple(full)))
-    return dataclasses.replace(f, base=base, networks=tuple(thin), maps=()), True
+    full = [n for n in f.networks if n.key is None and f.is_full_rank_network(n)]
+    return (fold(f, full), True) if full else (f, False)
+
+
+def fold(f: AdaptedWeight, networks: Sequence[TensorNetwork]) -> AdaptedWeight:
+    """The weight with some of its networks added to its base, after its maps."""
+    base = dense(dataclasses.replace(f, networks=tuple(networks)))
+    rest = tuple(n for n in f.networks if not any(n is other for other in networks))
+    return dataclasses.replace(f, base=base, networks=rest, maps=())
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -120,6 +124,7 @@ def delta(f: AdaptedWeight, dtype: jnp.dtype) -> jax.Array:
 
 def broadcast_network(network: TensorNetwork, f: AdaptedWeight, dtype: jnp.dtype) -> jax.Array:
     """A network's value in the shape of the weight, `scale * einsum(factors, terms -> axes)`."""
+    network = network.matrix(f.labels, f.sizes) if isinstance(network, StructuredNetwork) else network
     term = "".join(c for c in f.labels if any(c in t for t in network.terms))
     value = _broadcast(einsum(network.terms, network.factors, term, dtype), term, f)
     return value * jnp.asarray(network.scale, dtype)

@@ -44,10 +44,8 @@ class Explanation(Tabular):
                 short_count(count * use.added),
                 "" if use.factored else short_integer(count * use.bytes),
             )
-            rows.append((path, str(count), use.primitive, use.form, *numbers, use.where, use.why))
-        head = ("path", "uses", "primitive", "form", "base FLOPs", "added FLOPs", "dense bytes", "where", "why")
-        if not any(use.why for use in self.uses):
-            head, rows = head[:-1], [row[:-1] for row in rows]
+            rows.append((path, str(count), use.primitive, use.form, *numbers, use.why, use.where))
+        head = ("path", "uses", "primitive", "form", "base FLOPs", "added FLOPs", "dense bytes", "why", "where")
         added = sum(use.added for use in self.uses)
         of_base = f"of the base's {short_count(self.flops)}"
         share = f" ({short_share(added, self.flops, 2)} {of_base})" if self.flops != 0 else ""

@@ -6,6 +6,7 @@ from jlora.methods.adamss import AdaMSS
 from jlora.methods.additive import Additive
 from jlora.methods.bd_lora import BDLoRA
 from jlora.methods.boft import BOFT
+from jlora.methods.c3a import C3A
 from jlora.methods.conv_lora import ConvLoRA
 from jlora.methods.deft import DEFT
 from jlora.methods.delora import DeLoRA
@@ -44,9 +45,11 @@ from jlora.methods.tinylora import TinyLoRA
 from jlora.methods.unilora import UniLoRA
 from jlora.methods.vblora import VBLoRA
 from jlora.methods.vera import VeRA
+from jlora.methods.waveft import WaveFT
 
 __all__ = [
     "BOFT",
+    "C3A",
     "DEFT",
     "HRA",
     "IA3",
@@ -89,6 +92,7 @@ __all__ = [
     "UniLoRA",
     "VBLoRA",
     "VeRA",
+    "WaveFT",
 ]
 
 _interchange.register()

@@ -14,6 +14,7 @@ from jlora._ir.explicit_mesh import explicit_axes, type_sharding, under_auto_axe
 from jlora._ir.layers import put_entries, take_entries
 from jlora._ir.materialize import accumulation_dtype, dense
 from jlora._ir.partition import shardings_like
+from jlora._ir.structured import with_matrices
 from jlora._ir.weight import AdaptedWeight, TensorNetwork, as_adapted_weight
 from jlora._tree.paths import closest_matches
 from jlora.methods._base import Adapter, Update
@@ -60,7 +61,7 @@ def lower_updates(adapters: Sequence[Adapter], leaf: Any, path: str) -> AdaptedW
     def lower(leaf: Any, updates: list[Update]) -> AdaptedWeight:
         w = as_adapted_weight(leaf, path)
         for update in updates:
-            w = concatenate_ranks(_apply_update(_widened(update, w.dtype), w))
+            w = concatenate_ranks(_apply_update(_widened(update, w.dtype), with_matrices(w)))
         return w
 
     updates = [adapter[path] for adapter in adapters if path in adapter]
@@ -69,7 +70,7 @@ def lower_updates(adapters: Sequence[Adapter], leaf: Any, path: str) -> AdaptedW
     sharding = type_sharding(leaf)
 
     def lower_alone(leaf: Any, updates: list[Update]) -> AdaptedWeight:
-        return dataclasses.replace(lower(leaf, updates), base=None)
+        return dataclasses.replace(with_matrices(lower(leaf, updates)), base=None)
 
     replicated = NamedSharding(sharding.mesh, PartitionSpec())
     shapes = jax.eval_shape(under_auto_axes(lower_alone, leaf, replicated), leaf, updates)

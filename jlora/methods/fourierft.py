@@ -3,18 +3,14 @@
 import dataclasses
 from typing import final
 
-import jax.numpy as jnp
-
-from jlora import _compat
 from jlora._interpreter.site import Site
-from jlora._ir.materialize import accumulation_dtype
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common.hyperparameters import integer, nonzero, positive_integer
 from jlora.methods._common.initializers import zeros
 from jlora.methods._common.matrices import too_many_entries
-from jlora.methods._common.networks import add_matrix
-from jlora.methods._common.random_matrices import scattered
+from jlora.methods._common.networks import add_structure
+from jlora.methods._common.structures import Spectrum
 
 
 @final
@@ -46,6 +42,5 @@ class FourierFT(Method):
         return site.unsupported_reason or too_many_entries(site, self.n)
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        spectrum = scattered(update["c"], self.seed, update.axes.count("*in"), update.axes.count("*out"))
-        delta = jnp.fft.ifft2(spectrum.astype(accumulation_dtype(spectrum.dtype))).real
-        return add_matrix(w, update, _compat.row_major_gradient(delta), self.scaling * update.scale)
+        structure = Spectrum(update.axes.count("*in"), update.axes.count("*out"), self.n, self.seed)
+        return add_structure(w, update, update["c"], structure, self.scaling * update.scale)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jlora._interpreter.site import Site
+from jlora._ir.structured import Structure
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import random_matrices
@@ -16,7 +17,7 @@ from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import integer, nonzero, positive_integer, scale_of
 from jlora.methods._common.initializers import zeros
 from jlora.methods._common.matrices import rank_too_high
-from jlora.methods._common.networks import add_matrix
+from jlora.methods._common.networks import add_structure
 
 
 def _reciprocal_size(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
@@ -62,12 +63,64 @@ class RandLoRA(Method):
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         n_in, n_out = update.axes.count("*in"), update.axes.count("*out")
-        smaller, larger = sorted((n_in, n_out))
-        count = self.sizes(update.axes)["terms"]
-        a_key, b_key = random_matrices.keys(self.seed, 2)
-        a = random_matrices.rows(a_key, larger, count * self.rank)
-        b = random_matrices.rows(b_key, count * self.rank, smaller).reshape(count, self.rank, smaller)
+        structure = _RandomProduct(n_in, n_out, self.rank, self.seed)
+        b = structure.small_matrices()
         d, columns = update["d"][..., None].astype(b.dtype), update["b"][..., None, :].astype(b.dtype)
         scaled = d * columns * jnp.expand_dims(b, list(range(d.ndim - b.ndim)))
-        delta = jnp.matmul(a, scaled.reshape(*scaled.shape[:-3], -1, smaller), precision=jax.lax.Precision.HIGHEST)
-        return add_matrix(w, update, delta if n_in >= n_out else delta.mT, self.scale * update.scale)
+        theta = scaled.reshape(*scaled.shape[:-3], -1, structure.smaller)
+        return add_structure(w, update, theta, structure, self.scale * update.scale)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class _RandomProduct(Structure):
+    """`A theta`, transposed if the out side is the larger one, with A the random matrices of the larger side.
+
+    Arguments:
+        n_in, n_out: the size of the matrix.
+        rank: of each term.
+        seed: of the random matrices.
+    """
+
+    n_in: int
+    n_out: int
+    rank: int
+    seed: int
+
+    @property
+    def is_branch(self) -> bool:
+        return False  # of full rank, it costs as much as the base
+
+    @property
+    def smaller(self) -> int:
+        return min(self.n_in, self.n_out)
+
+    @property
+    def terms(self) -> int:
+        return -(-self.smaller // self.rank)
+
+    def small_matrices(self) -> jax.Array:
+        """B, (terms, rank, smaller)."""
+        _, key = random_matrices.keys(self.seed, 2)
+        b = random_matrices.rows(key, self.terms * self.rank, self.smaller)
+        return b.reshape(self.terms, self.rank, self.smaller)
+
+    def large_matrices(self) -> jax.Array:
+        """A, (larger, terms * rank)."""
+        key, _ = random_matrices.keys(self.seed, 2)
+        return random_matrices.rows(key, max(self.n_in, self.n_out), self.terms * self.rank)
+
+    def matrix(self, theta: jax.Array) -> jax.Array:
+        product = jnp.matmul(self.large_matrices(), theta, precision=jax.lax.Precision.HIGHEST)
+        return product if self.n_in >= self.n_out else product.T
+
+    def apply(self, x: jax.Array, theta: jax.Array) -> jax.Array:
+        a, theta = self.large_matrices().astype(x.dtype), theta.astype(x.dtype)
+        return (x @ a) @ theta if self.n_in >= self.n_out else (x @ theta.T) @ a.T
+
+    def apply_flops(self, rows: int) -> float:
+        return 2 * rows * self.terms * self.rank * (self.n_in + self.n_out)
+
+    @property
+    def matrix_flops(self) -> float:
+        return 2 * self.n_in * self.n_out * self.terms * self.rank

@@ -11,8 +11,8 @@ from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import integer, positive_integer
 from jlora.methods._common.initializers import zeros
 from jlora.methods._common.matrices import in_out, too_many_entries
-from jlora.methods._common.networks import add_matrix
-from jlora.methods._common.random_matrices import scattered
+from jlora.methods._common.networks import add_structure
+from jlora.methods._common.structures import Scattered
 
 
 @final
@@ -45,5 +45,6 @@ class SHiRA(Method):
         return {"entries": self.rank * (axes.count("*in") + axes.count("*out"))}
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        delta = scattered(update["s"], self.seed, update.axes.count("*in"), update.axes.count("*out"))
-        return add_matrix(w, update, delta, update.scale)
+        n_in, n_out = update.axes.count("*in"), update.axes.count("*out")
+        structure = Scattered(n_in, n_out, self.sizes(update.axes)["entries"], self.seed)
+        return add_structure(w, update, update["s"], structure, update.scale)

@@ -87,13 +87,13 @@ def test_layers_of_different_dtypes_are_two_rows():
 
 
 EXPLANATION = """\
-path                       uses  primitive    form      base FLOPs  added FLOPs  dense bytes  where
--------------------------  ----  -----------  --------  ----------  -----------  -----------  -----
-w_00                          1  dot_general  factored          64           64               layered_model
-layer_{0..5}/query/kernel     6  dot_general  factored         384          384               layered_model
-head                          1  dot_general  factored          48           56               layered_model
-w_00                          1  reduce_sum   dense              0           16           64  with_dense_use
-9 uses, 1 dense; the adapter adds 520 FLOPs (35.71% of the base's 1.46e+03)"""
+path                       uses  primitive    form      base FLOPs  added FLOPs  dense bytes  why                                where
+-------------------------  ----  -----------  --------  ----------  -----------  -----------  ---------------------------------  -----
+w_00                          1  dot_general  factored          64           64               factored 192, dense sum 272 FLOPs  layered_model
+layer_{0..5}/query/kernel     6  dot_general  factored         384          384               factored 192, dense sum 272 FLOPs  layered_model
+head                          1  dot_general  factored          48           56               factored 168, dense sum 204 FLOPs  layered_model
+w_00                          1  reduce_sum   dense              0           16           64  no rule for this use               with_dense_use
+9 uses, 1 dense; the adapter adds 520 FLOPs (35.71% of the base's 1.46e+03)"""  # noqa: E501
 
 
 def test_an_explanation_is_shown_with_repeated_layers_as_one_row():

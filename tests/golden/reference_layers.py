@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import peft  # pyright: ignore[reportMissingImports]
 import torch  # pyright: ignore[reportMissingImports]
@@ -181,10 +180,8 @@ def fix_vera(layer: nn.Module) -> None:
 
 def places(count: int) -> torch.Tensor:
     """Where jlora puts so many entries, as rows and columns of a torch weight, in the order of the entries."""
-    numbers = np.array(_random.scattered(jnp.arange(1, count + 1), SEED, N_IN, N_OUT))
-    rows, columns = np.nonzero(numbers)
-    order = np.argsort(numbers[rows, columns])
-    return torch.from_numpy(np.stack([columns[order], rows[order]]))
+    rows, columns = np.divmod(np.array(_random.scattered_positions(count, SEED, N_IN * N_OUT)), N_OUT)
+    return torch.from_numpy(np.stack([columns, rows]))
 
 
 def fix_shira(layer: nn.Module) -> None:

@@ -45,6 +45,7 @@ METHODS: dict[str, list[jlora.Method]] = {
     "bd_lora": [jlora.BDLoRA(2, 2, "out", ALPHA), jlora.BDLoRA(3, 3, "out", ALPHA), jlora.LoRA(1, ALPHA)],
     "bd_lora_in": [jlora.BDLoRA(2, 2, "in", ALPHA), jlora.BDLoRA(3, 3, "in", ALPHA), jlora.LoRA(1, ALPHA)],
     "conv_lora": [jlora.ConvLoRA(1, ALPHA), jlora.LoRA(1, ALPHA)],
+    "c3a": _blocks(jlora.C3A, 4, 2, 3, 5, 1),
     "deft": [jlora.DEFT(1, ALPHA)],
     "deft_qr": [jlora.DEFT(1, ALPHA, "qr")],
     "delora": [jlora.DeLoRA(2)],
@@ -95,6 +96,7 @@ METHODS: dict[str, list[jlora.Method]] = {
     "unilora": [jlora.UniLoRA(2, 7)],
     "vblora": [jlora.VBLoRA(2, 5, 3)],
     "vera": [jlora.VeRA(3)],
+    "waveft": [jlora.WaveFT(5), jlora.WaveFT(2)],
 }
 
 

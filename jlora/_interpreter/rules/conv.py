@@ -117,7 +117,8 @@ def _record(ctx: Context, eqn: Eqn, kernel: _Kernel, y: jax.Array, folded: bool,
     factors += [(m.array, m.indices) for m in f.maps if m.new]
     grouped = sum(a.size * (1 if set(term) & set(kernel.group) else kernel.group_count) for a, term in factors)
     added = f.base.size if folded else 2 * positions * grouped
-    ctx.record(eqn, f, roles, factored=not folded, added=added, form="dense sum" if folded else form)
+    why = "the update is as large as the weight" if folded else ""
+    ctx.record(eqn, f, roles, factored=not folded, added=added, form="dense sum" if folded else form, why=why)
 
 
 def _channel_maps(kernel: _Kernel) -> tuple[list[AxisMap], list[AxisMap]] | None:

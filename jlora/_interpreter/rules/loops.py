@@ -15,6 +15,7 @@ from jlora._interpreter.rules.registry import register_rule
 from jlora._ir import lazy
 from jlora._ir.algebra import pick_along, relabel, take_picks
 from jlora._ir.materialize import with_dense_base, without_maps_along
+from jlora._ir.structured import with_matrices
 from jlora._ir.weight import AdaptedWeight, Index, fresh_indices
 
 Slices = tuple[Any, list[jax.Array | None]]  # of a weight's base, and of its other arrays
@@ -188,7 +189,7 @@ class ScannedWeight:
 
         Factors with picks stay as they are, and each step picks its own entries.
         """
-        f = pick_along(f, f.axes[0])
+        f = pick_along(with_matrices(f, lambda n: f.axes[0] not in n.inputs + n.outputs), f.axes[0])
         name, base = f.axes[0], lazy.with_leading_axis(f.base, length)
         base = lazy.materialize(f.base) if base is None else base
         arrays = [jnp.moveaxis(a, term.index(name), 0) if name in term else None for a, term in f.arrays]

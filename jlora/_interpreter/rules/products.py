@@ -1,4 +1,4 @@
-"""What the rules of matrix products share: labels of axes, maps before and after, a branch for each network.
+"""What the rules of matrix products share: maps before and after, a branch for each network.
 
 The product of an activation x with an adapted weight is that with its base, plus one branch for each network:
 
@@ -16,91 +16,23 @@ import jax.numpy as jnp
 
 from jlora import _compat
 from jlora._compat import Eqn, Primitive
-from jlora._interpreter.context import Context, Role, Value
+from jlora._interpreter.context import Context, Value
+from jlora._interpreter.rules.forms import Plan
+from jlora._interpreter.rules.product_labels import ProductLabels
 from jlora._interpreter.sums import PendingSum, add_up
 from jlora._ir import lazy
 from jlora._ir.explicit_mesh import under_auto_axes
 from jlora._ir.materialize import accumulation_dtype
 from jlora._ir.probe import Probe, by_path
-from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork, fresh_indices
+from jlora._ir.structured import StructuredNetwork
+from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork
 from jlora._ops.apart import reshape_apart
 from jlora._ops.contraction import Groups, apply_network
 from jlora._ops.inputs import record_product
 from jlora._ops.maps import apply_maps, form_of, maps_of_sum
 from jlora._ops.parts import common_part, product_in_parts
-
-AxisPairs = tuple[Sequence[int], Sequence[int]]  # axes of the activation and those of the weight that they meet
-
-
-@dataclasses.dataclass(frozen=True)
-class ProductLabels:
-    """The indices of a product's axes.
-
-    Arguments:
-        x: of the activation.
-        out: of the result.
-        contracted: those that are summed.
-        group: of the groups of a ragged product, empty for others.
-        sizes: of all indices.
-        roles: of the weight's indices.
-    """
-
-    x: str
-    out: str
-    contracted: str
-    group: str
-    sizes: dict[str, int]
-    roles: dict[str, Role]
-
-
-def label_product(
-    f: AdaptedWeight,
-    x_shape: Sequence[int],
-    contracted: AxisPairs,
-    batch: AxisPairs,
-    *,
-    x_is_left: bool = True,
-    groups: Sequence[int] = (),
-) -> ProductLabels:
-    """Labels the axes of a product by the weight's indices, and the free axes of the activation by new ones.
-
-    Arguments:
-        f: the weight.
-        x_shape: of the activation.
-        contracted, batch: the axes of both that are summed, and that the result has in common.
-        x_is_left: whether the activation is the left operand, so that its free axes are before the weight's.
-        groups: the weight's axis that the groups of a ragged product run along.
-    """
-    (x_in, f_in), (x_batch, f_batch) = contracted, batch
-    x_axes = {k: f.axes[j] for k, j in (*zip(x_in, f_in, strict=True), *zip(x_batch, f_batch, strict=True))}
-    x_free = [k for k in range(len(x_shape)) if k not in x_axes]
-    x_axes |= zip(x_free, fresh_indices([f.used()], len(x_free)), strict=True)
-    f_free = [k for k in range(len(f.axes)) if k not in (*f_in, *f_batch, *groups)]
-    free = "".join(x_axes[k] for k in x_free), "".join(f.axes[k] for k in f_free)
-    roles: dict[str, Role] = {}
-    for k, axis in enumerate(f.axes):
-        roles |= dict.fromkeys(axis, "in" if k in f_in else "out" if k in f_free else "stack")
-    return ProductLabels(
-        x="".join(x_axes[k] for k in range(len(x_shape))),
-        out="".join([*(x_axes[k] for k in x_batch), *(free if x_is_left else free[::-1])]),
-        contracted="".join(f.axes[k] for k in f_in),
-        group="".join(f.axes[k] for k in groups),
-        sizes=f.sizes | {x_axes[k]: x_shape[k] for k in x_free},
-        roles=roles,
-    )
-
-
-def place_maps(
-    maps: Sequence[AxisMap], labels: ProductLabels, x_dtype: jnp.dtype
-) -> tuple[list[AxisMap], list[AxisMap]] | None:
-    """Divides maps into those of the activation and those of the result, None if one is of neither."""
-    contracted, of_x = set(labels.contracted), set(labels.x + labels.group)
-    before = [m for m in maps if set(m.kept) & contracted and set(m.kept) <= of_x and set(m.new) <= contracted]
-    # A sum over an axis that the activation has too, such as one of a batch, is no sum of results.
-    after = [m for m in maps if not set(m.kept) & contracted and not set(m.new) & of_x]
-    if len(before) + len(after) < len(maps) or (before and not jnp.issubdtype(x_dtype, jnp.floating)):
-        return None
-    return before, after
+from jlora._ops.planner import FACTORED
+from jlora._ops.structured_product import apply_structure, merged_product, merged_weight
 
 
 def multiply(
@@ -111,7 +43,7 @@ def multiply(
     labels: ProductLabels,
     maps: tuple[list[AxisMap], list[AxisMap]],
     *,
-    folded: bool,
+    plan: Plan,
     x_is_left: bool = True,
     group_sizes: jax.Array | None = None,
 ) -> list[Value]:
@@ -122,7 +54,7 @@ def multiply(
         x, f: the activation and the weight.
         labels: of the axes.
         maps: those of the activation and those of the result.
-        folded: whether networks as large as the weight were added to its base.
+        plan: the form of the product; its weight is `f`.
         x_is_left: whether the activation is the left operand.
         group_sizes: of a ragged product.
     """
@@ -130,8 +62,9 @@ def multiply(
     factors = [a for n in f.networks for a in n.factors] + [m.array for m in f.maps if m.new]
     rank_flops = sum(a.size for a in factors) // max(f.size(labels.group), 1)
     rows = math.prod(labels.sizes[c] for c in labels.x if c not in labels.contracted)
-    added = f.base.size if folded else 2 * rows * rank_flops
-    ctx.record(eqn, f, labels.roles, factored=not folded, added=added, form="dense sum" if folded else form_of(*maps))
+    added = 2 * rows * rank_flops + plan.added
+    name = form_of(*maps) if plan.form == FACTORED else plan.form
+    ctx.record(eqn, f, labels.roles, factored=not plan.is_dense, added=added, form=name, why=plan.why)
     form = _Form(
         x=labels.x,
         out=labels.out,
@@ -144,7 +77,7 @@ def multiply(
         is_for_gpu=_compat.is_for_gpu(x),
     )
     networks, all_maps = maps_of_sum(f.networks, *maps) if group_sizes is None else (f.networks, [*maps, []])
-    operands = x, f.base, networks, all_maps, group_sizes
+    operands = x, f.base, networks, plan.merged, all_maps, group_sizes
     if group_sizes is None and _is_plain(x, f, form):
         return [_traced_once(*operands, form=form, eqn=_Equation(eqn.primitive, tuple(eqn.params.items())))]
     return [_evaluate(*operands, form=form, product=functools.partial(lazy.consume, eqn))]
@@ -217,6 +150,7 @@ def _evaluate(
     x: jax.Array,
     base: Any,
     networks: Sequence[TensorNetwork],
+    merged: Sequence[StructuredNetwork],
     maps: Sequence[list[AxisMap]],
     group_sizes: jax.Array | None,
     *,
@@ -225,23 +159,21 @@ def _evaluate(
 ) -> jax.Array | PendingSum:
     """The product with the base between maps, plus that with each network, and the maps of the sum."""
     sizes = form.sizes
-    x_mapped = _map(x, form.x, maps[0], group_sizes, form, of_input=True)
-    operands = (x_mapped, base) if form.x_is_left else (base, x_mapped)
-    is_divisible = not any(maps) and group_sizes is None and _compat.has_auto_mesh(*operands)
-    part = common_part(networks, form.x, form.weight, form.out) if is_divisible else ""
-    if part:
-        (like,) = jax.eval_shape(product, *operands)
-        terms = (form.x, form.weight, form.out)
-        y = product_in_parts(x, lazy.materialize(base), networks, part, terms, sizes, like.dtype, form.precision)
-        return y.reshape(like.shape)
-    (y,) = product(*operands, *(() if group_sizes is None else (group_sizes,)))
-    y = _map(y, form.out, maps[1], group_sizes, form, of_input=False)
 
-    def branch(x: jax.Array, n: TensorNetwork | Sequence[Probe], group_sizes: jax.Array | None) -> jax.Array:
+    def of_weight(x: jax.Array, w: Any) -> jax.Array:
+        operands = (x, w) if form.x_is_left else (w, x)
+        return product(*operands, *(() if group_sizes is None else (group_sizes,)))[0]
+
+    def branch(
+        x: jax.Array, n: TensorNetwork | Sequence[Probe], group_sizes: Any, y: jax.ShapeDtypeStruct
+    ) -> jax.Array:
         x = reshape_apart(x, [sizes[c] for c in form.x])
         groups = form.groups(group_sizes)
         if not isinstance(n, TensorNetwork):
             return jnp.broadcast_to(record_product(x, form.x, n, form.out, groups).astype(y.dtype), y.shape)
+        if isinstance(n, StructuredNetwork):
+            z = apply_structure(x, form.x, n, form.out, weight=form.weight, sizes=sizes, dtype=y.dtype)
+            return z.reshape(y.shape)
         z = apply_network(
             x,
             form.x,
@@ -255,12 +187,29 @@ def _evaluate(
         z = _apart(z, form)
         return reshape_apart(jnp.broadcast_to(z, [sizes[c] for c in form.out]), y.shape)
 
-    if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != base.dtype:
-        # A mixed product is as exact as its wider operand.
-        x = x.astype(max(map(accumulation_dtype, (x.dtype, base.dtype)), key=lambda dtype: dtype.itemsize))
+    is_divisible = not (any(maps) or merged) and group_sizes is None and _compat.has_auto_mesh(x, base)
+    if part := common_part(networks, form.x, form.weight, form.out) if is_divisible else "":
+        like, terms = jax.eval_shape(of_weight, x, base), (form.x, form.weight, form.out)
+        y = product_in_parts(x, lazy.materialize(base), networks, part, terms, sizes, like.dtype, form.precision)
+        return y.reshape(like.shape)
+    x_mapped = _map(x, form.x, maps[0], group_sizes, form, of_input=True)
+    if merged:
+        shape = jax.eval_shape(of_weight, x, base)
+        merge = functools.partial(merged_weight, labels=form.weight, sizes=sizes)
+        dtype = base.dtype
+
+        def of_network(x: jax.Array, n: StructuredNetwork) -> jax.Array:
+            return branch(_as_wide_as(x, dtype), n, None, shape)
+
+        y = merged_product(x, base, merged, product=of_weight, merge=merge, branch=of_network)
+    else:
+        y = of_weight(x_mapped, base)
+    y = _map(y, form.out, maps[1], group_sizes, form, of_input=False)
+    x = _as_wide_as(x, base.dtype)
     x = _apart(x, form) if networks else x
     updates = *(n for n in networks if not isinstance(n, Probe)), *by_path(networks)
-    terms = (under_auto_axes(branch, y)(x, n, group_sizes) for n in updates)
+    of_update = functools.partial(branch, y=jax.ShapeDtypeStruct(y.shape, y.dtype))
+    terms = (under_auto_axes(of_update, y)(x, n, group_sizes) for n in updates)
     total = add_up(y, terms, is_for_cpu=form.is_for_cpu)
     if not maps[2]:
         return total
@@ -276,6 +225,13 @@ def _apart(x: jax.Array, form: _Form) -> jax.Array:
     a branch, and in the backward pass the cotangent of its result, are other arrays for the compiler.
     """
     return jax.lax.optimization_barrier(x) if form.is_for_gpu else x
+
+
+def _as_wide_as(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The activation of a branch: a mixed product is as exact as its wider operand."""
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == dtype:
+        return x
+    return x.astype(max(map(accumulation_dtype, (x.dtype, dtype)), key=lambda dtype: dtype.itemsize))
 
 
 def _map(

@@ -2,7 +2,9 @@
 
 from jlora._compat import Eqn
 from jlora._interpreter.context import Context, Value
-from jlora._interpreter.rules.products import label_product, multiply, place_maps
+from jlora._interpreter.rules.forms import Plan, dense_plan
+from jlora._interpreter.rules.product_labels import label_product, place_maps
+from jlora._interpreter.rules.products import multiply
 from jlora._interpreter.rules.registry import register_rule
 from jlora._ir.algebra import merge_indices
 from jlora._ir.materialize import fold_full_rank
@@ -26,11 +28,12 @@ def ragged_dot_general(ctx: Context, eqn: Eqn, x: Value, f: Value, group_sizes: 
         return None
     # An update of a kernel that all groups share is no ragged product: it would reach the rows that are in no group.
     folded = folded or (ctx.trace_only and not any(f.index(c).origins for c in f.axes[groups[0]]))
+    plan = dense_plan(f) if folded else Plan(f)
     labels = label_product(f, x.shape, contracted, batch, groups=groups)
     maps = place_maps(f.maps, labels, x.dtype)
     if maps is None:
         return None
-    return multiply(ctx, eqn, x, f, labels, maps, folded=folded, group_sizes=group_sizes)
+    return multiply(ctx, eqn, x, f, labels, maps, plan=plan, group_sizes=group_sizes)
 
 
 def _is_supported(f: AdaptedWeight, group_axis: int, batch_axes: tuple[int, ...]) -> bool:

@@ -13,6 +13,7 @@ from jlora._interpreter.context import Role
 from jlora._ir.algebra import split_index
 from jlora._ir.lazy import materialize
 from jlora._ir.materialize import accumulation_dtype, dense
+from jlora._ir.structured import Structure, StructuredNetwork
 from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork, fresh_indices
 from jlora.methods._common.factor_axes import GROUPS, STACKS, WeightAxes
 
@@ -116,6 +117,25 @@ def add_matrix(w: AdaptedWeight, update: UpdateLike, matrix: jax.Array, scale: f
         scale: as for `add_network`.
     """
     return add_network(w, update, [(matrix, "*stack *in *out")], scale)
+
+
+def add_structure(
+    w: AdaptedWeight, update: UpdateLike, theta: jax.Array, structure: Structure, scale: float | jax.Array
+) -> AdaptedWeight:
+    """Adds `scale * M(theta)` to a weight: a matrix as large as the weight, given by a small array.
+
+    Arguments:
+        w, update: as for `add_network`.
+        theta: the array, with the axes of the stack first.
+        structure: M.
+        scale: as for `add_network`.
+    """
+    labels = group_labels(w, update)
+    own = " ".join(f"theta{k}" for k in range(theta.ndim - len(labels["*stack"])))
+    (*_, n) = add_network(w, update, [(theta, f"*stack {own}")], scale).networks
+    fields = {field.name: getattr(n, field.name) for field in dataclasses.fields(n)}
+    network = StructuredNetwork(**fields, structure=structure, inputs=labels["*in"], outputs=labels["*out"])
+    return dataclasses.replace(w, networks=(*w.networks, network))
 
 
 def scale_axes(w: AdaptedWeight, update: UpdateLike, vector: jax.Array, declared: str) -> AdaptedWeight:

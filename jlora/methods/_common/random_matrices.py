@@ -16,19 +16,15 @@ def rows(key: jax.Array, count: int, width: int) -> jax.Array:
     return jax.vmap(lambda k: jax.random.uniform(k, (width,), minval=-1, maxval=1))(keys)
 
 
-def scattered(values: jax.Array, seed: int, n_in: int, n_out: int) -> jax.Array:
-    """A sparse matrix `(*stack, in, out)`: its entries are divided into equal ranges, and each range has one value.
+def scattered_positions(count: int, seed: int, total: int) -> jax.Array:
+    """Distinct positions below `total`, sorted: it is divided into `count` equal ranges, with one position in each.
 
     Arguments:
-        values: the non-zero entries, (*stack, count).
+        count: how many.
         seed: of the random positions inside the ranges.
-        n_in, n_out: the size of the matrix.
+        total: their limit.
     """
-    count, total = values.shape[-1], n_in * n_out
     borders = np.arange(count + 1, dtype=np.int64) * total // count
     length = jnp.asarray(np.diff(borders), jnp.int32)
     offsets = jax.random.randint(keys(seed, 1)[0], (count,), 0, length)
-    positions = jnp.asarray(borders[:-1], jnp.int32) + offsets
-    flat = jnp.zeros((*values.shape[:-1], total), values.dtype)
-    flat = flat.at[..., positions].set(values, unique_indices=True, indices_are_sorted=True)
-    return flat.reshape(*values.shape[:-1], n_in, n_out)
+    return jnp.asarray(borders[:-1], jnp.int32) + offsets

@@ -1,0 +1,46 @@
+"""WaveFT: a few coefficients of the update's wavelet transform."""
+
+import dataclasses
+from typing import final
+
+from jlora._interpreter.site import Site
+from jlora._ir.weight import AdaptedWeight
+from jlora.methods._base import Method, Update
+from jlora.methods._common.hyperparameters import integer, nonzero, positive_integer
+from jlora.methods._common.initializers import zeros
+from jlora.methods._common.matrices import too_many_entries
+from jlora.methods._common.networks import add_structure
+from jlora.methods._common.structures import Wavelets
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class WaveFT(Method):
+    """Adds the inverse wavelet transform of a sparse matrix of coefficients: a dense update.
+
+        W + s H^T C H,    C: (in, out), zero except for n trained coefficients,    H: the Haar transform of one level
+
+    The coefficients are divided into n equal stretches, each with one trained coefficient at a random place that is
+    drawn from the seed and is the same for all layers of a stack. They start at zero.
+
+    Arguments:
+        n: the number of coefficients.
+        scaling: s.
+        seed: of the places.
+
+    Bilican et al. 2025, Exploring Sparsity for Parameter Efficient Fine Tuning Using Wavelets, arXiv:2505.12532.
+    """
+
+    n: int = positive_integer(2592)
+    scaling: float = nonzero(25.0)
+    seed: int = integer(0)
+
+    factors = {"c": "*stack n"}
+    initializers = {"c": zeros}
+
+    def unsupported_reason(self, site: Site) -> str:
+        return site.unsupported_reason or too_many_entries(site, self.n)
+
+    def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
+        structure = Wavelets(update.axes.count("*in"), update.axes.count("*out"), self.n, self.seed)
+        return add_structure(w, update, update["c"], structure, self.scaling * update.scale)
