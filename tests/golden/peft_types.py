@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import peft  # pyright: ignore[reportMissingImports]
 import torch  # pyright: ignore[reportMissingImports]
+from peft.tuners.lora import variants  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 
 from tests.support import peft_types
@@ -66,6 +67,16 @@ ADAPTERS: dict[str, Callable[[], peft.PeftConfig]] = {
     "ln_tuning": lambda: peft.LNTuningConfig(target_modules=["norm"]),
     "peanut": lambda: peft.PeanutConfig(r=3, scaling=0.5, target_modules=TARGETS),
     "peanut_deep": lambda: peft.PeanutConfig(r=3, depth=2, act_fn="tanh", target_modules=TARGETS),
+    "gralora": lambda: peft.GraloraConfig(r=4, gralora_k=2, alpha=6, target_modules=TARGETS),
+    "bd_lora": lambda: peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["out"], target_modules_bd_b=["0", "1"], nblocks=2),
+        target_modules=TARGETS,
+    ),
+    "qalora": lambda: peft.LoraConfig(r=2, lora_alpha=6, use_qalora=True, qalora_group_size=4, target_modules=TARGETS),
+    "kasa": lambda: peft.LoraConfig(r=2, lora_alpha=6, kasa_config=peft.KasaConfig(), target_modules=TARGETS),
+    "osf": lambda: peft.OSFConfig(effective_rank=5, target_modules=TARGETS),
 }
 
 
@@ -81,6 +92,10 @@ def files(folder: Path) -> dict[str, np.ndarray]:
 def adapted(name: str) -> dict[str, np.ndarray]:
     torch.manual_seed(0)
     made = peft.get_peft_model(Model(), ADAPTERS[name]()).eval()
+    if name == "qalora":  # which PEFT has for GPTQ layers alone
+        for layer in (*made.base_model.model.layers, made.base_model.model.out):
+            layer.lora_variant["default"] = variants.QALoraLinearVariant
+            variants.QALoraLinearVariant.init(layer, "default", ADAPTERS[name]())
     for key, p in made.named_parameters():
         if p.requires_grad:
             p.data += torch.from_numpy(numbers(f"{name} {key}", *p.shape))

@@ -32,7 +32,7 @@ def unpack(section: str, name: str, folder: Path) -> np.ndarray:
 
 
 def some(section: str) -> list:
-    default = ("tinylora", "unilora")
+    default = ("tinylora", "unilora", "kasa")
     return [pytest.param(name, marks=[] if name in default else [pytest.mark.nightly]) for name in GOLDEN[section]]
 
 
@@ -44,7 +44,11 @@ def test_a_file_of_peft_computes_what_it_does_there_and_is_written_again(name, t
         held = [shared in {**update.factors, **update.frozen} for _, update in sorted(adapter.items())]
         assert held == [True, False]
     np.testing.assert_allclose(jlora.adapt(peft_types.apply)(PARAMS, adapter, X), want, atol=2e-5)
-    assert jlora.peft.save(tmp_path / "saved", adapter, peft_types.NAMES, params=PARAMS) == ()
+    notes = jlora.peft.save(tmp_path / "saved", adapter, peft_types.NAMES, params=PARAMS)
+    if name == "qalora":  # PEFT has it for GPTQ layers alone
+        assert len(notes) == 2
+        return
+    assert notes == ()
     given, saved = (load_file(tmp_path / folder / FILES[1]) for folder in ("given", "saved"))
     if name == "pvera":  # whose matrices jlora does not draw: it is the LoRA of its mean
         assert {type(update.method) for update in adapter.values()} == {jlora.LoRA}
@@ -120,3 +124,22 @@ def test_matrices_that_pvera_leaves_out_are_drawn_as_torch_does(tmp_path):
     change_configuration(tmp_path / "a", save_projection=False)
     actual = jlora.peft.load(tmp_path / "a", SITES, peft_types.NAMES, params=PARAMS)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize("method", [jlora.KaSA(2), jlora.OSF(2)])
+def test_singular_vectors_of_another_base_are_refused(method, tmp_path):
+    adapter = jlora.init(jnp.zeros(2, jnp.uint32), SITES, {"out/kernel": method}, params=PARAMS)
+    other = {**PARAMS, "out": {**PARAMS["out"], "kernel": PARAMS["out"]["kernel"][::-1]}}
+    with pytest.raises(ValueError, match="other singular vectors"):
+        jlora.peft.save(tmp_path / "a", adapter, peft_types.NAMES, params=other)
+    notes = jlora.peft.save(tmp_path / "b", adapter, peft_types.NAMES)
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize(("peft_type", "reason"), [("PSOFT", "signs"), ("ADAMSS", "clusters")])
+def test_types_that_do_not_hold_what_they_mean(peft_type, reason, tmp_path):
+    unpack("adapter", "kasa", tmp_path / "a")
+    config = json.loads((tmp_path / "a" / FILES[0]).read_text()) | {"peft_type": peft_type}
+    (tmp_path / "a" / FILES[0]).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=reason):
+        jlora.peft.load(tmp_path / "a", SITES, peft_types.NAMES, params=PARAMS)

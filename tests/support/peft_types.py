@@ -32,6 +32,10 @@ EXPORTS: dict[str, jlora.Method | dict[str, jlora.Method]] = {
     "supra": jlora.SuperTuning(0.8, rank=2, alpha=3.0),
     "beft": {"(layers|out)/bias": jlora.Full()},
     "ln_tuning": {"norm/.*": jlora.Full()},
+    "gralora": jlora.GraLoRA(4, 2, 6.0),
+    "bd_lora": jlora.BDLoRA(4, 2, "out", 6.0),
+    "kasa": jlora.KaSA(2, 6.0),
+    "osf": jlora.OSF(3),
     "peanut": jlora.PEANuT(3, 1, "gelu", 0.5),
 }
 

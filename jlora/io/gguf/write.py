@@ -49,7 +49,7 @@ def file_of(adapter: Adapter, names: Names, params: Any, architecture: str, head
         raise ValueError(f"GGUF holds LoRA alone, and the adapter has {refused}: merge these, or adapt by LoRA.")
     permuted = is_permuted(architecture, heads.permute)
     locations = locate_adapter(adapter, names, BaseParams(params))
-    adapter, notes = as_one_method(adapter, params, "vllm")
+    adapter, notes = as_one_method(adapter, {}, params, "vllm")
     entries = module_entries(adapter, locations)
     _check_kinds(entries)
     modules = names_in_llama_cpp(entries, architecture)

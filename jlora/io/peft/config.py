@@ -13,7 +13,11 @@ from jlora.methods import (
     HRA,
     IA3,
     OFT,
+    OSF,
+    BDLoRA,
     DoRA,
+    GraLoRA,
+    KaSA,
     LoHa,
     LoKr,
     LoRA,
@@ -54,6 +58,10 @@ PEFT_TYPES: dict[type[Method], str] = {
     RoAd: "ROAD",
     DEFT: "DEFT",
     PaRa: "DEFT",
+    BDLoRA: "LORA",
+    KaSA: "LORA",
+    GraLoRA: "GRALORA",
+    OSF: "OSF",
 }
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -77,6 +85,7 @@ _READ = {
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout"),
         *("init_lora_weights", "trainable_token_indices", "target_parameters", "ensure_weight_tying", "lora_bias"),
         "monteclora_config",
+        *("use_bdlora", "use_qalora", "kasa_config"),
     ],
     # PEFT gives AdaLoRA all fields of LoRA; those in the last three lines change nothing there.
     "ADALORA": [
@@ -107,6 +116,8 @@ _READ = {
     "HRA": ["r", "apply_GS"],
     "ROAD": ["variant", "group_size"],
     "DEFT": ["r", "alpha", "decomposition_method", "para", "init_scale", "deft_dropout"],
+    "GRALORA": ["r", "alpha", "gralora_k", "gralora_dropout"],
+    "OSF": ["effective_rank", "rank_pattern"],
 }
 _REQUIRED = {
     "LORA": ("r", "lora_alpha"),
@@ -129,6 +140,8 @@ _REQUIRED = {
     "HRA": (),
     "ROAD": ("variant", "group_size"),
     "DEFT": ("r",),
+    "GRALORA": ("r", "alpha", "gralora_k"),
+    "OSF": (),
 }
 # Why a field is refused, and what to do, if there is more to say than that jlora does not implement it.
 _REASONS = {
@@ -136,6 +149,12 @@ _REASONS = {
     "alora_invocation_tokens": "the adapter acts from certain tokens on, so no weight is equal to it",
     "arrow_config": "a router chooses among several adapters for each token, so no weight is equal to it",
     "megatron_config": "the layers are Megatron's: save the adapter from a model of transformers",
+}
+# Why a type is refused, and what to do.
+_TYPE_REASONS = {
+    "PSOFT": " Its file holds a rotation in the basis of the singular vectors, and not their signs, which differ "
+    "between builds of LAPACK: convert it to LoRA with PEFT.",
+    "ADAMSS": " Its file does not hold the clusters, which PEFT computes again by scikit-learn: merge it with PEFT.",
 }
 _UNCHANGED_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")  # values of init_lora_weights
 _BIASES = ("none", "all", "lora_only", "vera_only")
@@ -192,7 +211,8 @@ def check_config(path: str | os.PathLike[str], config: Any) -> Config:
     """
     peft_type = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(peft_type, str) or peft_type not in _READ:
-        raise ValueError(f"{path} has the peft_type {peft_type!r}; jlora reads {', '.join(_READ)}.")
+        reason = _TYPE_REASONS.get(str(peft_type), "")
+        raise ValueError(f"{path} has the peft_type {peft_type!r}; jlora reads {', '.join(_READ)}.{reason}")
     for name in _FIELD_TYPES:
         _check_type(path, name, config.get(name))
         _check_expressions(path, name, config.get(name))

@@ -1,10 +1,12 @@
 """The methods of PEFT's configurations whose files have forms of their own: see `forms.py`."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jlora.io.peft.config import Config
-from jlora.methods import PEANuT, SuperTuning, TinyLoRA, UniLoRA, VBLoRA
+from jlora.io.peft.module_entry import ModuleEntry, shared_field
+from jlora.methods import OSF, GraLoRA, PEANuT, SuperTuning, TinyLoRA, UniLoRA, VBLoRA
 from jlora.methods._base import Method
 
 
@@ -40,3 +42,40 @@ def super_tuning(config: Config, number: Callable[[Any, str], float]) -> SuperTu
     alpha = 2.0 * rank if rank and alpha is None else alpha
     sparsity = number(config["sparsity"], "sparsity")
     return SuperTuning(sparsity, config.get("select_top", True), rank, None if rank is None else number(alpha, "alpha"))
+
+
+def method_of_blocks(config: Config, number: Callable[[Any, str], float]) -> Method:
+    """The method of a configuration of GraLoRA, or of OSF, whose rank the file has.
+
+    Arguments:
+        config, number: as for `method_of_form`.
+    """
+    if config["peft_type"] == "OSF":
+        return OSF()
+    dropout = number(config.get("gralora_dropout", 0.0), "gralora_dropout")
+    return GraLoRA(config["r"], config["gralora_k"], number(config["alpha"], "alpha"), dropout)
+
+
+def fields_of_blocks(entries: Mapping[str, ModuleEntry], flipped: bool) -> Config:
+    """The fields of GraLoRA and OSF."""
+    method = next(iter(entries.values())).factors.method
+    fields: Config = {"init_weights": True, "modules_to_save": None}
+    if isinstance(method, GraLoRA):
+        return fields | {
+            "alpha": shared_field(entries, "alpha") or method.rank,
+            "bias": "none",
+            "fan_in_fan_out": flipped,
+            "gralora_dropout": shared_field(entries, "dropout"),
+            "gralora_k": shared_field(entries, "k"),
+            "hybrid_r": 0,
+            "r": shared_field(entries, "rank"),
+        }
+    ranks = {name: _kept_rank(entry) for name, entry in entries.items()}
+    patterns = {f"^{re.escape(name)}$": rank for name, rank in sorted(ranks.items())}
+    return fields | {"effective_rank": None, "rank_pattern": patterns}
+
+
+def _kept_rank(entry: ModuleEntry) -> int:
+    """How many singular triples OSF does not train."""
+    trained = entry.factors.arrays["s"].size
+    return min(entry.factors.arrays["u"].size, entry.factors.arrays["v"].size) // trained - trained

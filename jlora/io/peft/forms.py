@@ -17,7 +17,7 @@ from jlora.io.peft.monteclora import without_state
 from jlora.io.peft.pvera import divided
 from jlora.io.peft.tensors import Tensors
 from jlora.io.peft.trained_vectors import biases_as_output_biases, norms_as_saved_modules
-from jlora.methods import PEANuT, SuperTuning, TinyLoRA, UniLoRA, VBLoRA
+from jlora.methods import OSF, GraLoRA, KaSA, PEANuT, SuperTuning, TinyLoRA, UniLoRA, VBLoRA
 from jlora.methods._base import Update
 from jlora.methods._common.digits import count_digits, from_digits, to_digits
 
@@ -139,7 +139,7 @@ def has_form(update: Update) -> bool:
         case VBLoRA():
             sides = update.axes.count("*in"), update.axes.count("*out")
             return is_unscaled and not any(side % update.method.length for side in sides)
-        case UniLoRA() | SuperTuning():
+        case UniLoRA() | SuperTuning() | GraLoRA() | KaSA() | OSF():
             return is_unscaled
     return True
 

@@ -20,8 +20,12 @@ from jlora.methods import (
     HRA,
     IA3,
     OFT,
+    OSF,
+    BDLoRA,
     DoRA,
     Full,
+    GraLoRA,
+    KaSA,
     LoHa,
     LoKr,
     LoRA,
@@ -29,6 +33,7 @@ from jlora.methods import (
     PaRa,
     PEANuT,
     PVeRA,
+    QALoRA,
     RoAd,
     SuperTuning,
     TinyLoRA,
@@ -95,6 +100,21 @@ _PEANUT_LAYERS = _layout(
     encoders=("peanut_encoders", "depth width rank"), decoders=("peanut_decoders", "depth width rank")
 )
 
+_BD_LORA = [
+    _layout(a=("lora_A.weight", "(block part) in_row"), b=("lora_B.weight", "out (block part)")),
+    _layout(a=("lora_A.weight", "(block part) in"), b=("lora_B.weight", "(block out_column) part")),
+]
+_QALORA = _layout(a=("lora_A.weight", "rank pool"), b=("lora_B.weight", "out rank"))
+_KASA = _layout(a=("lora_A.weight", "triple in"), e=("lora_diag", "triple"), b=("lora_B.weight", "out triple"))
+_GRALORA = _layout(
+    a=("gralora_A", "in_block in_row (out_block part)"), b=("gralora_B", "out_block (in_block part) out_column")
+)
+_OSF = _layout(
+    u=("osf_svd_params.V_low", "triple in"),
+    s=("osf_svd_params.S_low", "triple"),
+    v=("osf_svd_params.U_low", "out triple"),
+)
+
 # For every method and kind of module the layouts that PEFT has. That with the method's own factors and axes applies.
 ADAPTERS: dict[type[Method], dict[Kind, list[Layout]]] = {
     LoRA: {
@@ -126,6 +146,11 @@ ADAPTERS: dict[type[Method], dict[Kind, list[Layout]]] = {
     SuperTuning: {"linear": [_SUPER, {**_SUPER, **_SUPRA}]},
     PVeRA: {"linear": [_PVERA], "conv1d": [_PVERA]},
     MonteCLoRA: {"linear": [{**_LORA, **_SAMPLER}]},
+    BDLoRA: {"linear": _BD_LORA},
+    QALoRA: {"linear": [_QALORA]},
+    KaSA: {"linear": [_KASA]},
+    GraLoRA: {"linear": [_GRALORA], "conv1d": [_GRALORA]},
+    OSF: {"linear": [_OSF]},
     PEANuT: {"linear": [_PEANUT, {**_PEANUT, **_PEANUT_LAYERS}]},
 }
 # Parameters that are trained in full.
@@ -174,7 +199,7 @@ def layout_of(method: Method, kind: Kind, axes: Mapping[str, FlatAxes], name: st
     Arguments:
         method: of the module.
         kind: of the module.
-        axes: of every factor that modules do not share, by `flat_axes`.
+        axes: of every factor that the file has for each module, by `flat_axes`.
         name: of the module, for the error.
 
     Raises:

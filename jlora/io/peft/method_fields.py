@@ -7,13 +7,14 @@ from typing import Any
 
 from jlora.io.peft.adalora import adalora_method
 from jlora.io.peft.config import Config
-from jlora.io.peft.form_methods import method_of_form, super_tuning
+from jlora.io.peft.form_methods import method_of_blocks, method_of_form, super_tuning
 from jlora.io.peft.lokr import decompose_factor
+from jlora.io.peft.lora_variants import variant_of
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
 from jlora.io.peft.monteclora import monteclora_method
 from jlora.io.peft.targets import by_pattern, exact_patterns, is_feedforward
 from jlora.io.torch.factor_layout import ModuleFactors
-from jlora.methods import IA3, DoRA, LoHa, LoKr, LoRA, MonteCLoRA, PVeRA, VeRA
+from jlora.methods import IA3, BDLoRA, DoRA, KaSA, LoHa, LoKr, LoRA, MonteCLoRA, PVeRA, VeRA
 from jlora.methods._base import Method
 
 
@@ -28,6 +29,8 @@ def method_of(config: Config, name: str) -> Method | None:
             return super_tuning(config, _number)
         case "TINYLORA" | "VBLORA" | "UNILORA" | "PEANUT":
             return method_of_form(config, _rank(config, name), _number)
+        case "GRALORA" | "OSF":
+            return method_of_blocks(config, _number)
         case "IA3":
             return IA3("in" if is_feedforward(config, name) else "out")
         case "PVERA":
@@ -50,7 +53,8 @@ def method_of(config: Config, name: str) -> Method | None:
                 lora = {"rank": rank, "alpha": alpha, "rank_stabilized": bool(config.get("use_rslora"))}
                 return monteclora_method(config, lora | {"dropout": dropout})
             method_class = DoRA if config.get("use_dora") else LoRA
-            return method_class(rank, alpha, bool(config.get("use_rslora")), dropout=dropout)
+            method = method_class(rank, alpha, bool(config.get("use_rslora")), dropout=dropout)
+            return variant_of(config, name, method) if isinstance(method, LoRA) else method
 
 
 def _rank(config: Config, name: str) -> int:
@@ -85,7 +89,7 @@ def rank_fields(entries: Mapping[str, ModuleEntry]) -> Config:
         "alpha_pattern": exact_patterns(alphas, alpha),
         "modules_to_save": None,
     }
-    if isinstance(methods[0], (LoRA, DoRA, MonteCLoRA)):
+    if isinstance(methods[0], (LoRA, DoRA, MonteCLoRA, BDLoRA, KaSA)):
         return fields | {
             "bias": "none",
             "fan_in_fan_out": is_flipped(entries),

@@ -5,15 +5,18 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jlora.io.peft.absent import absent_arrays, needs_base
 from jlora.io.peft.adalora import check_empty
 from jlora.io.peft.changed_base import FROM_BASE, minus_start, start_of
 from jlora.io.peft.config import Config
 from jlora.io.peft.deltas import BaseParams
 from jlora.io.peft.experts import layout_of_experts
 from jlora.io.peft.forms import shared_name
+from jlora.io.peft.from_base import PURPOSE, arrays_from_base
 from jlora.io.peft.full_weights import base_matrix
 from jlora.io.peft.layouts import layout_of
 from jlora.io.peft.lokr import with_usual_split
+from jlora.io.peft.lora_variants import with_pooling_of_peft
 from jlora.io.peft.maps import is_map, method_and_tensors
 from jlora.io.peft.method_fields import is_unscaled, method_of
 from jlora.io.peft.plain_forms import parameter_of, plain
@@ -22,9 +25,10 @@ from jlora.io.peft.tensors import Tensors, from_file, sizes_of
 from jlora.io.peft.vera import read_vera
 from jlora.io.torch.factor_layout import ModuleFactors, flat_axes, own_sizes
 from jlora.io.torch.weight_location import Owners
-from jlora.methods import LoKr, PVeRA, VeRA
+from jlora.methods import OSF, LoKr, PVeRA, QALoRA, VeRA
 
 _LAYERS = ("linear", "conv1d")
+_OSF_VALUES = "osf_svd_params.S_low"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +77,11 @@ class ModuleReader:
             return None
         if isinstance(method, LoKr):
             method = with_usual_split(method, location)
+        if isinstance(method, OSF) and _OSF_VALUES in by_suffix:  # the configuration has how many are not trained
+            method = dataclasses.replace(method, rank=max(by_suffix[_OSF_VALUES].size, 1))
         by_suffix = plain(self.config, name, by_suffix, location.module.kind, location.kernel)
         axes, kind = flat_axes(method, location), location.module.kind
-        own = {factor: names for factor, names in axes.items() if factor not in method.shared_arrays}
+        own = {factor: names for factor, names in axes.items() if factor not in absent_arrays(method)}
         layout = layout_of(method, kind, own, name)
         suffixes = {row.suffix for row in layout.values()}
         if suffixes != set(by_suffix):
@@ -91,9 +97,13 @@ class ModuleReader:
             for factor, row in layout.items()
         }
         arrays |= {factor: self.tensors[shared_name(factor)] for factor in method.shared_arrays}
+        if needs_base(method):
+            arrays |= arrays_from_base(method, base_matrix(self.owners[name], self.base, PURPOSE))
         factors = ModuleFactors(method, 1.0, arrays, axes)
         if isinstance(method, PVeRA):
             return read_pvera(factors, sizes.axes["in"], self.tensors)
+        if isinstance(method, QALoRA):
+            return with_pooling_of_peft(factors, sizes.axes["in"])
         if isinstance(method, VeRA):
             return read_vera(name, factors, sizes.axes["in"], arrays["b"].shape[0], self.tensors)
         if isinstance(method, LoKr) and is_unscaled(factors):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jlora.io.peft.absent import absent_arrays
 from jlora.io.peft.layouts import axis_groups, flat_names, layout_of
 from jlora.io.peft.module_entry import ModuleEntry
 from jlora.io.torch.factor_layout import FlatAxes
@@ -131,7 +132,7 @@ def module_tensors(name: str, entry: ModuleEntry) -> Tensors:
         ValueError: if PEFT has no such tensors.
     """
     location, factors = entry
-    own = {factor: axes for factor, axes in factors.axes.items() if factor not in factors.method.shared_arrays}
+    own = {factor: axes for factor, axes in factors.axes.items() if factor not in absent_arrays(factors.method)}
     layout = layout_of(factors.method, location.module.kind, own, name)
     return {
         row.suffix: to_file(factors.arrays[factor], factors.axes[factor], row.axes, location.kernel)

@@ -1,16 +1,22 @@
 """From an adapter to PEFT's tensors and configuration."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jlora._adapter.to_lora import to_lora
+from jlora.io.peft.absent import WHOLE_MODULES, needs_base
 from jlora.io.peft.config import PEFT_TYPES, PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, to_absolute, without_scaled_biases
+from jlora.io.peft.form_methods import fields_of_blocks
 from jlora.io.peft.forms import add_form, has_form, with_indices
+from jlora.io.peft.from_base import checked_against_base
 from jlora.io.peft.full_weights import add_tokens, add_trained, only_tokens, rows_as_full
+from jlora.io.peft.layouts import ADAPTERS
+from jlora.io.peft.lora_variants import variant_fields
 from jlora.io.peft.maps import add_maps, has_map
-from jlora.io.peft.method_fields import ia3_fields, rank_fields
+from jlora.io.peft.method_fields import ia3_fields, is_flipped, rank_fields
 from jlora.io.peft.module_entry import ModuleEntry
 from jlora.io.peft.module_parts import complete_biases, complete_modules, locate_adapter, module_entries
 from jlora.io.peft.monteclora import add_monteclora
@@ -20,14 +26,17 @@ from jlora.io.peft.trained_vectors import file_of_vectors
 from jlora.io.peft.uniform import check_experts, check_vllm, with_uniform_rank
 from jlora.io.peft.vera import add_vera
 from jlora.io.torch.module_names import Names
+from jlora.io.torch.weight_location import WeightLocation, owners_of
 from jlora.methods import (
     BOFT,
     DEFT,
     HRA,
     IA3,
     OFT,
+    OSF,
     DoRA,
     Full,
+    GraLoRA,
     GroupedLoRA,
     LoRA,
     MonteCLoRA,
@@ -75,7 +84,7 @@ def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) 
     locations = locate_adapter(adapter, names, base)
     adapter = {path: rows_as_full(path, update, locations[path]) for path, update in adapter.items()}
     adapter = without_scaled_biases(adapter, base, locations, names)
-    adapter, notes = as_one_method(adapter, params, target)
+    adapter, notes = as_one_method(adapter, locations, params, target)
     given, adapter = adapter, complete_modules(complete_biases(adapter, locations), locations)
     absolute = {path: to_absolute(path, with_indices(update), base) for path, update in adapter.items()}
     entries = module_entries(absolute, locations)
@@ -83,15 +92,19 @@ def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) 
     adapted = {name: entry for name, entry in entries.items() if name not in trained}
     if not adapted and (vectors := file_of_vectors(trained, module_entries(given, locations))):
         return Files(*vectors, tuple(notes))
+    adapted = checked_against_base(adapted, owners_of(locations), base)
     adapted = _for_target(adapted, trained, target, notes)
     return Files(*_config_and_tensors(adapted, trained, base), tuple(notes))
 
 
-def as_one_method(adapter: Adapter, params: Any, target: str | None) -> tuple[Adapter, list[str]]:
+def as_one_method(
+    adapter: Adapter, locations: Mapping[str, WeightLocation], params: Any, target: str | None
+) -> tuple[Adapter, list[str]]:
     """The adapter with one method that PEFT has; LoRA if there are several.
 
     Arguments:
         adapter: the adapter.
+        locations: of its weights, by path; none if all updates become LoRAs.
         params: the base parameters, or None.
         target: "vllm" for LoRA alone, or None.
 
@@ -99,15 +112,14 @@ def as_one_method(adapter: Adapter, params: Any, target: str | None) -> tuple[Ad
         the adapter, and a sentence for every update that changed.
     """
     updates = {path: update for path, update in adapter.items() if not isinstance(update.method, Full)}
-    classes: set[type[Method]] = {_saved_class(update) or LoRA for update in updates.values()}
+    saved = {path: _saved_class(update, locations.get(path), params) for path, update in updates.items()}
+    classes: set[type[Method]] = {saved_class or LoRA for saved_class in saved.values()}
     saved_class = LoRA if target == "vllm" or len(classes) > 1 else next(iter(classes), LoRA)
-    if (
-        len({update.method for update in updates.values() if update.method.shared_arrays}) > 1
-    ):  # PEFT shares with all modules
+    if len({update.method for update in updates.values() if _is_of_all_modules(update.method)}) > 1:
         saved_class = LoRA
     notes, converted = [], dict(adapter)
     for path, update in updates.items():
-        if _saved_class(update) is saved_class:
+        if saved[path] is saved_class:
             continue
         lora, errors = to_lora({path: update}, params)
         converted |= lora
@@ -117,13 +129,24 @@ def as_one_method(adapter: Adapter, params: Any, target: str | None) -> tuple[Ad
     return converted, notes
 
 
-def _saved_class(update: Update) -> type[Method] | None:
+def _is_of_all_modules(method: Method) -> bool:
+    """Whether PEFT has one such method for all modules: arrays that they share, or fields without patterns."""
+    return bool(method.shared_arrays) or isinstance(method, GraLoRA)
+
+
+def _saved_class(update: Update, location: WeightLocation | None, params: Any) -> type[Method] | None:
     """The method that PEFT can store this update as without a conversion; None if PEFT does not have it."""
+    method_class = type(update.method)
     if update.method.offset or not has_form(update) or not has_map(update):
         return None
     if isinstance(update.method, GroupedLoRA):  # a LoRA for each module
         return LoRA
-    return type(update.method) if type(update.method) in PEFT_TYPES else None
+    if method_class in WHOLE_MODULES:  # their blocks or singular vectors are those of a whole module
+        if location is None or location.num_joined != 1 or location.module.part is not None:
+            return None
+        if location.module.kind not in ADAPTERS[method_class] or (params is None and needs_base(update.method)):
+            return None
+    return method_class if method_class in PEFT_TYPES else None
 
 
 def _for_target(adapted: Entries, trained: Entries, target: str | None, notes: list[str]) -> Entries:
@@ -183,8 +206,10 @@ def _adapted_modules(adapted: Entries) -> tuple[Config, Tensors]:
             config |= add_form(modules, tensors)
         case OFT() | BOFT() | HRA() | RoAd() | DEFT() | PaRa():
             config |= add_maps(modules, tensors)
+        case GraLoRA() | OSF():
+            config |= fields_of_blocks(modules, is_flipped(modules))
         case _:
-            config |= rank_fields(adapted)
+            config |= rank_fields(adapted) | variant_fields(modules)
     if isinstance(method, (LoRA, DoRA)):
         config["target_parameters"] = sorted(parameters) or None
         config["ensure_weight_tying"] = _add_tied_heads(modules, tensors)
