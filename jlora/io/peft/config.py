@@ -7,62 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from jlora.io.peft.changed_base import FROM_BASE, FROM_FILE
-from jlora.methods import (
-    BOFT,
-    DEFT,
-    HRA,
-    IA3,
-    OFT,
-    OSF,
-    BDLoRA,
-    DoRA,
-    GraLoRA,
-    KaSA,
-    LoHa,
-    LoKr,
-    LoRA,
-    MonteCLoRA,
-    PaRa,
-    PEANuT,
-    PVeRA,
-    RoAd,
-    SuperTuning,
-    TinyLoRA,
-    UniLoRA,
-    VBLoRA,
-    VeRA,
-)
-from jlora.methods._base import Method
 
 Config = dict[str, Any]
 
 PREFIX = "base_model.model."  # of every module in a file
-
-PEFT_TYPES: dict[type[Method], str] = {
-    LoRA: "LORA",
-    DoRA: "LORA",
-    LoHa: "LOHA",
-    LoKr: "LOKR",
-    VeRA: "VERA",
-    IA3: "IA3",
-    TinyLoRA: "TINYLORA",
-    VBLoRA: "VBLORA",
-    UniLoRA: "UNILORA",
-    PEANuT: "PEANUT",
-    PVeRA: "PVERA",
-    SuperTuning: "SUPERTUNING",
-    MonteCLoRA: "LORA",
-    OFT: "OFT",
-    BOFT: "BOFT",
-    HRA: "HRA",
-    RoAd: "ROAD",
-    DEFT: "DEFT",
-    PaRa: "DEFT",
-    BDLoRA: "LORA",
-    KaSA: "LORA",
-    GraLoRA: "GRALORA",
-    OSF: "OSF",
-}
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from jlora._adapter.to_lora import to_lora
 from jlora.io.peft.absent import WHOLE_MODULES, needs_base
-from jlora.io.peft.config import PEFT_TYPES, PREFIX, Config
+from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, to_absolute, without_scaled_biases
 from jlora.io.peft.form_methods import fields_of_blocks
 from jlora.io.peft.forms import add_form, has_form, with_indices
@@ -23,6 +23,7 @@ from jlora.io.peft.monteclora import add_monteclora
 from jlora.io.peft.pvera import add_pvera
 from jlora.io.peft.tensors import Tensors, module_tensors
 from jlora.io.peft.trained_vectors import file_of_vectors
+from jlora.io.peft.types import PEFT_TYPES
 from jlora.io.peft.uniform import check_experts, check_vllm, with_uniform_rank
 from jlora.io.peft.vera import add_vera
 from jlora.io.torch.module_names import Names
