@@ -10,7 +10,7 @@ A method declares the axes of its factors, how they start, and the products that
         initializers = {"a": jlora.extend.kaiming, "gate": jax.nn.initializers.ones, "b": jax.nn.initializers.zeros}
         networks = ("a gate b",)
 
-One that computes what it adds overrides `lower`, with `add_network`, `add_matrix` and `scale_axes`.
+One that computes what it adds overrides `lower`, with `add_network`, `add_matrix`, `add_structure` and `scale_axes`.
 
 A rule specifies what a JAX primitive does to an adapted weight:
 
@@ -29,6 +29,7 @@ from jlora._ir.algebra import merge_indices as merge_indices
 from jlora._ir.algebra import relabel as relabel
 from jlora._ir.lazy import bind as bind
 from jlora._ir.lazy import consume as consume
+from jlora._ir.structured import Structure as Structure
 from jlora._ir.weight import AdaptedWeight as AdaptedWeight
 from jlora._ir.weight import AxisMap as AxisMap
 from jlora._ir.weight import Index as Index
@@ -53,6 +54,7 @@ from jlora.methods._common.matrices import as_matrix as as_matrix
 from jlora.methods._common.matrices import dense_matrix as dense_matrix
 from jlora.methods._common.networks import add_matrix as add_matrix
 from jlora.methods._common.networks import add_network as add_network
+from jlora.methods._common.networks import add_structure as add_structure
 from jlora.methods._common.networks import group_labels as group_labels
 from jlora.methods._common.networks import map_axes as map_axes
 from jlora.methods._common.networks import scale_axes as scale_axes
@@ -67,11 +69,13 @@ __all__ = [
     "Method",
     "Quantized",
     "Site",
+    "Structure",
     "TensorNetwork",
     "Update",
     "WeightAxes",
     "add_matrix",
     "add_network",
+    "add_structure",
     "as_matrix",
     "bind",
     "choice",
