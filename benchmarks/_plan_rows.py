@@ -82,7 +82,8 @@ SMALLEST: dict[tuple[str, str], dict[str, tuple[str | None, str]]] = {
 
 
 # The smallest number of cards, in hosts of at most eight, that holds the step in the 75% of the memory that JAX takes;
-# before it, where arguments alone do not show that fewer cards do not, the next smaller number.
+# before it, where arguments alone do not show that fewer cards do not, the next smaller number. Bars check
+# both when a row is compiled.
 SMALLEST_GPUS: dict[tuple[str, str], dict[str, tuple[str | None, str]]] = {
     ("Llama 3 8B", "bf16"): {
         **dict.fromkeys(("h100", "h200", "b200", "a100-80", "a100-40", "rtx6000pro", "a6000", "l40s"), (None, "1")),

@@ -195,7 +195,7 @@ def _compile(lowered: Any, platform: str) -> tuple[Any, str | None]:
     except jax.errors.JaxRuntimeError as error:
         if platform == "gpu" and _NO_ASSEMBLER.search(str(error)):
             raise ImportError(
-                "Compiling for a GPU requires ptxas and libdevice of CUDA 12, which are not installed: "
+                "Compiling for a GPU requires ptxas and libdevice of CUDA, which are not installed: "
                 "pip install 'jlora[plan-gpu]'"
             ) from error
         raise

@@ -124,7 +124,7 @@ if HAS_COMPILER:
     @pytest.mark.parametrize("base", ["bf16", "nf4"])
     def test_no_more_than_by_hand(base):
         """Eight scanned layers take what LoRA written into the model takes, and are dequantised one at a time."""
-        sizes = Sizes(8, 2048, 8192, 16, 8, vocabulary=8192)
+        sizes = Sizes(8, 2048, 8192, 16, 8, vocabulary=8192, length=2048)
         row = Row(sizes, "h100:2", (1, 1, 2), 1, base=base)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             ours, by_hand = (benchmark.measure(row, form) for form in ("jlora", "by hand"))
