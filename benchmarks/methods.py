@@ -86,9 +86,9 @@ METHODS: dict[str, tuple[jlora.Method, Limits]] = {
     "HiRA": (jlora.HiRA(RANK), FORMS_THE_WEIGHT),
     "OFT": (jlora.OFT(RANK), Limits(kernel=False)),
     "BOFT": (jlora.BOFT(RANK), Limits(kernel=False)),
-    "RoAd": (jlora.RoAd(1, 64), LOW_RANK),
+    "RoAd": (jlora.RoAd(1, 64), Limits(kernel=False)),
     "DEFT": (jlora.DEFT(RANK), LOW_RANK),
-    "PaRa": (jlora.PaRa(RANK), LOW_RANK),
+    "PaRa": (jlora.PaRa(RANK // 2), LOW_RANK),  # of twice the rank, for what is added again
     "FourierFT": (jlora.FourierFT(1000), Limits(temp_bytes=1.30, kernel=False)),
     "WaveFT": (jlora.WaveFT(1000), Limits(temp_bytes=1.30, kernel=False)),
     "C3A": (jlora.C3A(128), Limits(kernel=False)),
