@@ -210,7 +210,7 @@ def _adapted_modules(adapted: Entries) -> tuple[Config, Tensors]:
         case GraLoRA() | OSF():
             config |= fields_of_blocks(modules, is_flipped(modules))
         case _:
-            config |= rank_fields(adapted) | variant_fields(modules)
+            config |= rank_fields(adapted) | variant_fields(adapted)
     if isinstance(method, (LoRA, DoRA)):
         config["target_parameters"] = sorted(parameters) or None
         config["ensure_weight_tying"] = _add_tied_heads(modules, tensors)
