@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+
+_DRAWN_AT_ONCE = 2**20  # numbers
 
 
 def keys(seed: int, count: int) -> jax.Array:
@@ -11,9 +14,20 @@ def keys(seed: int, count: int) -> jax.Array:
 
 
 def rows(key: jax.Array, count: int, width: int) -> jax.Array:
-    """Uniform numbers in [-1, 1), `(count, width)`. Each row has its own key, so it does not depend on `count`."""
+    """Uniform numbers in [-1, 1), `(count, width)`. Each row has its own key, so it does not depend on `count`.
+
+    They equal those of `jax.random.uniform`. Large matrices are drawn some rows at a time: the integers that they come
+    from, four times as large as the matrix, are in memory for these rows alone.
+    """
+
+    def row(key: jax.Array) -> jax.Array:
+        bits = jax.random.bits(key, (width,), jnp.uint32)
+        fractions = lax.bitcast_convert_type(bits >> 9 | 0x3F800000, jnp.float32)  # in [1, 2), of 23 bits
+        return 2 * fractions - 3
+
     keys = jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(count))
-    return jax.vmap(lambda k: jax.random.uniform(k, (width,), minval=-1, maxval=1))(keys)
+    at_once = max(_DRAWN_AT_ONCE // width, 1)
+    return jax.vmap(row)(keys) if count <= at_once else lax.map(row, keys, batch_size=at_once)
 
 
 def scattered_positions(count: int, seed: int, total: int) -> jax.Array:
