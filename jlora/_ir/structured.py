@@ -48,7 +48,7 @@ class Structure(abc.ABC):
 
     @property
     def is_branch(self) -> bool:
-        """Whether `apply` is also good for the forward pass. If not, it only serves the gradient of theta."""
+        """Whether `apply` serves the forward pass too if sizes are symbolic, and not the gradient of theta alone."""
         return True
 
 
@@ -59,7 +59,7 @@ _STATIC = (field.name for field in dataclasses.fields(TensorNetwork) if field.na
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=list(_ARRAYS),
-    meta_fields=[*_STATIC, "structure", "inputs", "outputs"],
+    meta_fields=[*_STATIC, "structure", "inputs", "outputs", "may_round"],
 )
 @dataclasses.dataclass(frozen=True)
 class StructuredNetwork(TensorNetwork):
@@ -70,11 +70,13 @@ class StructuredNetwork(TensorNetwork):
     Arguments:
         structure: M.
         inputs, outputs: the indices of the weight that the axes of M run along, major first.
+        may_round: whether the sum with a weight of 16 bits may be chosen, which rounds the update with the weight.
     """
 
     structure: Structure | None = None
     inputs: str = ""
     outputs: str = ""
+    may_round: bool = False
 
     def per_layer(self, fn: Callable[..., jax.Array], stack: str, *arrays: tuple[jax.Array, str]) -> jax.Array:
         """`fn(*arrays, theta)`, mapped over the stack.

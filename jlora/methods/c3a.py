@@ -8,7 +8,7 @@ from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common.factor_axes import WeightAxes
-from jlora.methods._common.hyperparameters import positive_integer
+from jlora.methods._common.hyperparameters import positive_integer, switch
 from jlora.methods._common.initializers import zeros
 from jlora.methods._common.matrices import in_out
 from jlora.methods._common.networks import add_structure
@@ -28,11 +28,14 @@ class C3A(Method):
 
     Arguments:
         block: the size of a block, which divides the in size and the out size.
+        merge_in_16_bits: whether a weight of 16 bits may be summed with the update before the product, which costs
+            less and rounds the update with the weight. Weights of 32 bits are, if that costs less.
 
     Chen et al. 2024, Parameter-Efficient Fine-Tuning via Circular Convolution, arXiv:2407.19342.
     """
 
     block: int = positive_integer(64)
+    merge_in_16_bits: bool = switch(False)
 
     factors = {"c": "*stack out_blocks in_blocks block"}
     initializers = {"c": zeros}
@@ -51,4 +54,4 @@ class C3A(Method):
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         n_in, n_out = update.axes.count("*in"), update.axes.count("*out")
         structure = Circulant(n_in, n_out, self.block)
-        return add_structure(w, update, update["c"], structure, update.scale / n_in)
+        return add_structure(w, update, update["c"], structure, update.scale / n_in, may_round=self.merge_in_16_bits)

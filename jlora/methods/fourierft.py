@@ -6,7 +6,7 @@ from typing import final
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
-from jlora.methods._common.hyperparameters import integer, nonzero, positive_integer
+from jlora.methods._common.hyperparameters import integer, nonzero, positive_integer, switch
 from jlora.methods._common.initializers import zeros
 from jlora.methods._common.matrices import too_many_entries
 from jlora.methods._common.networks import add_structure
@@ -27,6 +27,8 @@ class FourierFT(Method):
         n: the number of coefficients.
         scaling: s.
         seed: of the places.
+        merge_in_16_bits: whether a weight of 16 bits may be summed with the update before the product, which costs
+            less and rounds the update with the weight. Weights of 32 bits are, if that costs less.
 
     Gao et al. 2024, Parameter-Efficient Fine-Tuning with Discrete Fourier Transform, arXiv:2405.03003.
     """
@@ -34,6 +36,7 @@ class FourierFT(Method):
     n: int = positive_integer(1000)
     scaling: float = nonzero(150.0)
     seed: int = integer(0)
+    merge_in_16_bits: bool = switch(False)
 
     factors = {"c": "*stack n"}
     initializers = {"c": zeros}
@@ -43,4 +46,6 @@ class FourierFT(Method):
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         structure = Spectrum(update.axes.count("*in"), update.axes.count("*out"), self.n, self.seed)
-        return add_structure(w, update, update["c"], structure, self.scaling * update.scale)
+        return add_structure(
+            w, update, update["c"], structure, self.scaling * update.scale, may_round=self.merge_in_16_bits
+        )

@@ -14,7 +14,7 @@ from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import random_matrices
 from jlora.methods._common.factor_axes import WeightAxes
-from jlora.methods._common.hyperparameters import integer, nonzero, positive_integer, scale_of
+from jlora.methods._common.hyperparameters import integer, nonzero, positive_integer, scale_of, switch
 from jlora.methods._common.initializers import zeros
 from jlora.methods._common.matrices import rank_too_high
 from jlora.methods._common.networks import add_structure
@@ -39,6 +39,8 @@ class RandLoRA(Method):
         rank: of each term: the smaller it is, the more terms, and the more parameters.
         alpha: the numerator of the scale alpha / rank; None makes the scale 1.
         seed: of the random matrices.
+        merge_in_16_bits: whether a weight of 16 bits may be summed with the update before the product, which costs
+            less and rounds the update with the weight. Weights of 32 bits are, if that costs less.
 
     Albert et al. 2025, RandLoRA: Full-rank Parameter-efficient Fine-tuning of Large Models, arXiv:2502.00987.
     """
@@ -46,6 +48,7 @@ class RandLoRA(Method):
     rank: int = positive_integer(32)
     alpha: float | None = nonzero(None)
     seed: int = integer(0)
+    merge_in_16_bits: bool = switch(False)
 
     factors = {"d": "*stack terms rank", "b": "*stack terms smaller"}
     initializers = {"d": zeros, "b": _reciprocal_size}
@@ -68,7 +71,7 @@ class RandLoRA(Method):
         d, columns = update["d"][..., None].astype(b.dtype), update["b"][..., None, :].astype(b.dtype)
         scaled = d * columns * jnp.expand_dims(b, list(range(d.ndim - b.ndim)))
         theta = scaled.reshape(*scaled.shape[:-3], -1, structure.smaller)
-        return add_structure(w, update, theta, structure, self.scale * update.scale)
+        return add_structure(w, update, theta, structure, self.scale * update.scale, may_round=self.merge_in_16_bits)
 
 
 @final

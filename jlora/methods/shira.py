@@ -8,7 +8,7 @@ from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common.factor_axes import WeightAxes
-from jlora.methods._common.hyperparameters import integer, positive_integer
+from jlora.methods._common.hyperparameters import integer, positive_integer, switch
 from jlora.methods._common.initializers import zeros
 from jlora.methods._common.matrices import in_out, too_many_entries
 from jlora.methods._common.networks import add_structure
@@ -28,12 +28,15 @@ class SHiRA(Method):
     Arguments:
         rank: of the LoRA that has as many parameters.
         seed: of the places.
+        merge_in_16_bits: whether a weight of 16 bits may be summed with the update before the product, which costs
+            less and rounds the update with the weight. Weights of 32 bits are, if that costs less.
 
     Bhardwaj et al. 2024, Sparse High Rank Adapters, arXiv:2406.13175.
     """
 
     rank: int = positive_integer(8)
     seed: int = integer(0)
+    merge_in_16_bits: bool = switch(False)
 
     factors = {"s": "*stack entries"}
     initializers = {"s": zeros}
@@ -47,4 +50,4 @@ class SHiRA(Method):
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         n_in, n_out = update.axes.count("*in"), update.axes.count("*out")
         structure = Scattered(n_in, n_out, self.sizes(update.axes)["entries"], self.seed)
-        return add_structure(w, update, update["s"], structure, update.scale)
+        return add_structure(w, update, update["s"], structure, update.scale, may_round=self.merge_in_16_bits)

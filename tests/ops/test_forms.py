@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import jlora
+from jlora.methods._common import random_matrices
 from tests.support import toy_model
 
 Tree = Any
@@ -88,20 +89,24 @@ def test_derivatives_are_those_of_the_merged_weight(name: str, derivative: str) 
 def test_a_branch_has_the_value_of_the_merged_weight(name: str) -> None:
     """Of few rows, and in 16 bits, in which a sum would round the update."""
     method = STRUCTURED[name]
-    if name == "shira":  # its branch serves the gradient alone
-        assert form(method, 384, jnp.bfloat16) == MERGED
-        return
     rows = 1 if name != "c3a" else 384  # the sum with blocks of 16 costs less than three transforms
     assert form(method, 384, jnp.bfloat16) == "factored"
+    assert form(dataclasses.replace(method, merge_in_16_bits=True), 384, jnp.bfloat16) == MERGED
     assert form(method, rows) == ("factored" if rows == 1 else MERGED)
     params, adapter, x = made(method, rows)
     y = jlora.adapt(model)(params, adapter, x)
     assert np.allclose(y, model(jlora.merge(params, adapter), x), atol=1e-5)
 
 
-def test_a_small_update_of_sixteen_bits_is_kept() -> None:
-    params, adapter, x = made(jlora.C3A(16), 384, jnp.bfloat16)
+@pytest.mark.parametrize("method", [jlora.C3A(16), jlora.SHiRA(4), jlora.RandLoRA(8)])
+def test_a_small_update_of_sixteen_bits_is_kept(method: jlora.Method) -> None:
+    """The sum that is asked for rounds it with the weight."""
+    params, adapter, x = made(method, 384, jnp.bfloat16)
     small = jax.tree.map(lambda a: 0.01 * a, adapter)
+    asked = dataclasses.replace(method, merge_in_16_bits=True)
+    summed = {path: dataclasses.replace(update, method=asked) for path, update in small.items()}
+    product = jlora.adapt(model)(params, summed, x)
+    assert np.array_equal(product, model(jlora.merge(params, small), x))
     difference = jlora.adapt(model)(params, small, x).astype(jnp.float32) - model(params, x).astype(jnp.float32)
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), params)
     expected = model(jlora.merge(wide, small), x.astype(jnp.float32)) - model(wide, x.astype(jnp.float32))
@@ -136,6 +141,15 @@ def test_a_rank_as_high_as_the_weight_is_summed_if_that_costs_less() -> None:
     params, adapter, x = made(lora)
     assert np.allclose(jlora.adapt(model)(params, adapter, x), model(jlora.merge(params, adapter), x), atol=1e-5)
     assert not jlora.explain(model, params, adapter, x).dense
+
+
+@pytest.mark.parametrize("at_once", [7, 2**20])
+def test_random_matrices_are_uniform_numbers_of_a_key_for_each_row(at_once: int, monkeypatch: Any) -> None:
+    """However many are drawn at once: adapters do not store them."""
+    monkeypatch.setattr(random_matrices, "_DRAWN_AT_ONCE", at_once)
+    key = random_matrices.keys(3, 1)[0]
+    expected = [jax.random.uniform(jax.random.fold_in(key, k), (3,), minval=-1, maxval=1) for k in range(5)]
+    assert np.array_equal(random_matrices.rows(key, 5, 3), np.stack(expected))
 
 
 def test_c3a_has_the_values_of_peft() -> None:

@@ -111,11 +111,10 @@ def _choice(
     is_narrow = jnp.finfo(f.dtype).bits < 32
     if isinstance(n, StructuredNetwork):
         assert n.structure is not None
-        without_planner = planner.FACTORED if n.structure.is_branch else planner.MERGED
+        if is_narrow and not n.may_round:
+            return _Choice(planner.FACTORED, f"a sum in {f.dtype} would round the update")
         if not is_static(rows):
-            return _Choice(without_planner, "symbolic sizes")
-        if is_narrow and n.structure.is_branch:
-            return _Choice(without_planner, f"a sum in {f.dtype} would round the update")
+            return _Choice(planner.FACTORED if n.structure.is_branch else planner.MERGED, "symbolic sizes")
         size = planner.ProductSize(rows, f.size(n.inputs), f.size(n.outputs))
         return _cheapest(planner.structure_flops(size, n.structure))
     if isinstance(n, Probe):

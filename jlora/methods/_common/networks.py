@@ -120,7 +120,13 @@ def add_matrix(w: AdaptedWeight, update: UpdateLike, matrix: jax.Array, scale: f
 
 
 def add_structure(
-    w: AdaptedWeight, update: UpdateLike, theta: jax.Array, structure: Structure, scale: float | jax.Array
+    w: AdaptedWeight,
+    update: UpdateLike,
+    theta: jax.Array,
+    structure: Structure,
+    scale: float | jax.Array,
+    *,
+    may_round: bool = False,
 ) -> AdaptedWeight:
     """Adds `scale * M(theta)` to a weight: a matrix as large as the weight, given by a small array.
 
@@ -129,12 +135,14 @@ def add_structure(
         theta: the array, with the axes of the stack first.
         structure: M.
         scale: as for `add_network`.
+        may_round: whether the sum with a weight of 16 bits may be chosen, which rounds the update with the weight.
     """
     labels = group_labels(w, update)
     own = " ".join(f"theta{k}" for k in range(theta.ndim - len(labels["*stack"])))
     (*_, n) = add_network(w, update, [(theta, f"*stack {own}")], scale).networks
     fields = {field.name: getattr(n, field.name) for field in dataclasses.fields(n)}
-    network = StructuredNetwork(**fields, structure=structure, inputs=labels["*in"], outputs=labels["*out"])
+    sides = {"inputs": labels["*in"], "outputs": labels["*out"]}
+    network = StructuredNetwork(**fields, structure=structure, **sides, may_round=may_round)
     return dataclasses.replace(w, networks=(*w.networks, network))
 
 
