@@ -141,8 +141,8 @@ def add_structure(
     own = " ".join(f"theta{k}" for k in range(theta.ndim - len(labels["*stack"])))
     (*_, n) = add_network(w, update, [(theta, f"*stack {own}")], scale).networks
     fields = {field.name: getattr(n, field.name) for field in dataclasses.fields(n)}
-    sides = {"inputs": labels["*in"], "outputs": labels["*out"]}
-    network = StructuredNetwork(**fields, structure=structure, **sides, may_round=may_round)
+    fields |= {"structure": structure, "inputs": labels["*in"], "outputs": labels["*out"], "may_round": may_round}
+    network = StructuredNetwork(**fields)
     return dataclasses.replace(w, networks=(*w.networks, network))
 
 
