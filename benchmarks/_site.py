@@ -2,6 +2,8 @@
 
 They are counted in activations, arrays of float32 as large as the product. LoRA needs one, for the cotangent of the
 product. A method that multiplies the output (DoRA, IA3, GLoRA) needs one more, for the gradient of the multiplier.
+RoAd multiplies pairs of outputs: y, the cotangent of their rotation, and the reversed y or the cotangent of y live
+together, three arrays, one of which is where the gradient of the input will be.
 """
 
 from collections.abc import Mapping
@@ -15,7 +17,7 @@ from benchmarks import _measure
 from benchmarks._measure import Bar
 
 WIDTHS, TOKENS = (1024, 4096), 4096
-LIMITS = {"LoRA": 1.05, "LoRA, 2 groups of 4": 1.05, "DoRA": 2.1, "IA3": 2.1, "GLoRA": 2.1, "LoKr": 2.2}
+LIMITS = {"LoRA": 1.05, "LoRA, 2 groups of 4": 1.05, "DoRA": 2.1, "IA3": 2.1, "GLoRA": 2.1, "RoAd": 2.1, "LoKr": 2.2}
 LIMIT = 1.15  # of all other methods
 
 

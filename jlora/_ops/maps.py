@@ -1,8 +1,6 @@
 """Maps of a weight, applied to the activation that meets it or to the result: never to the weight itself."""
 
 import dataclasses
-import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,11 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora._ir.algebra import align_axes
-from jlora._ir.sizes import is_static
 from jlora._ir.weight import AxisMap, TensorNetwork
 from jlora._ops.contraction import Groups, by_row, contract_pair
-
-_FEW = 2  # up to this size a sum is cheaper as additions of arrays than as a product of small matrices
+from jlora._ops.pairs import map_pairs
 
 
 def apply_maps(
@@ -86,10 +82,9 @@ def _apply(x: jax.Array, labels: str, m: AxisMap, of_input: bool, precision: Any
     with_old = labels.translate(str.maketrans(m.new, m.old))
     before, after = (labels, with_old) if of_input else (with_old, labels)
     has_groups = groups is not None and groups.name in indices
-    size = math.prod(array.shape[indices.index(c)] for c in m.new)
-    if len(m.new) == 1 and is_static(size) and size <= _FEW and not has_groups:
+    if len(m.new) == 1 and array.shape[indices.index(m.new)] == 2 and not has_groups:
         summed, reached = (m.new, m.old) if of_input else (m.old, m.new)
-        return _sum_of_parts(x, before, array, indices, summed, reached)
+        return _map_pairs(x, before, array, indices, summed, reached)
     kept = after + (groups.name if has_groups and groups else "")
     y, ys = contract_pair(
         x, before, array, indices, kept, dtype=x.dtype, precision=precision, groups=groups if has_groups else None
@@ -97,16 +92,10 @@ def _apply(x: jax.Array, labels: str, m: AxisMap, of_input: bool, precision: Any
     return align_axes(y, ys, after)
 
 
-def _sum_of_parts(x: jax.Array, labels: str, array: jax.Array, indices: str, summed: str, reached: str) -> jax.Array:
-    """The same product by additions of slices: a pair of entries costs four products of activations with vectors."""
-    rest, axis = labels.replace(summed, ""), labels.index(summed)
-    sums = []
-    for i in range(array.shape[indices.index(reached)]):
-        row, names = jnp.take(array, i, axis=indices.index(reached)), indices.replace(reached, "")
-        parts = []
-        for j in range(x.shape[axis]):
-            multiplier = jnp.take(row, j, axis=names.index(summed))
-            part = jax.lax.index_in_dim(x, j, axis, keepdims=False)
-            parts.append(part * align_axes(multiplier, names.replace(summed, ""), rest))
-        sums.append(functools.reduce(jnp.add, parts))
-    return jnp.stack(sums, axis)
+def _map_pairs(x: jax.Array, labels: str, array: jax.Array, indices: str, summed: str, reached: str) -> jax.Array:
+    """The same product for pairs of entries, by elementwise products."""
+    axes, names = (indices.index(reached), indices.index(summed)), indices.replace(summed, "").replace(reached, "")
+    after = labels.replace(summed, reached)
+    straight, crossed = (jnp.diagonal(a, 0, *axes) for a in (array, jnp.flip(array, axes[1])))
+    straight, crossed = (align_axes(a, names + reached, after) for a in (straight, crossed))
+    return map_pairs(x, straight, crossed, labels.index(summed))

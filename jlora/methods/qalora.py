@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import final
 
+import jax.numpy as jnp
+
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
@@ -70,6 +72,10 @@ class QALoRA(Method):
         return {"pool": axes.count("*in") // self.group}
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
-        w, pool, _ = split_group(w, group_labels(w, update)["*in"], self.group)
-        terms = [(update[name], declared) for name, declared in self.factors.items()]
-        return add_network(w, update, terms, self.scale * update.scale, group_labels(w, update) | {"pool": pool})
+        w, pool, member = split_group(w, group_labels(w, update)["*in"], self.group)
+        # A with its rows repeated: a sum over each group of inputs would be one more pass, with a copy of the input.
+        a = update["a"]
+        rows = jnp.broadcast_to(a[..., None, :], (*a.shape[:-1], self.group, a.shape[-1]))
+        labels = group_labels(w, update) | {"pool": pool, "row": member}
+        terms = [(rows, "*stack pool row rank"), (update["b"], self.factors["b"])]
+        return add_network(w, update, terms, self.scale * update.scale, labels)

@@ -13,8 +13,23 @@ from benchmarks import _site
         (jlora.GroupedLoRA(16, groups=2), 1.05),
         (jlora.GroupedLoRA(16, groups=2, enable=(False, True)), 1.05),
         (jlora.LoKr(8), 2.2),
+        (jlora.BDLoRA(16, 4), 1.15),
+        (jlora.BDLoRA(16, 4, "in"), 1.15),
+        (jlora.QALoRA(16), 1.15),
+        (jlora.RoAd(1, 64), 2.1),
+        (jlora.RoAd(4, 2), 2.1),
     ],
-    ids=["lora", "two groups", "one of two groups", "lokr"],
+    ids=[
+        "lora",
+        "two groups",
+        "one of two groups",
+        "lokr",
+        "blocks of B",
+        "blocks of A",
+        "equal rows",
+        "halves",
+        "neighbours",
+    ],
 )
 def test_temporaries_in_activations(method: jlora.Method, limit: float) -> None:
     assert _site.activations(_site.program(method, 1024), 1024) <= limit

@@ -16,6 +16,7 @@ from jlora._ir.sizes import is_static, is_wide
 from jlora._ir.structured import StructuredNetwork, with_matrices
 from jlora._ir.weight import AdaptedWeight, TensorNetwork
 from jlora._ops import planner
+from jlora._ops.blocks import with_zero_blocks
 from jlora._tree.short_forms import short_count
 
 
@@ -52,16 +53,24 @@ def plan_product(f: AdaptedWeight, x: Any, contracted: Sequence[int], batch: Seq
     f = with_matrices(f, lambda n: set(n.inputs) == inputs)
     if f.maps or any(len(axis) > 1 for axis in f.axes) or any(map(f.is_full_rank_network, f.networks)):
         f = with_matrices(f)
+    if _compat.has_no_mesh(x, *(() if isinstance(f.base, LazyArray) else (f.base,))):
+        f = with_zero_blocks(f, *_sides(f, contracted, batch))
     f, is_folded = fold_full_rank(merge_indices(f))
     if is_folded:
         return dense_plan(f)
-    inputs = {c for k in contracted for c in f.axes[k]}
-    outputs = {c for k, axis in enumerate(f.axes) for c in axis if k not in (*contracted, *batch)}
+    inputs, outputs = _sides(f, contracted, batch)
     if f.maps:
         return Plan(f)
     choices = [_choice(n, f, x, inputs, outputs, rows) for n in f.networks]
     why = "; ".join(dict.fromkeys(choice.why for choice in choices if choice.why))
     return _carried_out(f, [choice.form for choice in choices], why)
+
+
+def _sides(f: AdaptedWeight, contracted: Sequence[int], batch: Sequence[int]) -> tuple[list[str], list[str]]:
+    """The indices that are summed, and those of the result alone."""
+    free = [k for k in range(len(f.axes)) if k not in (*contracted, *batch)]
+    inputs, outputs = (dict.fromkeys(c for k in axes for c in f.axes[k]) for axes in (contracted, free))
+    return list(inputs), list(outputs)
 
 
 def dense_plan(f: AdaptedWeight) -> Plan:
