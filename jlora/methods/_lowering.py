@@ -18,6 +18,7 @@ from jlora._ir.structured import with_matrices
 from jlora._ir.weight import AdaptedWeight, TensorNetwork, as_adapted_weight
 from jlora._tree.paths import closest_matches
 from jlora.methods._base import Adapter, Update
+from jlora.methods._common.division import divides_alike, with_undivided_axes
 from jlora.methods._common.layers import layer_axis
 
 Adapters = Adapter | Sequence[Adapter]
@@ -124,11 +125,16 @@ def _apply_update(update: Update, w: AdaptedWeight) -> AdaptedWeight:
     if layers is not None:
         axis, method = layer_axis(update), update.method
         part = take_entries(w, axis, layers, reads_base=method.depends_on_weight or method.is_multiplicative)
-        return put_entries(w, part, _apply_update(update.part, part), axis, layers)
+        out = _apply_update(update.part, part)
+        if not divides_alike(part, out):
+            return _apply_update(update, with_undivided_axes(w, w.labels))
+        return put_entries(w, part, out, axis, layers)
     update = _with_one_scale(update)
     out = update.method.lower(update, w)
     if not update.method.offset:
         return out
+    if not divides_alike(w, out):
+        return _apply_update(update, with_undivided_axes(w, w.labels))
     initial = jax.lax.stop_gradient(update.initial)
     at_start = update.method.lower(dataclasses.replace(update, factors=initial), w)
     added = at_start.networks[len(w.networks) :]

@@ -7,6 +7,7 @@ from typing import final
 
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
+from jlora.methods._common.division import split_group, splits_evenly
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import (
     choice,
@@ -19,7 +20,7 @@ from jlora.methods._common.hyperparameters import (
     switch,
 )
 from jlora.methods._common.initializers import kaiming, zeros
-from jlora.methods._common.networks import add_network, group_labels, split_group, splits_evenly
+from jlora.methods._common.networks import add_network, group_labels
 
 
 @final

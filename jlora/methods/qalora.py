@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
+from jlora.methods._common.division import split_group, splits_evenly
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import fraction, nonzero, positive_integer, scale_of, switch
 from jlora.methods._common.initializers import kaiming, zeros
 from jlora.methods._common.matrices import rank_too_high
-from jlora.methods._common.networks import add_network, group_labels, split_group, splits_evenly
+from jlora.methods._common.networks import add_network, group_labels
 
 
 @final

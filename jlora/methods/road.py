@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight, AxisMap, fresh_indices
 from jlora.methods._base import Method, Update
+from jlora.methods._common.division import split_group, splits_evenly
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import positive_integer
 from jlora.methods._common.initializers import ones, zeros
 from jlora.methods._common.matrices import in_out
-from jlora.methods._common.networks import add_map, group_labels, map_axes, split_group, splits_evenly
+from jlora.methods._common.networks import add_map, group_labels, map_axes
 
 
 @final

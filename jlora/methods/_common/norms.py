@@ -26,18 +26,20 @@ def norm(w: AdaptedWeight, update: UpdateLike, along: str) -> jax.Array:
     Returns:
         an array with one axis for each of these axes, in float32 or wider.
     """
-    labels, axes = group_labels(w, update), WeightAxes.of(update)
-    indices = "".join(labels[group] for group in along.split())
-    if isinstance(w.base, LazyArray):  # the backward pass dequantises the base again
-        value = jax.checkpoint(lambda w: _norm(dataclasses.replace(w, base=materialize(w.base)), indices))(w)
-    else:
-        value = _norm(w, indices)
-    return value.reshape([size for group in along.split() for size in axes.sizes(group)])
+    axes, groups = WeightAxes.of(update), along.split()
+
+    def of_arrays(w: AdaptedWeight) -> jax.Array:
+        w = without_maps(dataclasses.replace(w, base=materialize(w.base)))
+        labels = group_labels(w, update)  # without maps an axis may have fewer indices
+        return _norm(w, "".join(labels[group] for group in groups))
+
+    # The backward pass dequantises a quantised base again.
+    value = (jax.checkpoint(of_arrays) if isinstance(w.base, LazyArray) else of_arrays)(w)
+    return value.reshape([size for group in groups for size in axes.sizes(group)])
 
 
 def _norm(w: AdaptedWeight, along: str) -> jax.Array:
-    """The norm for every value of the indices `along`, with one axis for each."""
-    w = without_maps(w)
+    """The norm for every value of the indices `along`, with one axis for each; no map sums over indices."""
     dtype = accumulation_dtype(w.dtype)
     base = materialize(w.base).reshape([w.size(index) for index in w.labels]).astype(dtype)
     for m in w.maps:
