@@ -17,6 +17,7 @@ from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import fraction, nonzero, positive_integer, scale_of, switch
 from jlora.methods._common.matrices import as_matrix, in_out, rank_too_high
 from jlora.methods._common.networks import add_matrix, add_network
+from jlora.methods._common.structures import scattered_matrix
 from jlora.methods.lora import LoRA
 
 
@@ -83,9 +84,7 @@ class SuperTuning(Method):
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         n_in, n_out = update.axes.count("*in"), update.axes.count("*out")
         places = from_digits(lax.stop_gradient(update["place"]))
-        scatter = jnp.vectorize(lambda s, k: jnp.zeros(n_in * n_out, s.dtype).at[k].set(s), signature="(e),(e)->(n)")
-        flat = scatter(update["s"], places)
-        w = add_matrix(w, update, flat.reshape(*flat.shape[:-1], n_out, n_in).mT, update.scale)
+        w = add_matrix(w, update, scattered_matrix(update["s"], places, n_in, n_out), update.scale)
         if self.rank is None:
             return w
         terms = [(update[name], update.declared[name]) for name in "ab"]

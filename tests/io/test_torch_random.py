@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jlora.io.torch.random import Generator
+from jlora.methods._common.torch_random import Generator
 from tests.support.torch_draws import CALLS, SEEDS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "torch_random.npz"

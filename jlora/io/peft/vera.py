@@ -10,8 +10,8 @@ from jlora.io.peft.method_fields import is_flipped
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
 from jlora.io.peft.tensors import Tensors
 from jlora.io.torch.factor_layout import ModuleFactors
-from jlora.io.torch.random import Generator
 from jlora.methods import LoRA, VeRA
+from jlora.methods._common.torch_random import Generator
 from jlora.methods.vera import shared_matrices
 
 PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")

@@ -1,17 +1,20 @@
 """Structures of updates: small arrays that determine a matrix as large as the weight."""
 
 import dataclasses
+import functools
 import math
 from typing import final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jlora import _compat
 from jlora._ir.materialize import accumulation_dtype
 from jlora._ir.structured import Structure
 from jlora.methods._common.random_matrices import scattered_positions
+from jlora.methods._common.torch_random import Generator
 
 
 @final
@@ -54,6 +57,40 @@ class Scattered(Structure):
         return 2 * rows * self.count
 
 
+def scattered_matrix(values: jax.Array, places: jax.Array, n_in: int, n_out: int) -> jax.Array:
+    """A sparse matrix with given entries, `(*stack, n_in, n_out)`.
+
+    Arguments:
+        values: the entries, (*stack, entries).
+        places: of each entry, `o * n_in + i`.
+        n_in, n_out: the size of the matrix.
+    """
+    scatter = jnp.vectorize(lambda s, k: jnp.zeros(n_in * n_out, s.dtype).at[k].set(s), signature="(e),(e)->(n)")
+    flat = scatter(values, places)
+    return flat.reshape(*flat.shape[:-1], n_out, n_in).mT
+
+
+def drawn_positions(n_in: int, n_out: int, count: int, seed: int, places: str) -> tuple[jax.Array, jax.Array]:
+    """The rows and the columns of distinct random entries of a matrix.
+
+    Arguments:
+        n_in, n_out: its sizes.
+        count: how many entries.
+        seed: of the generator.
+        places: "stretches" for one in each of as many stretches of the matrix, "torch" for those that PEFT draws.
+    """
+    if places == "torch":
+        flat = _permutation_of_torch(n_in * n_out, count, seed)
+        return jnp.asarray(flat % n_in, jnp.int32), jnp.asarray(flat // n_in, jnp.int32)
+    flat = scattered_positions(count, seed, n_in * n_out)
+    return flat // n_out, flat % n_out
+
+
+@functools.lru_cache(16)
+def _permutation_of_torch(size: int, count: int, seed: int) -> np.ndarray:
+    return Generator(seed).permutation(size, count)
+
+
 @final
 @dataclasses.dataclass(frozen=True)
 class Spectrum(Structure):
@@ -66,17 +103,18 @@ class Spectrum(Structure):
         n_in, n_out: the size of the matrix.
         count: how many coefficients.
         seed: of their positions.
+        places: how they are drawn, as for `drawn_positions`.
     """
 
     n_in: int
     n_out: int
     count: int
     seed: int
+    places: str = "stretches"
 
     def positions(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The row and the column of every coefficient, and whether the column is its own mirror."""
-        flat = scattered_positions(self.count, self.seed, self.n_in * self.n_out)
-        rows, columns = flat // self.n_out, flat % self.n_out
+        rows, columns = drawn_positions(self.n_in, self.n_out, self.count, self.seed, self.places)
         moves = 2 * columns > self.n_out
         rows, columns = jnp.where(moves, -rows % self.n_in, rows), jnp.where(moves, self.n_out - columns, columns)
         return rows, columns, (columns == 0) | (2 * columns == self.n_out)
@@ -125,17 +163,27 @@ class Wavelets(Structure):
         n_in, n_out: the size of the matrix.
         count: how many coefficients.
         seed: of their positions.
+        places: how they are drawn, as for `drawn_positions`.
     """
 
     n_in: int
     n_out: int
     count: int
     seed: int
+    places: str = "stretches"
 
     def positions(self) -> tuple[jax.Array, jax.Array]:
-        """The row and the column of every coefficient."""
-        flat = scattered_positions(self.count, self.seed, self.n_in * self.n_out)
-        return flat // self.n_out, flat % self.n_out
+        """The row and the column of every coefficient.
+
+        PEFT exchanges the coefficients of differences along one axis with those along the other.
+        """
+        rows, columns = drawn_positions(self.n_in, self.n_out, self.count, self.seed, self.places)
+        if self.places == "stretches":
+            return rows, columns
+        half_in, half_out = _even(self.n_in) // 2, _even(self.n_out) // 2
+        is_first, is_second = rows >= half_in, columns >= half_out
+        towards = jnp.where(is_first == is_second, 0, jnp.where(is_first, -1, 1))
+        return rows + towards * half_in, columns - towards * half_out
 
     def matrix(self, theta: jax.Array) -> jax.Array:
         coefficients = jnp.zeros((_even(self.n_in), _even(self.n_out)), accumulation_dtype(theta.dtype))
