@@ -77,6 +77,12 @@ ADAPTERS: dict[str, Callable[[], peft.PeftConfig]] = {
     "qalora": lambda: peft.LoraConfig(r=2, lora_alpha=6, use_qalora=True, qalora_group_size=4, target_modules=TARGETS),
     "kasa": lambda: peft.LoraConfig(r=2, lora_alpha=6, kasa_config=peft.KasaConfig(), target_modules=TARGETS),
     "osf": lambda: peft.OSFConfig(effective_rank=5, target_modules=TARGETS),
+    "c3a": lambda: peft.C3AConfig(block_size=4, block_size_pattern={"out": 2}, target_modules=TARGETS),
+    "fourierft": lambda: peft.FourierFTConfig(
+        n_frequency=11, n_frequency_pattern={"out": 30}, scaling=40.0, random_loc_seed=5, target_modules=TARGETS
+    ),
+    "waveft": lambda: peft.WaveFTConfig(n_frequency=19, scaling=2.0, target_modules=TARGETS),
+    "shira": lambda: peft.ShiraConfig(r=1, target_modules=TARGETS),
 }
 
 

@@ -34,6 +34,7 @@ READ = {
         *(MODULES | LAYERS | PATTERNS),
         *("lora_alpha", "use_rslora", "use_dora", "lora_dropout", "bias", "lora_bias", "init_lora_weights"),
         *("trainable_token_indices", "target_parameters", "ensure_weight_tying", "monteclora_config"),
+        *("use_bdlora", "use_qalora", "kasa_config"),
     },
     "ADALORA": {
         *(MODULES | LAYERS | {"lora_alpha", "lora_dropout", "init_r", "rank_pattern", "bias"}),
@@ -59,6 +60,22 @@ READ = {
     | {"r", "bias", "projection_prng_key", "save_projection", "pvera_dropout", "d_initial"}
     | {"sample_at_inference", "generator_seed"},
     "SUPERTUNING": MODULES | {"sparsity", "select_top", "r", "lora_alpha", "lora_dropout", "save_precomputed_indices"},
+    "OFT": MODULES
+    | LAYERS
+    | {"r", "oft_block_size", "bias", "coft", "eps", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"},
+    "BOFT": MODULES | LAYERS | {"bias", "boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"},
+    "HRA": MODULES | LAYERS | {"r", "apply_GS", "bias"},
+    "ROAD": MODULES | {"variant", "group_size"},
+    "DEFT": MODULES | LAYERS | {"r", "alpha", "decomposition_method", "para", "init_scale", "deft_dropout", "bias"},
+    "GRALORA": MODULES | LAYERS | {"r", "alpha", "gralora_k", "gralora_dropout", "bias"},
+    "OSF": MODULES | LAYERS | {"effective_rank", "rank_pattern"},
+    "C3A": MODULES | LAYERS | {"bias", "block_size", "block_size_pattern"},
+    "FOURIERFT": MODULES | LAYERS | {"bias", "n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed"},
+    "WAVEFT": MODULES
+    | LAYERS
+    | {"bias", "n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed"}
+    | {"proportional_parameters", "wavelet_family", "use_idwt"},
+    "SHIRA": MODULES | {"r", "mask_type", "random_seed"},
     "LN_TUNING": MODULES,
     "BEFT": MODULES,
     "PEANUT": MODULES | LAYERS | {"r", "depth", "act_fn", "scaling"},

@@ -20,6 +20,7 @@ GOLDEN = sections(Path(__file__).parents[1] / "golden" / "peft_types.npz")
 STATE, X = GOLDEN["model"]["all"], GOLDEN["input"]["all"]["x"]
 PARAMS = peft_types.params_of(STATE)
 SITES = peft_types.sites_of(PARAMS)
+FOURIER = [-0.09185072, 1.3775651]
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -143,3 +144,51 @@ def test_types_that_do_not_hold_what_they_mean(peft_type, reason, tmp_path):
     (tmp_path / "a" / FILES[0]).write_text(json.dumps(config))
     with pytest.raises(ValueError, match=reason):
         jlora.peft.load(tmp_path / "a", SITES, peft_types.NAMES, params=PARAMS)
+
+
+@pytest.mark.parametrize("method", [jlora.FourierFT(9), jlora.WaveFT(9)])
+def test_places_that_peft_cannot_draw_are_refused(method, tmp_path):
+    adapter = jlora.init(jnp.zeros(2, jnp.uint32), SITES, {"out/kernel": method})
+    with pytest.raises(ValueError, match=r"out/kernel: .* places='torch'"):
+        jlora.peft.save(tmp_path / "a", adapter, peft_types.NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [("waveft", {"wavelet_family": "db4"}, "'db4'"), ("waveft", {"use_idwt": False}, "use_idwt = False")],
+)
+def test_another_transform_is_refused_by_name(name, options, message, tmp_path):
+    unpack("adapter", name, tmp_path / "a")
+    change_configuration(tmp_path / "a", **options)
+    with pytest.raises(ValueError, match=message):
+        jlora.peft.load(tmp_path / "a", SITES, peft_types.NAMES)
+
+
+@pytest.mark.parametrize(("side", "value"), [(0, 12), (1, 8), (1, -1), (slice(None), 0)])
+def test_places_outside_of_the_weight_or_twice_are_refused(side, value, tmp_path):
+    """A scatter would leave them out, or one of two."""
+    unpack("adapter", "shira", tmp_path / "a")
+
+    def changed(tensors):
+        indices = tensors["base_model.model.out.shira_indices"].copy()
+        indices[side, :2] = value
+        return {**tensors, "base_model.model.out.shira_indices": indices}
+
+    change_tensors(tmp_path / "a", changed)
+    with pytest.raises(ValueError, match=r"out\.shira_indices must hold distinct entries of a weight of 12 x 8"):
+        jlora.peft.load(tmp_path / "a", SITES, peft_types.NAMES)
+
+
+@pytest.mark.parametrize("places", ["stretches", "torch"])
+def test_places_are_distinct_and_the_branch_has_them(places):
+    """Of odd sizes, which the Haar transform rounds up."""
+    params, x = {"w": jnp.zeros((7, 5))}, jnp.eye(7)
+    sites = jlora.trace(lambda p, x: x @ p["w"], params, x)
+    for method in (jlora.WaveFT(20, 2.0, 3, places), jlora.FourierFT(20, 2.0, 3, places)):
+        adapter = jlora.init(jax.random.key(0), sites, method)
+        adapter = jax.tree.map(lambda c: jnp.arange(1.0, 21), adapter)
+        y = jlora.adapt(lambda p, x: x @ p["w"])(params, adapter, x)
+        np.testing.assert_allclose(y, jlora.merge(params, adapter)["w"], atol=1e-5)
+        if places == "torch":  # what PEFT 0.21.2 computes
+            first = [19, 19, 35, -15, 12] if isinstance(method, jlora.WaveFT) else [12, *FOURIER, *FOURIER[::-1]]
+            np.testing.assert_allclose(y[0], first, atol=1e-5)

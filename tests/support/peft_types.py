@@ -36,6 +36,10 @@ EXPORTS: dict[str, jlora.Method | dict[str, jlora.Method]] = {
     "bd_lora": jlora.BDLoRA(4, 2, "out", 6.0),
     "kasa": jlora.KaSA(2, 6.0),
     "osf": jlora.OSF(3),
+    "c3a": jlora.C3A(4),
+    "fourierft": jlora.FourierFT(12, 30.0, 3, places="torch"),
+    "waveft": jlora.WaveFT(13, 2.0, 3, places="torch"),
+    "shira": jlora.SHiRA(1),
     "peanut": jlora.PEANuT(3, 1, "gelu", 0.5),
 }
 

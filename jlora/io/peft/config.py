@@ -66,6 +66,14 @@ _READ = {
     "DEFT": ["r", "alpha", "decomposition_method", "para", "init_scale", "deft_dropout"],
     "GRALORA": ["r", "alpha", "gralora_k", "gralora_dropout"],
     "OSF": ["effective_rank", "rank_pattern"],
+    # How many coefficients a module has, and the size of its blocks, are those of its tensors.
+    "C3A": ["block_size", "block_size_pattern"],
+    "FOURIERFT": ["n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed"],
+    "WAVEFT": [
+        *("n_frequency", "n_frequency_pattern", "proportional_parameters", "scaling", "random_loc_seed"),
+        *("wavelet_family", "use_idwt"),
+    ],
+    "SHIRA": ["r", "mask_type", "random_seed"],  # the file has the places
 }
 _REQUIRED = {
     "LORA": ("r", "lora_alpha"),
@@ -90,6 +98,10 @@ _REQUIRED = {
     "DEFT": ("r",),
     "GRALORA": ("r", "alpha", "gralora_k"),
     "OSF": (),
+    "C3A": (),
+    "FOURIERFT": ("scaling", "random_loc_seed"),
+    "WAVEFT": ("scaling", "random_loc_seed"),
+    "SHIRA": ("r",),
 }
 # Why a field is refused, and what to do, if there is more to say than that jlora does not implement it.
 _REASONS = {
@@ -103,9 +115,11 @@ _TYPE_REASONS = {
     "PSOFT": " Its file holds a rotation in the basis of the singular vectors, and not their signs, which differ "
     "between builds of LAPACK: convert it to LoRA with PEFT.",
     "ADAMSS": " Its file does not hold the clusters, which PEFT computes again by scikit-learn: merge it with PEFT.",
+    "RANDLORA": " Its terms share one small random matrix, and pair its rows with those of the large one in another "
+    "order than the paper's sum: merge it with PEFT.",
 }
 _UNCHANGED_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")  # values of init_lora_weights
-_BIASES = ("none", "all", "lora_only", "vera_only")
+_BIASES = ("none", "all", "lora_only", "vera_only", "c3a_only", "fourier_only", "waveft_only")
 # The types of fields that are not a plain number or switch: of the value, and of the items in it.
 _FIELD_TYPES: dict[str, tuple[tuple[type, ...], type]] = {
     "target_modules": ((str, list), str),

@@ -58,7 +58,7 @@ def one_tensor_each(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
 
 def has_integers(config: Config) -> bool:
     """Whether files of a type hold integers: indices."""
-    return config["peft_type"] in ("VBLORA", "UNILORA", "SUPERTUNING")
+    return config["peft_type"] in ("VBLORA", "UNILORA", "SUPERTUNING", "SHIRA")
 
 
 def _read_tinylora(config: Config, tensors: Tensors) -> Tensors:

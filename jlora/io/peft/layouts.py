@@ -16,6 +16,7 @@ from jlora.io.torch.factor_layout import FlatAxes
 from jlora.io.torch.module_names import Kind
 from jlora.methods import (
     BOFT,
+    C3A,
     DEFT,
     HRA,
     IA3,
@@ -23,6 +24,7 @@ from jlora.methods import (
     OSF,
     BDLoRA,
     DoRA,
+    FourierFT,
     Full,
     GraLoRA,
     KaSA,
@@ -35,11 +37,13 @@ from jlora.methods import (
     PVeRA,
     QALoRA,
     RoAd,
+    SHiRA,
     SuperTuning,
     TinyLoRA,
     UniLoRA,
     VBLoRA,
     VeRA,
+    WaveFT,
 )
 from jlora.methods._base import Method
 
@@ -115,6 +119,8 @@ _OSF = _layout(
     v=("osf_svd_params.U_low", "out triple"),
 )
 
+_LAYERS: tuple[Kind, ...] = ("linear", "conv1d")
+
 # For every method and kind of module the layouts that PEFT has. That with the method's own factors and axes applies.
 ADAPTERS: dict[type[Method], dict[Kind, list[Layout]]] = {
     LoRA: {
@@ -151,6 +157,10 @@ ADAPTERS: dict[type[Method], dict[Kind, list[Layout]]] = {
     KaSA: {"linear": [_KASA]},
     GraLoRA: {"linear": [_GRALORA], "conv1d": [_GRALORA]},
     OSF: {"linear": [_OSF]},
+    C3A: {"linear": [_layout(c=("c3a_kernel", "out_blocks in_blocks block"))]},
+    FourierFT: {kind: [_layout(c=("fourierft_spectrum", "n"))] for kind in _LAYERS},
+    WaveFT: {kind: [_layout(c=("waveft_spectrum", "n"))] for kind in _LAYERS},
+    SHiRA: {"linear": [_layout(s=("shira_weight", "entries"), place=("shira_indices", "side entries digits"))]},
     PEANuT: {"linear": [_PEANUT, {**_PEANUT, **_PEANUT_LAYERS}]},
 }
 # Parameters that are trained in full.

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora.io.peft import structured
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
 from jlora.io.peft.tensors import Tensors
@@ -15,7 +16,7 @@ METHODS = (OFT, BOFT, HRA, RoAd, DEFT, PaRa)
 
 
 def is_map(config: Config) -> bool:
-    """Whether a configuration is of a type of this file."""
+    """Whether a configuration is of a type of this file, or of `structured.py`."""
     return config["peft_type"] in _READ
 
 
@@ -96,6 +97,7 @@ _READ: dict[str, tuple[Mapping[str, int], _Reader]] = {
     "HRA": ({"hra_u": 2}, _read_hra),
     "ROAD": ({"road_theta": 1, "road_alpha": 1}, _read_road),
     "DEFT": ({"deft_P": 2, "deft_R": 2}, _read_deft),
+    **structured.READ,
 }
 
 

@@ -21,11 +21,12 @@ from jlora.io.peft.maps import is_map, method_and_tensors
 from jlora.io.peft.method_fields import is_unscaled, method_of
 from jlora.io.peft.plain_forms import parameter_of, plain
 from jlora.io.peft.pvera import read_pvera
+from jlora.io.peft.structured import check_entries
 from jlora.io.peft.tensors import Tensors, from_file, sizes_of
 from jlora.io.peft.vera import read_vera
 from jlora.io.torch.factor_layout import ModuleFactors, flat_axes, own_sizes
 from jlora.io.torch.weight_location import Owners
-from jlora.methods import OSF, LoKr, PVeRA, QALoRA, VeRA
+from jlora.methods import OSF, LoKr, PVeRA, QALoRA, SHiRA, VeRA
 
 _LAYERS = ("linear", "conv1d")
 _OSF_VALUES = "osf_svd_params.S_low"
@@ -100,6 +101,8 @@ class ModuleReader:
         if needs_base(method):
             arrays |= arrays_from_base(method, base_matrix(self.owners[name], self.base, PURPOSE))
         factors = ModuleFactors(method, 1.0, arrays, axes)
+        if isinstance(method, SHiRA):
+            check_entries(name, arrays["place"], sizes.axes)
         if isinstance(method, PVeRA):
             return read_pvera(factors, sizes.axes["in"], self.tensors)
         if isinstance(method, QALoRA):

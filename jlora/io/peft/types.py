@@ -2,6 +2,7 @@
 
 from jlora.methods import (
     BOFT,
+    C3A,
     DEFT,
     HRA,
     IA3,
@@ -9,6 +10,7 @@ from jlora.methods import (
     OSF,
     BDLoRA,
     DoRA,
+    FourierFT,
     GraLoRA,
     KaSA,
     LoHa,
@@ -19,11 +21,13 @@ from jlora.methods import (
     PEANuT,
     PVeRA,
     RoAd,
+    SHiRA,
     SuperTuning,
     TinyLoRA,
     UniLoRA,
     VBLoRA,
     VeRA,
+    WaveFT,
 )
 from jlora.methods._base import Method
 
@@ -51,4 +55,8 @@ PEFT_TYPES: dict[type[Method], str] = {
     KaSA: "LORA",
     GraLoRA: "GRALORA",
     OSF: "OSF",
+    C3A: "C3A",
+    FourierFT: "FOURIERFT",
+    WaveFT: "WAVEFT",
+    SHiRA: "SHIRA",
 }

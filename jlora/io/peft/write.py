@@ -21,6 +21,7 @@ from jlora.io.peft.module_entry import ModuleEntry
 from jlora.io.peft.module_parts import complete_biases, complete_modules, locate_adapter, module_entries
 from jlora.io.peft.monteclora import add_monteclora
 from jlora.io.peft.pvera import add_pvera
+from jlora.io.peft.structured import add_structured, check_places, with_places
 from jlora.io.peft.tensors import Tensors, module_tensors
 from jlora.io.peft.trained_vectors import file_of_vectors
 from jlora.io.peft.types import PEFT_TYPES
@@ -30,12 +31,14 @@ from jlora.io.torch.module_names import Names
 from jlora.io.torch.weight_location import WeightLocation, owners_of
 from jlora.methods import (
     BOFT,
+    C3A,
     DEFT,
     HRA,
     IA3,
     OFT,
     OSF,
     DoRA,
+    FourierFT,
     Full,
     GraLoRA,
     GroupedLoRA,
@@ -45,11 +48,13 @@ from jlora.methods import (
     PEANuT,
     PVeRA,
     RoAd,
+    SHiRA,
     SuperTuning,
     TinyLoRA,
     UniLoRA,
     VBLoRA,
     VeRA,
+    WaveFT,
 )
 from jlora.methods._base import Adapter, Method, Update
 
@@ -85,9 +90,11 @@ def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) 
     locations = locate_adapter(adapter, names, base)
     adapter = {path: rows_as_full(path, update, locations[path]) for path, update in adapter.items()}
     adapter = without_scaled_biases(adapter, base, locations, names)
+    for path, update in adapter.items():
+        check_places(path, update)
     adapter, notes = as_one_method(adapter, locations, params, target)
     given, adapter = adapter, complete_modules(complete_biases(adapter, locations), locations)
-    absolute = {path: to_absolute(path, with_indices(update), base) for path, update in adapter.items()}
+    absolute = {path: to_absolute(path, with_places(with_indices(update)), base) for path, update in adapter.items()}
     entries = module_entries(absolute, locations)
     trained = {name: entry for name, entry in entries.items() if isinstance(entry.factors.method, Full)}
     adapted = {name: entry for name, entry in entries.items() if name not in trained}
@@ -207,6 +214,8 @@ def _adapted_modules(adapted: Entries) -> tuple[Config, Tensors]:
             config |= add_form(modules, tensors)
         case OFT() | BOFT() | HRA() | RoAd() | DEFT() | PaRa():
             config |= add_maps(modules, tensors)
+        case C3A() | FourierFT() | WaveFT() | SHiRA():
+            config |= add_structured(modules, tensors)
         case GraLoRA() | OSF():
             config |= fields_of_blocks(modules, is_flipped(modules))
         case _:
