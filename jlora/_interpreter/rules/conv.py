@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,10 +13,12 @@ from jax import lax
 from jlora import _compat
 from jlora._compat import Eqn
 from jlora._interpreter.context import Context, Role, Value
+from jlora._interpreter.rules.conv_kernel import Kernel, channel_maps, label_kernel
+from jlora._interpreter.rules.conv_kronecker import Kronecker, apply_kronecker, divide_kronecker, narrowed
 from jlora._interpreter.rules.registry import register_rule
 from jlora._interpreter.sums import add_up
 from jlora._ir import lazy
-from jlora._ir.algebra import align_axes, merge_indices, split_index
+from jlora._ir.algebra import align_axes, merge_indices
 from jlora._ir.explicit_mesh import under_auto_axes
 from jlora._ir.materialize import einsum, fold_full_rank
 from jlora._ir.probe import Probe, by_path
@@ -41,7 +42,7 @@ def conv_general_dilated(ctx: Context, eqn: Eqn, x: Value, f: Value) -> list[Val
         return None
     x = ctx.to_array(eqn, x)
     f, folded = fold_full_rank(merge_indices(ctx.with_dropout_keys(f, 0)))
-    kernel = _label_kernel(f, p["dimension_numbers"].rhs_spec, p["feature_group_count"])
+    kernel = label_kernel(f, p["dimension_numbers"].rhs_spec, p["feature_group_count"])
     if kernel is None:
         return None
     f = kernel.f
@@ -49,8 +50,8 @@ def conv_general_dilated(ctx: Context, eqn: Eqn, x: Value, f: Value) -> list[Val
     networks = [n for n in f.networks if not isinstance(n, Probe)]
     for network in networks:
         refuse_latent(network, "a convolution")
-    stages = [s for s in (_divide_factors(n, kernel) for n in networks) if s is not None]
-    maps = _channel_maps(kernel)
+    stages = [s for s in (_divide(n, kernel) for n in networks) if s is not None]
+    maps = channel_maps(kernel)
     if len(stages) < len(networks) or maps is None:
         return None
     x_mapped = _map_channels(x, maps[0], kernel, p["dimension_numbers"].lhs_spec[1], of_input=True)
@@ -58,8 +59,10 @@ def conv_general_dilated(ctx: Context, eqn: Eqn, x: Value, f: Value) -> list[Val
     y = _map_channels(y, maps[1], kernel, p["dimension_numbers"].out_spec[1], of_input=False)
     _record(ctx, eqn, kernel, y, folded, form_of(*maps))
 
-    def branch(x: jax.Array, n: TensorNetwork, stages: _Stages) -> jax.Array:
+    def branch(x: jax.Array, n: TensorNetwork, stages: _Stages | Kronecker) -> jax.Array:
         x = apply_dropout(x, fresh_indices([f.used()], x.ndim), n)
+        if isinstance(stages, Kronecker):
+            return _apply_kronecker(x, n, kernel, stages, eqn, y.dtype)
         return _apply_stages(x, n, kernel, stages, eqn, y.dtype)
 
     pairs = zip(networks, stages, strict=True)
@@ -69,46 +72,7 @@ def conv_general_dilated(ctx: Context, eqn: Eqn, x: Value, f: Value) -> list[Val
     return [add_up(y, itertools.chain(terms, records), is_for_cpu=_compat.is_for_cpu(y))]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kernel:
-    """A weight as the kernel of a convolution, with the indices of its channels.
-
-    Arguments:
-        f: the weight.
-        spec: the axes of the output channels and of the input channels, then the spatial axes.
-        group_count: the number of feature groups.
-        group: the indices of the groups, the major ones of the output channels.
-        outer: the other indices of the output channels.
-        inner: the indices of the input channels of one group.
-        spatial: the indices of the spatial axes.
-    """
-
-    f: AdaptedWeight
-    spec: Sequence[int]
-    group_count: int
-    group: str
-    outer: str
-    inner: str
-    spatial: str
-
-
-def _label_kernel(f: AdaptedWeight, spec: Sequence[int], group_count: int) -> _Kernel | None:
-    """Labels the channels; an index of the output channels is split if groups end within it. None if they cannot be."""
-    out_axis, in_axis, *spatial_axes = spec
-    group, remaining = "", group_count
-    while remaining > 1:
-        name = f.axes[out_axis][len(group)]
-        size = f.index(name).size
-        if size > remaining and size % remaining == 0:
-            f, size = split_index(f, name, (remaining, size // remaining)), remaining
-        if remaining % size:
-            return None
-        group, remaining = group + name, remaining // size
-    spatial = "".join(f.axes[k] for k in spatial_axes)
-    return _Kernel(f, spec, group_count, group, f.axes[out_axis][len(group) :], f.axes[in_axis], spatial)
-
-
-def _record(ctx: Context, eqn: Eqn, kernel: _Kernel, y: jax.Array, folded: bool, form: str) -> None:
+def _record(ctx: Context, eqn: Eqn, kernel: Kernel, y: jax.Array, folded: bool, form: str) -> None:
     f, (out_axis, in_axis, *_) = kernel.f, kernel.spec
     roles_of_axes: dict[int, Role] = {out_axis: "out", in_axis: "in"}
     roles: dict[str, Role] = {c: roles_of_axes.get(k, "window") for k, axis in enumerate(f.axes) for c in axis}
@@ -121,16 +85,7 @@ def _record(ctx: Context, eqn: Eqn, kernel: _Kernel, y: jax.Array, folded: bool,
     ctx.record(eqn, f, roles, factored=not folded, added=added, form="dense sum" if folded else form, why=why)
 
 
-def _channel_maps(kernel: _Kernel) -> tuple[list[AxisMap], list[AxisMap]] | None:
-    """The maps of the input's channels and those of the output's, None if one is neither."""
-    maps, out, inner = kernel.f.maps, set(kernel.group + kernel.outer), set(kernel.group + kernel.inner)
-    maps_of_one_group = [m for m in maps if not set(m.new) & set(kernel.group)]
-    after = [m for m in maps_of_one_group if set(m.kept) <= out]
-    before = [m for m in maps_of_one_group if set(m.kept) <= inner and set(m.kept) & set(kernel.inner)]
-    return (before, after) if len(before) + len(after) == len(maps) else None
-
-
-def _map_channels(x: jax.Array, maps: list[AxisMap], kernel: _Kernel, axis: int, *, of_input: bool) -> jax.Array:
+def _map_channels(x: jax.Array, maps: list[AxisMap], kernel: Kernel, axis: int, *, of_input: bool) -> jax.Array:
     """An activation whose channels are those of the input of all groups, or those of the output, after some maps."""
     if not maps:
         return x
@@ -159,7 +114,31 @@ class _Stages:
     kernel_out: str
 
 
-def _divide_factors(n: TensorNetwork, kernel: _Kernel) -> _Stages | None:
+def _divide(n: TensorNetwork, kernel: Kernel) -> _Stages | Kronecker | None:
+    """The stages of a network, or else its division into a convolution and a product of the channels."""
+    stages = _divide_factors(n, kernel)
+    if stages is not None or kernel.group:
+        return stages
+    return divide_kronecker(n, kernel.inner, kernel.outer, kernel.spatial, kernel.f.sizes)
+
+
+def _apply_kronecker(
+    x: jax.Array, n: TensorNetwork, kernel: Kernel, part: Kronecker, eqn: Eqn, dtype: jnp.dtype
+) -> jax.Array:
+    numbers, f = eqn.params["dimension_numbers"], kernel.f
+    narrow = narrowed(f, part, kernel.spec[1], kernel.spec[0])
+    small = dataclasses.replace(kernel, f=narrow, inner=part.inner, outer=part.outer)
+
+    def convolve(x: jax.Array, n: TensorNetwork) -> jax.Array:
+        whole = _Stages([], list(range(len(n.terms))), [], kernel_in=small.inner, kernel_out=small.outer)
+        return _apply_stages(x, n, small, _divide_factors(n, small) or whole, eqn, dtype)
+
+    channels, specs = (kernel.inner, kernel.outer), (numbers.lhs_spec[:2], numbers.out_spec[:2])
+    options = {"convolve": convolve, "dtype": dtype, "precision": eqn.params["precision"]}
+    return apply_kronecker(x, n, part, channels, f, specs, **options)
+
+
+def _divide_factors(n: TensorNetwork, kernel: Kernel) -> _Stages | None:
     """Divides a network's factors into stages, None if the small kernel would be as wide as the weight."""
     core = _kernel_factors(n, kernel)
     inner, outer = _having(n, kernel.inner), _having(n, kernel.outer)
@@ -182,7 +161,7 @@ def _divide_factors(n: TensorNetwork, kernel: _Kernel) -> _Stages | None:
     )
 
 
-def _record_windows(x: jax.Array, group: list[Probe], kernel: _Kernel, eqn: Eqn) -> jax.Array:
+def _record_windows(x: jax.Array, group: list[Probe], kernel: Kernel, eqn: Eqn) -> jax.Array:
     """Records the windows of the input, of which each is a row: zeros, to add to the output."""
     dtype, first, (y,) = compute_dtype(x, group[0]), group[0], map(_compat.aval, eqn.outvars)
     x = lax.stop_gradient(x).astype(dtype)
@@ -199,7 +178,7 @@ def _record_windows(x: jax.Array, group: list[Probe], kernel: _Kernel, eqn: Eqn)
     return jnp.broadcast_to(zero.astype(y.dtype), y.shape)
 
 
-def _kernel_factors(n: TensorNetwork, kernel: _Kernel) -> set[int]:
+def _kernel_factors(n: TensorNetwork, kernel: Kernel) -> set[int]:
     """The factors with spatial axes, or with both kinds of channels, and those whose channels such a factor has.
 
     In a network that is constant along the window, the factors with input channels take their place, or else those with
@@ -223,7 +202,7 @@ def _shared_ranks(n: TensorNetwork, one: set[int], other: set[int], channels: st
 
 
 def _apply_stages(
-    x: jax.Array, n: TensorNetwork, kernel: _Kernel, stages: _Stages, eqn: Eqn, dtype: jnp.dtype
+    x: jax.Array, n: TensorNetwork, kernel: Kernel, stages: _Stages, eqn: Eqn, dtype: jnp.dtype
 ) -> jax.Array:
     """One network's branch: the product onto the rank, the convolution and the product from the rank."""
     p, spec, groups = eqn.params, eqn.params["dimension_numbers"], kernel.group_count
@@ -274,7 +253,7 @@ def _contract_factors(n: TensorNetwork, numbers: list[int], f: AdaptedWeight, *a
     return value.reshape([math.prod(sizes[c] for c in axis) for axis in axes])
 
 
-def _small_kernel(n: TensorNetwork, kernel: _Kernel, stages: _Stages) -> jax.Array:
+def _small_kernel(n: TensorNetwork, kernel: Kernel, stages: _Stages) -> jax.Array:
     """The kernel of the convolution stage, in the weight's layout."""
     f, (out_axis, in_axis, *spatial_axes) = kernel.f, kernel.spec
     axes = [*(f.axes[k] for k in spatial_axes), stages.kernel_in, kernel.group, stages.kernel_out]
