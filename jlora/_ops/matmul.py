@@ -62,10 +62,16 @@ def _flattened(x: jax.Array, w: jax.Array, *, contracted: Dims, batch: int, **op
         # The gradient of a factor onto the rank. XLA's product of a tall, thin result takes four times as long as that
         # of the transposed one, and without the barrier it turns the latter into the former.
         y = _plain(w, x, contracted=inner, batch=batch, **options)
-        y = lax.optimization_barrier(y).swapaxes(-1, -2)
+        # XLA's CPU backend aborts (jaxlib 0.10.2) if the transposition of a small batched product becomes its layout.
+        y = _compat.call_apart(_turned, y) if batch else lax.optimization_barrier(y).swapaxes(-1, -2)
     else:
         y = _plain(x, w, contracted=inner, batch=batch, **options)
     return y.reshape(shape)
+
+
+@jax.jit
+def _turned(y: jax.Array) -> jax.Array:
+    return y.swapaxes(-1, -2)
 
 
 def _with_two_axes(a: jax.Array, contracted: tuple[int, ...], batch: int) -> jax.Array:

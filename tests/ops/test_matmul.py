@@ -192,3 +192,24 @@ def test_products_for_gpus_are_not_joined():
     values = jax.jit(jax.extend.core.jaxpr_as_fun(program))(*jax.tree.leaves((adapter, x)))
     merged = all_of(lambda adapter, x: f(jlora.merge(params, adapter), x))
     close(values, jax.tree.leaves(jax.jit(merged)(adapter, x)), 1e-5)
+
+
+def test_small_members_have_gradients():
+    """A small batched product whose result is transposed: XLA's CPU backend aborts if that becomes a layout."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    up, down, x = (jax.random.normal(k, shape) for k, shape in zip(keys, [(6, 10), (10, 4), (3, 6)], strict=True))
+    params = {"up": up, "down": down}
+
+    def fun(params, x):
+        return jnp.tanh(x @ params["up"]) @ params["down"]
+
+    sites, method = jlora.trace(fun, params, x), jlora.LoRA(2, b_init=jax.nn.initializers.normal(1.0))
+    members = jax.vmap(lambda key: jlora.init(key, sites, method))(keys)
+
+    def gradient(run):
+        return jax.jit(jax.vmap(jax.grad(lambda adapter: jnp.square(run(adapter)).sum())))(members)
+
+    got = gradient(lambda adapter: jlora.adapt(fun)(params, adapter, x))
+    want = gradient(lambda adapter: fun(jlora.merge(params, adapter), x))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
