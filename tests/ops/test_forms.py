@@ -190,3 +190,17 @@ def test_another_use_of_a_structured_weight_gets_the_matrix() -> None:
     assert forms == {MERGED, "dense sum"}
     y = jlora.adapt(tied, on_dense="allow")(params, adapter, ids)
     assert np.allclose(y, tied(jlora.merge(params, adapter), ids), rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_axis_that_another_program_has_in_common_with_the_activation() -> None:
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(8, 3, 4)), jnp.bfloat16)}
+    x = jnp.asarray(rng.normal(size=(3, 5, 8)), jnp.bfloat16)
+    sites = jlora.trace(lambda p, x: jnp.einsum("ti,iab->tab", x, p["w"]), params, x[0])
+    adapter = toy_model.random_adapter(sites, jlora.C3A(4))
+
+    def batched(p: Tree, x: jax.Array) -> jax.Array:
+        return jnp.einsum("ati,iab->atb", x, p["w"])
+
+    expected = batched(jlora.merge(params, adapter), x)
+    np.testing.assert_array_equal(jlora.adapt(batched)(params, adapter, x), expected)

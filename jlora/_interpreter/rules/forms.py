@@ -49,8 +49,8 @@ def plan_product(f: AdaptedWeight, x: Any, contracted: Sequence[int], batch: Seq
         contracted, batch: the axes of the weight that are summed, and that the result shares with the activation.
         rows: the number of rows of the activation, of one element of the batch.
     """
-    inputs = {c for k in contracted for c in f.axes[k]}
-    f = with_matrices(f, lambda n: set(n.inputs) == inputs)
+    inputs, shared = ({c for k in axes for c in f.axes[k]} for axes in (contracted, batch))
+    f = with_matrices(f, lambda n: set(n.inputs) == inputs and not shared & set(n.outputs))
     if f.maps or any(len(axis) > 1 for axis in f.axes) or any(map(f.is_full_rank_network, f.networks)):
         f = with_matrices(f)
     if _compat.has_no_mesh(x, *(() if isinstance(f.base, LazyArray) else (f.base,))):
