@@ -4,6 +4,12 @@ They are counted in activations, arrays of float32 as large as the product. LoRA
 product. A method that multiplies the output (DoRA, IA3, GLoRA) needs one more, for the gradient of the multiplier.
 RoAd multiplies pairs of outputs: y, the cotangent of their rotation, and the reversed y or the cotangent of y live
 together, three arrays, one of which is where the gradient of the input will be.
+
+Products of small blocks have no limit here, since they are not at their minimum. OFT needs the cotangent g of the
+product and g W^T, the latter with x for the gradient of the blocks: two arrays, one of them in the place of the result,
+so 1.0. It takes 3.0, GraLoRA 4.0, and LoKr with a full second factor 4.0 (1024) and 2.5 (4096): XLA's CPU backend
+transposes operands and results of a product whose batch axis, or contracted axis, is between others. Blocks as one
+matrix with zeros (BD-LoRA) would take as many times the FLOPs as there are blocks.
 """
 
 from collections.abc import Mapping
