@@ -18,20 +18,22 @@ from jlora._ir.weight import AdaptedWeight, TensorNetwork
 class Structure(abc.ABC):
     """A linear map from a small array theta to a matrix M(theta): (in, out), of static sizes.
 
-    A subclass is a frozen dataclass of static fields. Both functions are linear in theta.
+    A subclass is a frozen dataclass of static fields. Both functions are linear in theta. What else M depends on, and
+    is not static, is in further arrays, which are not trained: both functions get them after theta.
     """
 
     @abc.abstractmethod
-    def matrix(self, theta: jax.Array) -> jax.Array:
+    def matrix(self, theta: jax.Array, *constants: jax.Array) -> jax.Array:
         """M(theta), `(in, out)`, in the dtype of theta or a wider one."""
 
     @abc.abstractmethod
-    def apply(self, x: jax.Array, theta: jax.Array) -> jax.Array:
+    def apply(self, x: jax.Array, theta: jax.Array, *constants: jax.Array) -> jax.Array:
         """`x M(theta)`, without M.
 
         Arguments:
             x: the activation, (rows, in).
             theta: the array.
+            constants: the further arrays.
 
         Returns:
             (rows, out), in the dtype of x or a wider one.
@@ -63,7 +65,7 @@ _STATIC = (field.name for field in dataclasses.fields(TensorNetwork) if field.na
 )
 @dataclasses.dataclass(frozen=True)
 class StructuredNetwork(TensorNetwork):
-    """The network `scale * M(theta)`, with theta its only factor.
+    """The network `scale * M(theta)`: theta is its first factor, and the constants of M are the others.
 
     Rules that know nothing of it get `with_matrices`, in which it is a network with the factor M(theta).
 
@@ -79,7 +81,7 @@ class StructuredNetwork(TensorNetwork):
     may_round: bool = False
 
     def per_layer(self, fn: Callable[..., jax.Array], stack: str, *arrays: tuple[jax.Array, str]) -> jax.Array:
-        """`fn(*arrays, theta)`, mapped over the stack.
+        """`fn(*arrays, theta, *constants)`, mapped over the stack.
 
         Arguments:
             fn: a function of arrays of one layer.
@@ -87,13 +89,13 @@ class StructuredNetwork(TensorNetwork):
             arrays: arrays with the indices of their first axes, in the order of `stack`; those that an array lacks are
                 not mapped.
         """
-        (theta,), (term,) = self.factors, self.terms
-        theta = align_axes(
-            theta, term, "".join([*(c for c in stack if c in term), *(c for c in term if c not in stack)])
-        )
+        pairs = [
+            (align_axes(array, term, "".join(sorted(term, key=lambda c: (c not in stack, stack.find(c))))), term)
+            for array, term in zip(self.factors, self.terms, strict=True)
+        ]
         for c in reversed(stack):
-            fn = jax.vmap(fn, [0 if c in names else None for _, names in (*arrays, (theta, term))])
-        return fn(*(array for array, _ in arrays), theta)
+            fn = jax.vmap(fn, [0 if c in names else None for _, names in (*arrays, *pairs)])
+        return fn(*(array for array, _ in (*arrays, *pairs)))
 
     def matrix(self, labels: str, sizes: Mapping[str, int]) -> TensorNetwork:
         """The same network with the matrix as its factor.
@@ -104,7 +106,7 @@ class StructuredNetwork(TensorNetwork):
         """
         assert self.structure is not None
         assert set(self.inputs + self.outputs) <= set(labels)
-        stack = "".join(c for c in labels if c in self.terms[0])
+        stack = "".join(c for c in labels if any(c in term for term in self.terms))
         value = self.per_layer(self.structure.matrix, stack)
         term = stack + self.inputs + self.outputs
         return TensorNetwork((value.reshape([sizes[c] for c in term]),), (term,), self.scale)

@@ -38,7 +38,7 @@ def apply_structure(
     """
     assert network.structure is not None
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else dtype
-    stack = "".join(c for c in out if c in weight and c in network.terms[0])
+    stack = "".join(c for c in out if c in weight and any(c in term for term in network.terms))
     of_x = "".join(c for c in stack if c in labels)
     rows = "".join(c for c in labels if c not in stack + network.inputs)
     x = align_axes(x.astype(compute), labels, of_x + rows + network.inputs)
@@ -109,11 +109,11 @@ def merged_product(
         y = run(x, base, thetas)
         terms = [] if _is_zero(dx) else [product(dx, merge(base, with_thetas(thetas)))]
         terms += [] if _is_zero(dbase) else [product(x, dbase)]
-        for n, (dtheta,) in zip(forms, dthetas, strict=True):
+        for n, (_, *constants), (dtheta, *_) in zip(forms, thetas, dthetas, strict=True):
             if not _is_zero(dtheta):
                 # Under `jax.checkpoint` the forward pass computes nothing of the branch, and keeps x alone.
                 tangent = jax.checkpoint(branch, prevent_cse=False)
-                terms.append(tangent(x, dataclasses.replace(n, factors=(dtheta,))))
+                terms.append(tangent(x, dataclasses.replace(n, factors=(dtheta, *constants))))
         return y, functools.reduce(jnp.add, terms, jnp.zeros_like(y)) if len(terms) != 1 else terms[0]
 
     run.defjvp(derivative, symbolic_zeros=True)

@@ -113,11 +113,11 @@ class _RandomProduct(Structure):
         key, _ = random_matrices.keys(self.seed, 2)
         return random_matrices.rows(key, max(self.n_in, self.n_out), self.terms * self.rank)
 
-    def matrix(self, theta: jax.Array) -> jax.Array:
+    def matrix(self, theta: jax.Array, *constants: jax.Array) -> jax.Array:
         product = jnp.matmul(self.large_matrices(), theta, precision=jax.lax.Precision.HIGHEST)
         return product if self.n_in >= self.n_out else product.T
 
-    def apply(self, x: jax.Array, theta: jax.Array) -> jax.Array:
+    def apply(self, x: jax.Array, theta: jax.Array, *constants: jax.Array) -> jax.Array:
         a, theta = self.large_matrices().astype(x.dtype), theta.astype(x.dtype)
         return (x @ a) @ theta if self.n_in >= self.n_out else (x @ theta.T) @ a.T
 

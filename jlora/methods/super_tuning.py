@@ -12,19 +12,19 @@ from jax.typing import DTypeLike
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
-from jlora.methods._common.digits import from_digits, traced_digits
+from jlora.methods._common.digits import traced_digits
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import fraction, nonzero, positive_integer, scale_of, switch
 from jlora.methods._common.matrices import as_matrix, in_out, rank_too_high
-from jlora.methods._common.networks import add_matrix, add_network
-from jlora.methods._common.structures import scattered_matrix
+from jlora.methods._common.networks import add_network, add_structure
+from jlora.methods._common.structures import Placed
 from jlora.methods.lora import LoRA
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class SuperTuning(Method):
-    """Trains the entries of a weight that have the largest magnitudes: a dense update; and a LoRA beside if asked for.
+    """Trains the entries of a weight that have the largest magnitudes, and a LoRA beside if asked for.
 
         W + S + s A B,    S: zero except for the entries s: (*stack, entries),    s = alpha / rank
 
@@ -36,6 +36,7 @@ class SuperTuning(Method):
         largest: whether the largest magnitudes are trained, or the smallest.
         rank: of the LoRA beside ("Supra"); None for none.
         alpha: of the LoRA; None makes its scale 1.
+        merge_in_16_bits: as for `SHiRA`.
 
     Super-Tuning 2026, arXiv:2607.09287.
     """
@@ -44,6 +45,7 @@ class SuperTuning(Method):
     largest: bool = switch(True)
     rank: int | None = positive_integer(None)
     alpha: float | None = nonzero(None)
+    merge_in_16_bits: bool = switch(False)
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -83,8 +85,9 @@ class SuperTuning(Method):
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         n_in, n_out = update.axes.count("*in"), update.axes.count("*out")
-        places = from_digits(lax.stop_gradient(update["place"]))
-        w = add_matrix(w, update, scattered_matrix(update["s"], places, n_in, n_out), update.scale)
+        structure = Placed(n_in, n_out, self._count(n_in * n_out))
+        options = {"may_round": self.merge_in_16_bits}
+        w = add_structure(w, update, update["s"], structure, update.scale, update["place"], **options)
         if self.rank is None:
             return w
         terms = [(update[name], update.declared[name]) for name in "ab"]

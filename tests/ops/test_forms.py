@@ -24,6 +24,7 @@ STRUCTURED = {
     "fourierft": jlora.FourierFT(40),
     "waveft": jlora.WaveFT(40),
     "c3a": jlora.C3A(16),
+    "super_tuning": jlora.SuperTuning(0.9),
 }
 
 
@@ -37,7 +38,8 @@ def made(method: jlora.Method, rows: int = ROWS, dtype: Any = jnp.float32, n: in
     rng = np.random.default_rng(0)
     params = {"w": jnp.asarray(rng.normal(size=(n, N_OUT)) / n**0.5, dtype)}
     x = jnp.asarray(rng.normal(size=(rows, n)), dtype)
-    return params, toy_model.random_adapter(jlora.trace(model, params, x), method), x
+    (update,) = jlora.init(jax.random.key(0), jlora.trace(model, params, x), method, params=params).values()
+    return params, {"w": dataclasses.replace(update, factors=toy_model.nonzero(update.factors))}, x
 
 
 def form(method: jlora.Method, *args: Any) -> str:

@@ -123,7 +123,7 @@ def add_structure(
     theta: jax.Array,
     structure: Structure,
     scale: float | jax.Array,
-    *,
+    *constants: jax.Array,
     may_round: bool = False,
 ) -> AdaptedWeight:
     """Adds `scale * M(theta)` to a weight: a matrix as large as the weight, given by a small array.
@@ -133,11 +133,15 @@ def add_structure(
         theta: the array, with the axes of the stack first.
         structure: M.
         scale: as for `add_network`.
+        constants: the further arrays of M, with the axes of the stack first.
         may_round: whether the sum with a weight of 16 bits may be chosen, which rounds the update with the weight.
     """
     labels = group_labels(w, update)
-    own = " ".join(f"theta{k}" for k in range(theta.ndim - len(labels["*stack"])))
-    (*_, n) = add_network(w, update, [(theta, f"*stack {own}")], scale).networks
+    terms = []
+    for number, array in enumerate((theta, *map(lax.stop_gradient, constants))):
+        own = " ".join(f"array{number}_{k}" for k in range(array.ndim - len(labels["*stack"])))
+        terms.append((array, f"*stack {own}"))
+    (*_, n) = add_network(w, update, terms, scale).networks
     fields = {field.name: getattr(n, field.name) for field in dataclasses.fields(n)}
     fields |= {"structure": structure, "inputs": labels["*in"], "outputs": labels["*out"], "may_round": may_round}
     network = StructuredNetwork(**fields)

@@ -13,6 +13,7 @@ from jax import lax
 from jlora import _compat
 from jlora._ir.materialize import accumulation_dtype
 from jlora._ir.structured import Structure
+from jlora.methods._common.digits import from_digits
 from jlora.methods._common.random_matrices import scattered_positions
 from jlora.methods._common.torch_random import Generator
 
@@ -42,14 +43,14 @@ class Scattered(Structure):
         flat = scattered_positions(self.count, self.seed, self.n_in * self.n_out)
         return flat // self.n_out, flat % self.n_out
 
-    def matrix(self, theta: jax.Array) -> jax.Array:
+    def matrix(self, theta: jax.Array, *constants: jax.Array) -> jax.Array:
         positions = scattered_positions(self.count, self.seed, self.n_in * self.n_out)
         flat = jnp.zeros(self.n_in * self.n_out, theta.dtype)
         return (
             flat.at[positions].set(theta, unique_indices=True, indices_are_sorted=True).reshape(self.n_in, self.n_out)
         )
 
-    def apply(self, x: jax.Array, theta: jax.Array) -> jax.Array:
+    def apply(self, x: jax.Array, theta: jax.Array, *constants: jax.Array) -> jax.Array:
         dtype = accumulation_dtype(x.dtype)
         return sparse_product(x.T, *self.positions(), theta.astype(dtype), self.n_out).T
 
@@ -93,6 +94,39 @@ def _permutation_of_torch(size: int, count: int, seed: int) -> np.ndarray:
 
 @final
 @dataclasses.dataclass(frozen=True)
+class Placed(Structure):
+    """A sparse matrix with the entries theta, at positions that are an array: digits of `column * n_in + row`.
+
+    Arguments:
+        n_in, n_out: the size of the matrix.
+        count: how many entries.
+    """
+
+    n_in: int
+    n_out: int
+    count: int
+
+    @property
+    def is_branch(self) -> bool:
+        return False
+
+    def matrix(self, theta: jax.Array, *constants: jax.Array) -> jax.Array:
+        (place,) = constants
+        flat = jnp.zeros(self.n_in * self.n_out, theta.dtype).at[from_digits(place)].add(theta)
+        return flat.reshape(self.n_out, self.n_in).T
+
+    def apply(self, x: jax.Array, theta: jax.Array, *constants: jax.Array) -> jax.Array:
+        (place,) = constants
+        positions, dtype = from_digits(place), accumulation_dtype(x.dtype)
+        columns, rows = positions // self.n_in, positions % self.n_in
+        return sparse_product(x.T, rows, columns, theta.astype(dtype), self.n_out).T
+
+    def apply_flops(self, rows: int) -> float:
+        return 2 * rows * self.count
+
+
+@final
+@dataclasses.dataclass(frozen=True)
 class Spectrum(Structure):
     """The real part of the inverse Fourier transform of a sparse spectrum with the coefficients theta.
 
@@ -119,7 +153,7 @@ class Spectrum(Structure):
         rows, columns = jnp.where(moves, -rows % self.n_in, rows), jnp.where(moves, self.n_out - columns, columns)
         return rows, columns, (columns == 0) | (2 * columns == self.n_out)
 
-    def matrix(self, theta: jax.Array) -> jax.Array:
+    def matrix(self, theta: jax.Array, *constants: jax.Array) -> jax.Array:
         rows, columns, is_mirror = self.positions()
         value = theta.astype(accumulation_dtype(theta.dtype)) / 2
         half = jnp.zeros((self.n_in, self.n_out // 2 + 1), value.dtype)
@@ -127,7 +161,7 @@ class Spectrum(Structure):
         columns_done = jnp.fft.ifft(half, axis=0)
         return _compat.row_major_gradient(jnp.fft.irfft(columns_done, self.n_out, axis=1))
 
-    def apply(self, x: jax.Array, theta: jax.Array) -> jax.Array:
+    def apply(self, x: jax.Array, theta: jax.Array, *constants: jax.Array) -> jax.Array:
         """Transforms the rows of x, gathers the frequencies of the coefficients, and transforms back."""
         dtype = accumulation_dtype(x.dtype)
         rows, columns, is_mirror = self.positions()
@@ -185,12 +219,12 @@ class Wavelets(Structure):
         towards = jnp.where(is_first == is_second, 0, jnp.where(is_first, -1, 1))
         return rows + towards * half_in, columns - towards * half_out
 
-    def matrix(self, theta: jax.Array) -> jax.Array:
+    def matrix(self, theta: jax.Array, *constants: jax.Array) -> jax.Array:
         coefficients = jnp.zeros((_even(self.n_in), _even(self.n_out)), accumulation_dtype(theta.dtype))
         coefficients = coefficients.at[self.positions()].set(theta.astype(coefficients.dtype))
         return inverse_haar(inverse_haar(coefficients, self.n_out).T, self.n_in).T
 
-    def apply(self, x: jax.Array, theta: jax.Array) -> jax.Array:
+    def apply(self, x: jax.Array, theta: jax.Array, *constants: jax.Array) -> jax.Array:
         dtype = accumulation_dtype(x.dtype)
         x = jnp.pad(x.astype(dtype), [(0, 0), (0, self.n_in % 2)])
         y = sparse_product(haar(x).T, *self.positions(), theta.astype(dtype), _even(self.n_out))
@@ -235,12 +269,12 @@ class Circulant(Structure):
     n_out: int
     block: int
 
-    def matrix(self, theta: jax.Array) -> jax.Array:
+    def matrix(self, theta: jax.Array, *constants: jax.Array) -> jax.Array:
         row, column = jnp.arange(self.block)[:, None], jnp.arange(self.block)[None, :]
         blocks = theta[:, :, (row - column) % self.block]
         return blocks.transpose(1, 2, 0, 3).reshape(self.n_in, self.n_out)
 
-    def apply(self, x: jax.Array, theta: jax.Array) -> jax.Array:
+    def apply(self, x: jax.Array, theta: jax.Array, *constants: jax.Array) -> jax.Array:
         """The correlation of every block of x with its kernel, as a product of their Fourier transforms."""
         dtype = accumulation_dtype(x.dtype)
         blocks = x.astype(dtype).reshape(-1, self.n_in // self.block, self.block)
