@@ -12,6 +12,7 @@ from jlora.methods.deft import DEFT
 from jlora.methods.delora import DeLoRA
 from jlora.methods.dora import DoRA
 from jlora.methods.fourierft import FourierFT
+from jlora.methods.frod import FRoD
 from jlora.methods.full import Full
 from jlora.methods.glora import GLoRA
 from jlora.methods.gralora import GraLoRA
@@ -63,6 +64,7 @@ __all__ = [
     "ConvLoRA",
     "DeLoRA",
     "DoRA",
+    "FRoD",
     "FourierFT",
     "Full",
     "GLoRA",

@@ -189,8 +189,8 @@ class Method:
         """
         return ()
 
-    def share(self, updates: Mapping[str, Update]) -> Mapping[str, jax.Array]:
-        """New values of shared arrays, of those that depend on all the weights that share them.
+    def share(self, updates: Mapping[str, Update]) -> Mapping[str, Mapping[str, jax.Array]]:
+        """New values of arrays that depend on all the weights that share some, by path and name.
 
         Arguments:
             updates: the new updates by path, each with all of its arrays.

@@ -18,7 +18,8 @@ def share(adapter: Adapter) -> Adapter:
         members = {path: update for path, update in adapter.items() if group_of(update) == method}
         arrays = method.share(members)
         for path, update in members.items():
-            groups = {group: _replaced(getattr(update, group), arrays) for group in ("factors", "frozen", "initial")}
+            new = arrays.get(path, {})
+            groups = {group: _replaced(getattr(update, group), new) for group in ("factors", "frozen", "initial")}
             out[path] = dataclasses.replace(update, **groups)
     return tie(out)
 

@@ -83,13 +83,14 @@ class UniLoRA(Method):
             "site": jnp.asarray(to_digits(np.asarray(path_number(site.path)), 4), dtype),
         }
 
-    def share(self, updates: Mapping[str, Update]) -> Mapping[str, jax.Array]:
+    def share(self, updates: Mapping[str, Update]) -> Mapping[str, Mapping[str, jax.Array]]:
         counts = jnp.zeros(self.length)
         for update in updates.values():
             for indices in self._indices(update):
                 counts = counts.at[indices.reshape(-1)].add(1)
         dtype = next(iter(updates.values())).frozen["norm"].dtype
-        return {"norm": (1 / jnp.sqrt(jnp.maximum(counts, 1))).astype(dtype)}
+        norm = (1 / jnp.sqrt(jnp.maximum(counts, 1))).astype(dtype)
+        return {path: {"norm": norm} for path in updates}
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         entries = update["theta"] * update["norm"]

@@ -62,6 +62,7 @@ ADAPTERS: dict[str, Callable[[], peft.PeftConfig]] = {
         monteclora_config=peft.tuners.lora.config.MontecloraConfig(num_samples=4),
     ),
     "super_tuning": lambda: peft.SupertuningConfig(sparsity=0.8, target_modules=TARGETS),
+    "frod": lambda: peft.FrodConfig(sparse_rate=0.1, progressbar=False, target_modules=TARGETS),
     "supra": lambda: peft.SupertuningConfig(sparsity=0.8, select_top=False, r=2, lora_alpha=3, target_modules=TARGETS),
     "beft": lambda: peft.BeftConfig(target_modules=TARGETS),
     "ln_tuning": lambda: peft.LNTuningConfig(target_modules=["norm"]),

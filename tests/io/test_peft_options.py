@@ -23,6 +23,7 @@ WITHOUT_EFFECT = {
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "init_weights"),
     *("init_ia3_weights", "rank_dropout", "rank_dropout_scale", "module_dropout", "runtime_config", "megatron_core"),
     *("init_v_bound", "init_logits_std", "init_vector_bank_bound", "init_theta_d_bound"),
+    *("progressbar", "runtime_offload_base_weight"),
     *("qalora_group_size", "fan_in_fan_out"),  # of QALoRA, which is refused; a fact about torch's layer
 }
 MODULES = {"peft_type", "target_modules", "exclude_modules", "modules_to_save"}
@@ -76,6 +77,9 @@ READ = {
     | {"bias", "n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed"}
     | {"proportional_parameters", "wavelet_family", "use_idwt"},
     "SHIRA": MODULES | {"r", "mask_type", "random_seed"},
+    "FROD": MODULES
+    | LAYERS
+    | {"bias", "sparse_rate", "regularization_alpha", "frod_dropout", "projection_prng_key", "save_projection"},
     "LN_TUNING": MODULES,
     "BEFT": MODULES,
     "PEANUT": MODULES | LAYERS | {"r", "depth", "act_fn", "scaling"},

@@ -51,6 +51,8 @@ METHODS: dict[str, list[jlora.Method]] = {
     "delora": [jlora.DeLoRA(2)],
     "dora": [jlora.DoRA(2, ALPHA)],
     "fourierft": [jlora.FourierFT(5)],
+    "frod": [jlora.FRoD(0.2), jlora.LoRA(1, ALPHA)],
+    "frod_apart": [jlora.FRoD(0.2, shared="none"), jlora.LoRA(1, ALPHA)],
     "full": [jlora.Full()],
     "glora": [jlora.GLoRA(2)],
     "glora_lora": [jlora.GLoRA(2, "lora", "vector")],

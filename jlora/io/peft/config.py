@@ -21,6 +21,7 @@ _IGNORED = {
     *("lora_ga_config", "init_weights", "init_ia3_weights", "fan_in_fan_out", "d_initial"),
     *("rank_dropout", "rank_dropout_scale", "module_dropout", "velora_config"),  # of training alone
     *("init_v_bound", "init_logits_std", "init_vector_bank_bound", "init_theta_d_bound"),
+    *("progressbar", "runtime_offload_base_weight"),
 }
 # Fields that jlora reads for every type.
 _COMMON = {
@@ -74,6 +75,7 @@ _READ = {
         *("wavelet_family", "use_idwt"),
     ],
     "SHIRA": ["r", "mask_type", "random_seed"],  # the file has the places
+    "FROD": ["sparse_rate", "regularization_alpha", "frod_dropout", "projection_prng_key", "save_projection"],
 }
 _REQUIRED = {
     "LORA": ("r", "lora_alpha"),
@@ -102,6 +104,7 @@ _REQUIRED = {
     "FOURIERFT": ("scaling", "random_loc_seed"),
     "WAVEFT": ("scaling", "random_loc_seed"),
     "SHIRA": ("r",),
+    "FROD": ("sparse_rate",),
 }
 # Why a field is refused, and what to do, if there is more to say than that jlora does not implement it.
 _REASONS = {
@@ -119,7 +122,7 @@ _TYPE_REASONS = {
     "order than the paper's sum: merge it with PEFT.",
 }
 _UNCHANGED_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")  # values of init_lora_weights
-_BIASES = ("none", "all", "lora_only", "vera_only", "c3a_only", "fourier_only", "waveft_only")
+_BIASES = ("none", "all", "lora_only", "vera_only", "c3a_only", "fourier_only", "waveft_only", "frod_only")
 # The types of fields that are not a plain number or switch: of the value, and of the items in it.
 _FIELD_TYPES: dict[str, tuple[tuple[type, ...], type]] = {
     "target_modules": ((str, list), str),

@@ -6,7 +6,7 @@ from typing import Any
 
 from jlora.io.peft.config import Config
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
-from jlora.methods import OSF, GraLoRA, PEANuT, SuperTuning, TinyLoRA, UniLoRA, VBLoRA
+from jlora.methods import OSF, FRoD, GraLoRA, PEANuT, SuperTuning, TinyLoRA, UniLoRA, VBLoRA
 from jlora.methods._base import Method
 
 
@@ -45,13 +45,19 @@ def super_tuning(config: Config, number: Callable[[Any, str], float]) -> SuperTu
 
 
 def method_of_blocks(config: Config, number: Callable[[Any, str], float]) -> Method:
-    """The method of a configuration of GraLoRA, or of OSF, whose rank the file has.
+    """The method of a configuration of GraLoRA, of FRoD, or of OSF, whose rank the file has.
 
     Arguments:
         config, number: as for `method_of_form`.
     """
     if config["peft_type"] == "OSF":
         return OSF()
+    if config["peft_type"] == "FROD":
+        density, ridge, dropout = (
+            number(config.get(field, default), field)
+            for field, default in (("sparse_rate", 0.01), ("regularization_alpha", 1e-3), ("frod_dropout", 0.0))
+        )
+        return FRoD(density, ridge, "none", dropout=dropout)
     dropout = number(config.get("gralora_dropout", 0.0), "gralora_dropout")
     return GraLoRA(config["r"], config["gralora_k"], number(config["alpha"], "alpha"), dropout)
 

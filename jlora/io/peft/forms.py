@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from jlora.io.peft.config import PREFIX, Config
+from jlora.io.peft.frod import add_frod, apart, read_frod
 from jlora.io.peft.method_fields import is_flipped
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
 from jlora.io.peft.monteclora import without_state
 from jlora.io.peft.pvera import divided
 from jlora.io.peft.tensors import Tensors
 from jlora.io.peft.trained_vectors import biases_as_output_biases, norms_as_saved_modules
-from jlora.methods import OSF, GraLoRA, KaSA, PEANuT, SuperTuning, TinyLoRA, UniLoRA, VBLoRA
+from jlora.methods import OSF, FRoD, GraLoRA, KaSA, PEANuT, SuperTuning, TinyLoRA, UniLoRA, VBLoRA
 from jlora.methods._base import Update
 from jlora.methods._common.digits import count_digits, from_digits, to_digits
 
@@ -58,7 +59,7 @@ def one_tensor_each(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
 
 def has_integers(config: Config) -> bool:
     """Whether files of a type hold integers: indices."""
-    return config["peft_type"] in ("VBLORA", "UNILORA", "SUPERTUNING", "SHIRA")
+    return config["peft_type"] in ("VBLORA", "UNILORA", "SUPERTUNING", "FROD", "SHIRA")
 
 
 def _read_tinylora(config: Config, tensors: Tensors) -> Tensors:
@@ -127,6 +128,7 @@ _READ: dict[str, Callable[[Config, Tensors], Tensors]] = {
     "PEANUT": _read_peanut,
     "PVERA": divided,
     "SUPERTUNING": _read_super_tuning,
+    "FROD": read_frod,
 }
 
 
@@ -139,13 +141,15 @@ def has_form(update: Update) -> bool:
         case VBLoRA():
             sides = update.axes.count("*in"), update.axes.count("*out")
             return is_unscaled and not any(side % update.method.length for side in sides)
-        case UniLoRA() | SuperTuning() | GraLoRA() | KaSA() | OSF():
+        case UniLoRA() | SuperTuning() | FRoD() | GraLoRA() | KaSA() | OSF():
             return is_unscaled
     return True
 
 
 def with_indices(update: Update) -> Update:
-    """A UniLoRA that holds its indices; any other update unchanged."""
+    """A UniLoRA that holds its indices, and a FRoD that shares nothing; any other update unchanged."""
+    if isinstance(update.method, FRoD):
+        return apart(update)
     return update.method.with_indices(update) if isinstance(update.method, UniLoRA) else update
 
 
@@ -157,6 +161,8 @@ def add_form(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
         tensors: of the modules, one for each factor.
     """
     first = next(iter(entries.values())).factors
+    if isinstance(first.method, FRoD):
+        return add_frod(entries, tensors)
     method, shared = first.method, {name: first.arrays[name] for name in first.method.shared_arrays}
     fields: Config = {"init_weights": True, "modules_to_save": None, "r": shared_field(entries, "rank")}
     if isinstance(method, SuperTuning):

@@ -6,23 +6,27 @@ import numpy as np
 
 from jlora.io.peft.absent import needs_base
 from jlora.io.peft.deltas import BaseParams
+from jlora.io.peft.frod import basis_products
 from jlora.io.peft.full_weights import base_matrix
 from jlora.io.peft.module_entry import ModuleEntry
 from jlora.io.torch.weight_location import Owners
-from jlora.methods import OSF, KaSA
+from jlora.methods import OSF, FRoD, KaSA
 from jlora.methods._base import Method
 
 PURPOSE = "PEFT computes the singular vectors of the method from the base"
 _TOLERANCE = 1e-3  # of the largest entry: those of another decomposition
 
 
-def arrays_from_base(method: Method, weight: np.ndarray) -> dict[str, np.ndarray]:
-    """The frozen arrays of KaSA or OSF.
+def arrays_from_base(method: Method, weight: np.ndarray, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The frozen arrays of KaSA, OSF or FRoD.
 
     Arguments:
-        method: one of both.
+        method: one of these.
         weight: the base, (in, out).
+        arrays: those that the file has.
     """
+    if isinstance(method, FRoD):
+        return basis_products(weight, arrays["v"])
     assert isinstance(method, (KaSA, OSF))
     u, values, v = np.linalg.svd(np.asarray(weight, np.float32), full_matrices=False)
     last, first = slice(-method.rank, None), slice(None, -method.rank)
@@ -49,8 +53,9 @@ def checked_against_base(
         method = entry.factors.method
         if not needs_base(method):
             continue
-        new = _removed(arrays_from_base(method, base_matrix(owners[name], base, PURPOSE)))
-        if np.abs(new - _removed(entry.factors.arrays)).max() > _TOLERANCE * np.abs(new).max():
+        arrays = entry.factors.arrays
+        new = _removed(dict(arrays) | arrays_from_base(method, base_matrix(owners[name], base, PURPOSE), arrays))
+        if np.abs(new - _removed(arrays)).max() > _TOLERANCE * np.abs(new).max():
             raise ValueError(
                 f"{name} has other singular vectors than its base in params, and PEFT computes them from the base: "
                 "pass the parameters that the adapter was initialised with, or convert it by jlora.to_lora."
@@ -59,5 +64,7 @@ def checked_against_base(
 
 
 def _removed(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """What the frozen arrays take from the weight."""
+    """What the frozen arrays take from the weight; of FRoD all of it."""
+    if "l0" in arrays:
+        return arrays["v"] @ (arrays["l0"][:, None] * arrays["u"])
     return arrays["u"] @ arrays["v"] if "s0" not in arrays else (arrays["u0"] * arrays["s0"]) @ arrays["v0"]

@@ -25,6 +25,7 @@ from jlora.methods import (
     BDLoRA,
     DoRA,
     FourierFT,
+    FRoD,
     Full,
     GraLoRA,
     KaSA,
@@ -94,6 +95,12 @@ _VBLORA = _layout(a=("vblora_logits_A", "rank in_pieces vectors"), b=("vblora_lo
 _UNILORA = _layout(a_index=("unilora_indices_A", "rank in digits"), b_index=("unilora_indices_B", "out rank digits"))
 _SUPER = _layout(s=("supertuning_values", "entries"), place=("supertuning_indices", "entries digits"))
 _SUPRA = _layout(a=("supertuning_lora_A.weight", "rank in"), b=("supertuning_lora_B.weight", "out rank"))
+_FROD = _layout(
+    l=("frod_lambda_l", "column"),
+    s=("frod_lambda_s_values", "entries"),
+    v=("frod_V", "in column"),
+    place=("frod_s_indices", "entries digits"),
+)
 _PVERA = _layout(d=("pvera_lambda_d", "rank"), c=("pvera_lambda_c", "rank"), b=("pvera_lambda_b", "out"))
 _SAMPLER = _layout(
     spread=("lora_monteclora_sampler.std_prior", "rank"),
@@ -150,6 +157,7 @@ ADAPTERS: dict[type[Method], dict[Kind, list[Layout]]] = {
     VBLoRA: {"linear": [_VBLORA], "conv1d": [_VBLORA]},
     UniLoRA: {"linear": [_UNILORA], "conv1d": [_UNILORA]},
     SuperTuning: {"linear": [_SUPER, {**_SUPER, **_SUPRA}]},
+    FRoD: {"linear": [_FROD], "conv1d": [_FROD]},
     PVeRA: {"linear": [_PVERA], "conv1d": [_PVERA]},
     MonteCLoRA: {"linear": [{**_LORA, **_SAMPLER}]},
     BDLoRA: {"linear": _BD_LORA},

@@ -29,7 +29,7 @@ def method_of(config: Config, name: str) -> Method | None:
             return super_tuning(config, _number)
         case "TINYLORA" | "VBLORA" | "UNILORA" | "PEANUT":
             return method_of_form(config, _rank(config, name), _number)
-        case "GRALORA" | "OSF":
+        case "GRALORA" | "OSF" | "FROD":
             return method_of_blocks(config, _number)
         case "IA3":
             return IA3("in" if is_feedforward(config, name) else "out")

@@ -14,6 +14,7 @@ from jlora.io.peft.completeness import check_complete
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, scaled_bias, scaled_biases, to_delta
 from jlora.io.peft.forms import is_shared_name, one_tensor_each
+from jlora.io.peft.frod import together
 from jlora.io.peft.full_weights import check_stored_base, read_full, read_token_rows
 from jlora.io.peft.infer.result import for_weights, unnamed_weights
 from jlora.io.peft.layouts import SUFFIXES
@@ -100,7 +101,7 @@ def read_adapter(
     are_named = config["target_modules"] != "all-linear"
     adapter = {path: update_of(by_index, locations[path], are_named) for path, by_index in collected.items()}
     check_updates(adapter, sites)
-    adapter = {path: to_delta(path, update, base) for path, update in adapter.items()}
+    adapter = {path: to_delta(path, together(update), base) for path, update in adapter.items()}
     adapter = with_output_biases(adapter, content.adapters, content.biases, reader, sites, names)
     adapter |= _implied_biases(adapter, sites, locations, base, names)
     factors = jax.device_put({path: adapter[path].factors for path in sites if path in adapter})

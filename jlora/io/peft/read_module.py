@@ -99,7 +99,7 @@ class ModuleReader:
         }
         arrays |= {factor: self.tensors[shared_name(factor)] for factor in method.shared_arrays}
         if needs_base(method):
-            arrays |= arrays_from_base(method, base_matrix(self.owners[name], self.base, PURPOSE))
+            arrays |= arrays_from_base(method, base_matrix(self.owners[name], self.base, PURPOSE), arrays)
         factors = ModuleFactors(method, 1.0, arrays, axes)
         if isinstance(method, SHiRA):
             check_entries(name, arrays["place"], sizes.axes)

@@ -11,6 +11,7 @@ from jlora.methods import (
     BDLoRA,
     DoRA,
     FourierFT,
+    FRoD,
     GraLoRA,
     KaSA,
     LoHa,
@@ -59,4 +60,5 @@ PEFT_TYPES: dict[type[Method], str] = {
     FourierFT: "FOURIERFT",
     WaveFT: "WAVEFT",
     SHiRA: "SHIRA",
+    FRoD: "FROD",
 }

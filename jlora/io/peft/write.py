@@ -39,6 +39,7 @@ from jlora.methods import (
     OSF,
     DoRA,
     FourierFT,
+    FRoD,
     Full,
     GraLoRA,
     GroupedLoRA,
@@ -210,7 +211,7 @@ def _adapted_modules(adapted: Entries) -> tuple[Config, Tensors]:
             config |= add_pvera(modules, tensors)
         case MonteCLoRA():
             config |= rank_fields(adapted) | add_monteclora(modules, tensors)
-        case SuperTuning() | TinyLoRA() | VBLoRA() | UniLoRA() | PEANuT():
+        case FRoD() | SuperTuning() | TinyLoRA() | VBLoRA() | UniLoRA() | PEANuT():
             config |= add_form(modules, tensors)
         case OFT() | BOFT() | HRA() | RoAd() | DEFT() | PaRa():
             config |= add_maps(modules, tensors)

@@ -38,7 +38,12 @@ def scattered_positions(count: int, seed: int, total: int) -> jax.Array:
         seed: of the random positions inside the ranges.
         total: their limit.
     """
-    borders = np.arange(count + 1, dtype=np.int64) * total // count
+    return scattered(keys(seed, 1)[0], count, total)
+
+
+def scattered(key: jax.Array, count: int, total: int) -> jax.Array:
+    """The same positions from a key."""
+    borders = np.arange(count + 1, dtype=np.int64) * total // max(count, 1)
     length = jnp.asarray(np.diff(borders), jnp.int32)
-    offsets = jax.random.randint(keys(seed, 1)[0], (count,), 0, length)
+    offsets = jax.random.randint(key, (count,), 0, length)
     return jnp.asarray(borders[:-1], jnp.int32) + offsets

@@ -1,0 +1,141 @@
+"""FRoD in PEFT's files: the basis V and the places of the entries, which modules of one category share.
+
+    W' = U (S + diag(l)) V^T    with torch's weights, (out, in)
+
+The file has l and the entries of every module, and V and the places once for each category; PEFT computes U from V and
+the base.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from jlora.io.peft.config import PREFIX, Config
+from jlora.io.peft.method_fields import is_flipped
+from jlora.io.peft.module_entry import ModuleEntry, shared_field
+from jlora.io.peft.tensors import Tensors
+from jlora.methods import FRoD
+from jlora.methods._base import Update
+from jlora.methods._common.digits import from_digits, to_digits
+
+_ROOT = "base_model."
+_SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
+
+
+def category(name: str) -> str:
+    """The category of a module by its name: the last two parts, or the last one if a number is before it."""
+    *before, last = name.split(".")
+    if not before or before[-1].isdigit():
+        return last
+    if before[-2:] == ["attention", "output"] and last == "dense":
+        return "attention_output"
+    return f"{before[-1]}_{last}"
+
+
+def read_frod(config: Config, tensors: Tensors) -> Tensors:
+    """The tensors with V and the places at every module, the places as digits.
+
+    Raises:
+        ValueError: if the file lacks those of a category.
+    """
+    modules = [name.removesuffix(".frod_lambda_l") for name in tensors if name.endswith(".frod_lambda_l")]
+    shared = {
+        name: tensors.pop(name) for name in list(tensors) if name.startswith(tuple(f"{_ROOT}{s}." for s in _SHARED))
+    }
+    for module in modules:
+        names = [f"{_ROOT}{array}.{category(module.removeprefix(PREFIX))}" for array in _SHARED[:2]]
+        if missing := [name for name in names if name not in shared]:
+            raise ValueError(
+                f"The file lacks {missing}, which PEFT computes from the base and draws: save it with "
+                "save_projection=True."
+            )
+        v, (row, column) = shared[names[0]], shared[names[1]].astype(np.int64)
+        tensors |= {f"{module}.frod_V": v, f"{module}.frod_s_indices": to_digits(row * len(v) + column, 4)}
+    return tensors
+
+
+def apart(update: Update) -> Update:
+    """The same update with V and the places for every layer of a stack, as PEFT's modules have them.
+
+    Rows of U that are zero have no entries and no singular values, because PEFT's are rounding errors, not zero.
+    """
+    assert isinstance(update.method, FRoD)
+    method = dataclasses.replace(update.method, shared="none")
+    shapes, frozen = method.shapes(update.axes), {n: np.asarray(a) for n, a in update.frozen.items()}
+    stack = len(update.axes.sizes("*stack"))
+    for name in ("v", "place"):
+        layer = frozen[name].reshape(
+            shapes[name] if frozen[name].size == np.prod(shapes[name]) else shapes[name][stack:]
+        )
+        frozen[name] = np.broadcast_to(layer, shapes[name])
+    is_row = (frozen["u"].reshape(*frozen["l0"].shape, -1) != 0).any(-1)
+    columns = np.asarray(from_digits(frozen["place"])) // is_row.shape[-1]
+    factors = {
+        "l": np.where(is_row, update.factors["l"], frozen["l0"]),
+        "s": np.where(np.take_along_axis(is_row, columns, -1), update.factors["s"], 0),
+    }
+    return dataclasses.replace(update, method=method, factors=factors, frozen=frozen)
+
+
+def together(update: Update) -> Update:
+    """The inverse of `apart` for an update that was read, if all layers have the same V and places."""
+    method, stack = update.method, len(update.axes.sizes("*stack"))
+    if not isinstance(method, FRoD) or update.layers is not None:
+        return update
+    arrays = {name: np.asarray(update.factors[name]) for name in ("v", "place")}
+    first = {name: array[(0,) * stack] for name, array in arrays.items()}
+    if any((arrays[name] != first[name]).any() for name in first):
+        return update
+    shared = dataclasses.replace(method, shared="layers")
+    return dataclasses.replace(update, method=shared, factors={**update.factors, **first})
+
+
+def basis_products(weight: np.ndarray, v: np.ndarray) -> dict[str, np.ndarray]:
+    """U and l0 as PEFT computes them, in float64: also rows that are nothing but rounding errors have length 1.
+
+    Arguments:
+        weight: the base, (in, out).
+        v: V.
+    """
+    wide = v.astype(np.float64)
+    try:
+        product = np.linalg.solve(wide, weight.astype(np.float64))
+    except np.linalg.LinAlgError:
+        product = np.linalg.pinv(wide, rcond=1e-6) @ weight.astype(np.float64)
+    length = np.linalg.norm(product, axis=1)
+    is_row = length > 1e-12
+    u = np.where(is_row[:, None], product / np.where(is_row, length, 1)[:, None], 0)
+    return {"u": u.astype(np.float32), "l0": length.astype(np.float32)}
+
+
+def add_frod(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
+    """Moves V and the places from the modules to their categories, and gives the configuration.
+
+    Raises:
+        ValueError: if those of a category differ.
+    """
+    for name in entries:
+        kind = category(name)
+        v, digits = (tensors.pop(f"{PREFIX}{name}.{array}") for array in _SHARED[:2])
+        place = np.asarray(from_digits(digits)).astype(np.int64)
+        arrays = (v, np.stack([place // len(v), place % len(v)]), np.array([len(v)] * 2, np.int64))
+        new = {f"{_ROOT}{array}.{kind}": value for array, value in zip(_SHARED, arrays, strict=True)}
+        if any(key in tensors and not np.array_equal(tensors[key], value) for key, value in new.items()):
+            raise ValueError(
+                f"{name} has another V, or other places, than the modules before it, and PEFT has one for all modules "
+                f'of its category, {kind}. Adapt them with jlora.FRoD(shared="weights", group={kind!r}), or merge the '
+                "adapter."
+            )
+        tensors |= new
+    return {
+        "bias": "none",
+        "fan_in_fan_out": is_flipped(entries),
+        "frod_dropout": shared_field(entries, "dropout"),
+        "init_weights": True,
+        "modules_to_save": None,
+        "projection_prng_key": 0,
+        "regularization_alpha": shared_field(entries, "ridge"),
+        "save_projection": True,
+        "sparse_rate": shared_field(entries, "density"),
+    }
