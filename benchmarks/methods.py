@@ -94,6 +94,7 @@ METHODS: dict[str, tuple[jlora.Method, Limits]] = {
     "C3A": (jlora.C3A(128), Limits(kernel=False)),
     "RandLoRA": (jlora.RandLoRA(RANK), Limits(flops=1.55, kernel=False)),
     "SHiRA": (jlora.SHiRA(RANK), Limits(kernel=False)),
+    "FRoD": (jlora.FRoD(), NO_LIMITS),
     "Super-Tuning": (jlora.SuperTuning(), Limits(kernel=False)),
     "Full": (jlora.Full(), NO_LIMITS),
 }

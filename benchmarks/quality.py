@@ -80,6 +80,7 @@ METHODS: dict[str, tuple[jlora.Method, float]] = {
     "WaveFT": (jlora.WaveFT(9216), 1e-2),
     "C3A": (jlora.C3A(32), 1e-1),
     "RandLoRA": (jlora.RandLoRA(24, 48.0), 2e-3),
+    "FRoD": (jlora.FRoD(0.06), 5e-3),
     "Super-Tuning": (jlora.SuperTuning(0.95), 5e-3),
     "SHiRA": (jlora.SHiRA(8), 5e-3),
 }

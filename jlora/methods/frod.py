@@ -37,7 +37,8 @@ class FRoD(Method):
 
         [W_1; ...; W_k] = [Q_1; ...; Q_k] R,    V = R^T E,    E the eigenvectors of mean_i (Q_i^T Q_i + ridge I)^-1
 
-    If they have fewer rows than columns together, V has their right singular vectors, and any basis of the rest.
+    Of one weight alone V is R^T. If the weights have fewer rows than columns together, V has their right singular
+    vectors, and any basis of the rest.
 
     V takes in^2 numbers, and U as many as the weight. In units of 4 T in out, the FLOPs of the base for T rows, a step
     adds 1/2 + (in / T) (1 + min(in, out) / out) to the base: the gradient of the whole weight, and products with V and
@@ -145,8 +146,9 @@ class FRoD(Method):
         entries = Placed(n_in, n_in, self.sizes(update.axes)["entries"])
         sparse = jnp.vectorize(entries.matrix, signature="(e),(e,d)->(n,n)")
         diagonal = jnp.vectorize(jnp.diag, signature="(n)->(n,n)")
-        middle = sparse(update["s"], update["place"]) + diagonal(update["l"] - update["l0"])
-        v, u = update.joined("v"), update.joined("u")
+        place = jnp.broadcast_to(update["place"], (*update["s"].shape, update["place"].shape[-1]))
+        middle = sparse(update["s"], place) + diagonal(update["l"] - update["l0"])
+        v, u = jnp.broadcast_to(update.joined("v"), middle.shape), update.joined("u")
         if n_out <= n_in:
             return add_matrix(w, update, _matmul(v, _matmul(middle, u)), update.scale)
         return add_matrix(w, update, _matmul(_matmul(v, middle), u), update.scale)
@@ -176,6 +178,8 @@ def joint_basis(weights: Sequence[jax.Array], ridge: float) -> tuple[jax.Array, 
         v = jnp.linalg.svd(stacked, full_matrices=True)[2].T
         return v, [_matmul(v.T, weight) for weight in weights]
     q, r = jnp.linalg.qr(stacked)
+    if len(weights) == 1:  # Q^T Q = I has any eigenvectors
+        return r.T, [q.T]
     parts, start = [], 0
     for count in rows:
         parts.append(q[start : start + count])
