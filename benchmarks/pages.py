@@ -6,14 +6,16 @@ A page has the comment `<!-- table: NAME -->` above a table and `<!-- end of the
 page and its result file differ.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import _measure, _plan_report, features_peft, methods
+from benchmarks import _measure, _plan_report, features, features_peft, methods
 
 METHODS_PAGES = Path(__file__).parents[1] / "jlora" / "methods"
 GPU_PAGE = Path(__file__).parent / "gpus.md"
+PEERS_PAGE = Path(__file__).parent / "peers.md"
 END = "<!-- end of the table -->"
 
 FORMS = {
@@ -79,6 +81,10 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "costs": (METHODS_PAGES / "costs.md", costs),
     "beside PEFT": (METHODS_PAGES / "costs.md", beside_peft),
     "features": (METHODS_PAGES / "scope.md", features_peft.table),
+    "libraries": (PEERS_PAGE, features.versions),
+    "outcomes": (PEERS_PAGE, features.counts),
+    "kinds of weight": (PEERS_PAGE, functools.partial(features.table, "weights")),
+    "kinds of program": (PEERS_PAGE, functools.partial(features.table, "programs")),
     "smallest numbers of GPUs": (GPU_PAGE, plans(_plan_report.gpu_table)),
     "programs for GPUs": (GPU_PAGE, plans(_plan_report.kernel_table)),
 }
