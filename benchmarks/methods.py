@@ -74,8 +74,8 @@ METHODS: dict[str, tuple[jlora.Method, Limits]] = {
     "HRA": (jlora.HRA(RANK), LOW_RANK),
     "IA3": (jlora.IA3(), LOW_RANK),
     "TinyLoRA": (jlora.TinyLoRA(RANK), LOW_RANK),
-    "VB-LoRA": (jlora.VBLoRA(RANK), LOW_RANK),
-    "Uni-LoRA": (jlora.UniLoRA(RANK, 4096), LOW_RANK),
+    "VB-LoRA": (jlora.VBLoRA(RANK // 2), LOW_RANK),  # of twice the rank, for what is subtracted
+    "Uni-LoRA": (jlora.UniLoRA(RANK // 2, 4096), LOW_RANK),
     "MonteCLoRA": (jlora.MonteCLoRA(RANK), LOW_RANK),
     "PVeRA": (jlora.PVeRA(RANK), LOW_RANK),
     "PEANuT": (jlora.PEANuT(RANK), Limits(kernel=False)),

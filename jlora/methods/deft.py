@@ -62,9 +62,9 @@ class DEFT(Method):
     def init(self, key: jax.Array, site: Site, dtype: DTypeLike, base: jax.Array | None) -> dict[str, jax.Array]:
         assert base is not None
         _, n_out = in_out(site)
-        p = stacked(normal(0.02), key, site.sizes("stack"), (self.rank, n_out), jnp.float32)
+        p = stacked(normal(0.02), key, site.sizes("stack"), (self.rank, n_out), jnp.float32).astype(dtype)
         r = subspaces.image(as_matrix(base, site.roles), p, self.projection) / self.scale
-        return {"p": p.astype(dtype), "r": r.astype(dtype)}
+        return {"p": p, "r": r.astype(dtype)}
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         p, r = update.joined("p"), update.joined("r")

@@ -50,6 +50,11 @@ class PSOFT(Method):
     out_gain: bool = switch(True)
     dropout: float = fraction(0.0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank == 1 and not (self.in_gain or self.out_gain):
+            raise ValueError("PSOFT of rank 1 without gains would train nothing: raise the rank, or set a gain.")
+
     @property
     def frozen(self) -> tuple[str, ...]:
         return ("a", "b")

@@ -50,10 +50,8 @@ class RoAd(Method):
         if self.variant not in (1, 2, 4):
             raise ValueError(f"RoAd's variant is 1, 2 or 4, not {self.variant}.")
         if self.group % 2:
-            raise ValueError(
-                f"RoAd's group is even, since it consists of pairs: {self.group - 1} or {self.group + 1} would do, not "
-                f"{self.group}."
-            )
+            even = " or ".join(str(n) for n in (self.group - 1, self.group + 1) if n)
+            raise ValueError(f"RoAd's group is even, since it consists of pairs: {even} would do, not {self.group}.")
 
     def sizes(self, axes: WeightAxes) -> Mapping[str, int]:
         return {"groups": axes.count("*out") // self.group, "numbers": self.variant * self.group // 2}

@@ -47,6 +47,13 @@ class SuperTuning(Method):
     alpha: float | None = nonzero(None)
     merge_in_16_bits: bool = switch(False)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank is None and self.alpha is not None:
+            raise ValueError(
+                f"SuperTuning has alpha {self.alpha} and no LoRA that it scales: set a rank, or leave it out."
+            )
+
     @property
     def frozen(self) -> tuple[str, ...]:
         return ("place",)

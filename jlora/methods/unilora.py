@@ -17,7 +17,7 @@ from jlora.methods._base import Method, Update
 from jlora.methods._common import random_matrices
 from jlora.methods._common.digits import count_digits, from_digits, to_digits
 from jlora.methods._common.factor_axes import WeightAxes
-from jlora.methods._common.hyperparameters import fraction, integer, optional, positive_integer, text
+from jlora.methods._common.hyperparameters import fraction, integer, optional, positive_integer, switch, text
 from jlora.methods._common.initializers import uniform_within
 from jlora.methods._common.matrices import rank_too_high
 from jlora.methods._common.networks import add_network
@@ -36,7 +36,8 @@ class UniLoRA(Method):
     saved. An update that was read from a file of PEFT holds its indices (`seed=None`), because that library draws them
     in the order of its modules.
 
-    A B is not zero at the start, as in the paper: `offset=True` makes the program equal the base there.
+    A B is not zero at the start. So the initial product is subtracted by default, at the cost of twice the rank; with
+    `offset=False`, as in the paper and in files of PEFT, the program does not start at the base.
 
     Arguments:
         rank: the rank of the update.
@@ -44,6 +45,7 @@ class UniLoRA(Method):
         seed: of the indices; None if the update holds them.
         group: a name: weights whose methods differ in it do not share.
         dropout: the dropout rate of the branch's input, in [0, 1).
+        offset: whether the program equals the base at the start.
 
     Li et al. 2025, Uni-LoRA: One Vector is All You Need, arXiv:2506.00799.
     """
@@ -53,6 +55,7 @@ class UniLoRA(Method):
     seed: int | None = optional(integer(0))
     group: str = text("")
     dropout: float = fraction(0.0)
+    offset: bool = dataclasses.field(default=True, kw_only=True, metadata=switch(True).metadata)
 
     @property
     def frozen(self) -> tuple[str, ...]:

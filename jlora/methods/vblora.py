@@ -11,7 +11,7 @@ from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common.factor_axes import WeightAxes
-from jlora.methods._common.hyperparameters import fraction, positive_integer, text
+from jlora.methods._common.hyperparameters import fraction, positive_integer, switch, text
 from jlora.methods._common.initializers import Initializer, normal, uniform_within
 from jlora.methods._common.matrices import rank_too_high
 from jlora.methods._common.networks import add_network
@@ -28,7 +28,8 @@ class VBLoRA(Method):
     bank: (vectors, length), shared by all weights of an adapter with an equal method; one of the updates holds it. If
     the length does not divide a side of the weight, the last piece is cut.
 
-    A B is not zero at the start, as in the paper: `offset=True` makes the program equal the base there.
+    A B is not zero at the start. So the initial product is subtracted by default, at the cost of twice the rank; with
+    `offset=False`, as in the paper and in files of PEFT, the program does not start at the base.
 
     Arguments:
         rank: the rank of the update.
@@ -37,6 +38,7 @@ class VBLoRA(Method):
         topk: how many vectors are mixed in each piece.
         group: a name: weights whose methods differ in it do not share.
         dropout: the dropout rate of the branch's input, in [0, 1).
+        offset: whether the program equals the base at the start.
 
     Li, Han & Ji 2024, VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks, arXiv:2405.15179.
     """
@@ -47,6 +49,7 @@ class VBLoRA(Method):
     topk: int = positive_integer(2)
     group: str = text("")
     dropout: float = fraction(0.0)
+    offset: bool = dataclasses.field(default=True, kw_only=True, metadata=switch(True).metadata)
 
     factors = {
         "a": "*stack in_pieces rank vectors",

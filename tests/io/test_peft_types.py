@@ -82,7 +82,7 @@ def test_an_adapter_is_written_as_peft_has_read_it(name, tmp_path):
 
 def test_what_peft_cannot_share_is_written_as_lora(tmp_path):
     """Two groups, a scale, or an offset: PEFT shares one array among all modules and has no scale."""
-    targets = {"layers/kernel": jlora.VBLoRA(2, 5, 4, group="a"), "out/kernel": jlora.VBLoRA(2, 5, 4, group="b")}
+    targets = {path: jlora.VBLoRA(2, 5, 4, group=path, offset=False) for path in ("layers/kernel", "out/kernel")}
     adapter = jlora.init(jnp.zeros(2, jnp.uint32), SITES, targets)
     notes = jlora.peft.save(tmp_path / "groups", adapter, peft_types.NAMES)
     assert len(notes) == 2

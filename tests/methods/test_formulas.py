@@ -32,9 +32,9 @@ def program(w: jax.Array, x: jax.Array) -> jax.Array:
     return x @ w
 
 
-def new(method: jlora.Method, w: np.ndarray = W) -> jlora.Update:
+def new(method: jlora.Method, w: np.ndarray = W, dtype: Any = jnp.float32) -> jlora.Update:
     sites = jlora.trace(program, w, np.ones((3, len(w)), np.float32))
-    return jlora.init(KEY, sites, {"": method}, params=jnp.asarray(w))[""]
+    return jlora.init(KEY, sites, {"": method}, params=jnp.asarray(w), dtype=dtype)[""]
 
 
 def random(update: jlora.Update) -> tuple[jlora.Update, dict[str, np.ndarray]]:
@@ -184,3 +184,25 @@ def test_gains_and_shifts_of_glora(gain: str, shift: str) -> None:
     if gain == "none":
         with pytest.raises(ValueError, match="train nothing"):
             jlora.GLoRA(2, "none", "none")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        (jlora.RoAd, {"group": 1}, r"pairs: 2 would do, not 1"),
+        (jlora.SuperTuning, {"alpha": 2.0}, "no LoRA that it scales: set a rank"),
+        (jlora.PSOFT, {"rank": 1, "in_gain": False, "out_gain": False}, "would train nothing: raise the rank"),
+    ],
+)
+def test_hyper_parameters_that_have_no_effect_raise(method: type, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        method(**options)
+
+
+def test_deft_starts_at_the_base_for_factors_of_few_bits() -> None:
+    """R is that of the rounded P."""
+    update = new(jlora.DEFT(2, projection="qr"), W, jnp.bfloat16)
+    p = np.asarray(update.factors["p"], np.float64)
+    np.testing.assert_allclose(
+        np.asarray(update.factors["r"], np.float64), W @ np.linalg.pinv(p), rtol=2**-8, atol=1e-6
+    )

@@ -26,7 +26,6 @@ NAMES = sorted(METHODS)
 
 # One method of every form in the default run, with a sixth of the others; all in the nightly run.
 FORMS = {"lora", "additive", "delora", "dora", "full", "hadamard_sigmoid", "hra", "ia3_in", "lokr_both", "oft"}
-STARTS_ELSEWHERE = {"unilora", "vblora"}  # without an offset
 MULTIPLICATIVE = {"boft", "dora", "glora", "glora_lora", "ia3", "ia3_in", "oft", "oft_shared", "road", "road_4"}
 DEPENDS_ON_WEIGHT = {"deft", "deft_qr", "delora", "dora", "glora_lora", "hira", "hra", "para", "peanut", "peanut_deep"}
 
@@ -82,7 +81,7 @@ def assert_close(got: Any, want: Any, tolerance: float) -> None:
 @pytest.mark.parametrize("name", drawn_cases("new adapter"))
 def test_a_new_adapter_leaves_the_base_program_unchanged_and_gets_a_gradient(name):
     params = toy_model.params()
-    adapter = adapter_of(name, offset=True) if name in STARTS_ELSEWHERE else adapter_of(name)
+    adapter = adapter_of(name)
     y, gradient = derivative(params, adapter)
     assert_close(y, base(params), 3e-6)
     for path, update in gradient.items():

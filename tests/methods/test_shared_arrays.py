@@ -18,8 +18,8 @@ from tests.support.checkpoints import same
 
 METHODS = {
     "v": jlora.TinyLoRA(2, 3),
-    "bank": jlora.VBLoRA(2, 5, 3),
-    "theta": jlora.UniLoRA(2, 7),
+    "bank": jlora.VBLoRA(2, 5, 3, offset=False),
+    "theta": jlora.UniLoRA(2, 7, offset=False),
 }
 EACH = pytest.mark.parametrize(
     ("name", "method"),
@@ -213,7 +213,7 @@ def test_unilora_keeps_lengths():
     def program(params: Any, x: jax.Array) -> jax.Array:
         return x @ params["column"] @ params["row"]
 
-    adapter = jlora.init(KEY, jlora.trace(program, params, jnp.ones((2, 8))), jlora.UniLoRA(1, 3))
+    adapter = jlora.init(KEY, jlora.trace(program, params, jnp.ones((2, 8))), jlora.UniLoRA(1, 3, offset=False))
     theta = jnp.asarray([1.0, 2.0, -3.0])
     holder = dataclasses.replace(adapter["column"], factors={"theta": theta})
     merged = jlora.merge(params, adapter | {"column": holder})

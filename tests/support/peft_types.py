@@ -24,8 +24,8 @@ NAMES = {
 
 EXPORTS: dict[str, jlora.Method | dict[str, jlora.Method]] = {
     "tinylora": jlora.TinyLoRA(2, 3),
-    "vblora": jlora.VBLoRA(2, 5, 4),
-    "unilora": jlora.UniLoRA(2, 300),
+    "vblora": jlora.VBLoRA(2, 5, 4, offset=False),
+    "unilora": jlora.UniLoRA(2, 300, offset=False),
     "pvera": jlora.PVeRA(3),
     "monteclora": jlora.MonteCLoRA(3, 5.0, samples=4),
     "super_tuning": jlora.SuperTuning(0.8),

@@ -23,10 +23,11 @@ def method_of_form(config: Config, rank: int, number: Callable[[Any, str], float
             return TinyLoRA(rank, config["u"], dropout=number(config.get("tinylora_dropout", 0.0), "tinylora_dropout"))
         case "VBLORA":
             dropout = number(config.get("vblora_dropout", 0.0), "vblora_dropout")
-            return VBLoRA(rank, config["num_vectors"], config["vector_length"], config.get("topk", 2), dropout=dropout)
+            vectors, length, topk = config["num_vectors"], config["vector_length"], config.get("topk", 2)
+            return VBLoRA(rank, vectors, length, topk, dropout=dropout, offset=False)
         case "UNILORA":
             dropout = number(config.get("unilora_dropout", 0.0), "unilora_dropout")
-            return UniLoRA(rank, config["theta_d_length"], None, dropout=dropout)
+            return UniLoRA(rank, config["theta_d_length"], None, dropout=dropout, offset=False)
         case _:
             scaling = number(config.get("scaling", 1.0), "scaling")
             return PEANuT(rank, config.get("depth", 0), config.get("act_fn", "relu"), scaling)
