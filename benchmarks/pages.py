@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import _measure, _plan_report, features, features_peft, methods
+from benchmarks import _measure, _plan_report, features, features_peft, methods, peers
 
 METHODS_PAGES = Path(__file__).parents[1] / "jlora" / "methods"
 GPU_PAGE = Path(__file__).parent / "gpus.md"
@@ -81,6 +81,7 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "costs": (METHODS_PAGES / "costs.md", costs),
     "beside PEFT": (METHODS_PAGES / "costs.md", beside_peft),
     "features": (METHODS_PAGES / "scope.md", features_peft.table),
+    "steps": (PEERS_PAGE, peers.table),
     "libraries": (PEERS_PAGE, features.versions),
     "outcomes": (PEERS_PAGE, features.counts),
     "kinds of weight": (PEERS_PAGE, functools.partial(features.table, "weights")),

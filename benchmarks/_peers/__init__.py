@@ -1,1 +1,1 @@
-"""Other libraries, each tried in an environment of its own: `benchmarks.features` runs these modules."""
+"""Other libraries, each in an environment of its own: `benchmarks.features` and `benchmarks.peers` run them."""
