@@ -209,20 +209,28 @@ def measure(form: str, options: argparse.Namespace) -> tuple[dict[str, Any], lis
     items = _measure.progress(steps.items(), f"compiling, {form}")
     programs = {name: _measure.compile(run, *args) for name, (run, args) in items}
     seconds = _measure.interleave({name: program.run for name, program in programs.items()}, options.rounds)
-    lora = programs["LoRA"]
-    rows = {
-        name: {
-            "parameters": sum(f.size for update in adapters[name].values() for f in update.factors.values()),
-            "flops": program.flops / lora.flops,
-            "temp_bytes": program.temp_bytes / lora.temp_bytes,
-            "seconds": _measure.median(seconds[name]),
-            "of_lora": _measure.ratio(seconds, name, "LoRA") if options.rounds else None,
-            "dense": bool(jlora.explain(problem.forward, problem.params, adapters[name], problem.batch).dense),
-        }
-        for name, program in programs.items()
-    }
+    rows = {name: row_of(name, problem, adapters[name], programs, seconds) for name in programs}
     bars = [bar for name in names for bar in bars_of(name, form, rows[name], steps[name], options.width)]
     return rows, bars
+
+
+def row_of(
+    name: str,
+    problem: Problem,
+    adapter: jlora.Adapter,
+    programs: dict[str, _measure.Program],
+    seconds: dict[str, list[float]],
+) -> dict[str, Any]:
+    """The figures of one method, in units of LoRA's."""
+    program, lora = programs[name], programs["LoRA"]
+    return {
+        "parameters": sum(f.size for update in adapter.values() for f in update.factors.values()),
+        "flops": program.flops / lora.flops,
+        "temp_bytes": program.temp_bytes / lora.temp_bytes,
+        "seconds": _measure.median(seconds[name]),
+        "of_lora": _measure.ratio(seconds, name, "LoRA") if seconds[name] else None,
+        "dense": bool(jlora.explain(problem.forward, problem.params, adapter, problem.batch).dense),
+    }
 
 
 def bars_of(name: str, form: str, row: dict[str, Any], program: Program, width: int) -> list[Bar]:

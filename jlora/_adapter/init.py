@@ -14,8 +14,9 @@ from jlora._ir.explicit_mesh import explicit_axes, under_auto_axes
 from jlora._trace.sites import Sites
 from jlora._tree.leaves import as_array
 from jlora._tree.paths import named_leaves, path_number
-from jlora.methods._base import Adapter, Method, Update, new_arrays
+from jlora.methods._base import Adapter, Method, Update
 from jlora.methods._common.layers import layer_axis, layers_of, numbers_of_layers
+from jlora.methods._new_arrays import new_arrays
 from jlora.methods._sharing import share
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from jlora._ir.weight import AdaptedWeight
 from jlora._tree.short_forms import short_arrays, short_call
 from jlora.methods import _registry
 from jlora.methods._common import factor_axes, hyperparameters, networks
+from jlora.methods._common.axis_sizes import AxisSizes, stack_sizes
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.initializers import Initializer, stacked
 from jlora.methods._common.layers import checked_layers, layer_axis, layers_of, numbers_of_layers
@@ -265,7 +265,9 @@ class Method:
             raise TypeError(f"{type(self).__name__} declares no initialiser for {missing or 'any factor'}: add it.")
         keys = jax.random.split(key, max(len(declared), 1))
         return {
-            name: stacked(initializers[name], k, _stack(text, axes), factor_axes.layer_shape(text, axes, sizes), dtype)
+            name: stacked(
+                initializers[name], k, stack_sizes(text, axes), factor_axes.layer_shape(text, axes, sizes), dtype
+            )
             for (name, text), k in zip(declared.items(), keys, strict=False)
         }
 
@@ -289,47 +291,5 @@ class Method:
             w = networks.add_network(w, update, terms, self.scale * update.scale)
         return w
 
-    def _all_sizes(self, axes: WeightAxes) -> "_Sizes":
-        return _Sizes(self, self.sizes(axes))
-
-
-class _Sizes(dict[str, int]):
-    """The sizes of the axes of a method; those that it does not compute are fields of the same name."""
-
-    def __init__(self, method: Method, sizes: Mapping[str, int]) -> None:
-        super().__init__(sizes)
-        self._method = method
-
-    def __missing__(self, axis: str) -> int:
-        size = getattr(self._method, axis, None)
-        if not isinstance(size, int):
-            name = type(self._method).__name__
-            raise ValueError(
-                f"{name} declares the axis {axis!r} without a size: add a field of that name, or override `sizes`."
-            )
-        return size
-
-
-def _stack(declared: str, axes: WeightAxes) -> tuple[int, ...]:
-    return next((axes.sizes(token) for token in declared.split() if token in factor_axes.STACKS), ())
-
-
-def new_arrays(
-    method: Method, key: jax.Array, site: Site, dtype: DTypeLike, base: jax.Array | None
-) -> dict[str, jax.Array]:
-    """The arrays of `method.init`, in the declared shapes.
-
-    Raises:
-        ValueError: if a declared array is missing, an array is not declared, or it has another number of entries.
-    """
-    arrays, shapes = method.init(key, site, dtype, base), method.shapes(WeightAxes.of(site))
-    if not shapes:  # a method without declarations
-        return arrays
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    if {name: array.size for name, array in arrays.items()} != sizes:
-        returned = {name: tuple(array.shape) for name, array in arrays.items()}
-        raise ValueError(
-            f"{site.path} {site.shape}: {type(method).__name__}.init returned arrays of the shapes {returned}, but the "
-            f"method declares {shapes}. Change `init` or `factors`."
-        )
-    return {name: array.reshape(shapes[name]) for name, array in arrays.items()}
+    def _all_sizes(self, axes: WeightAxes) -> AxisSizes:
+        return AxisSizes(self, self.sizes(axes))

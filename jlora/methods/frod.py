@@ -20,7 +20,7 @@ from jlora.methods._common.hyperparameters import choice, fraction, nonzero, tex
 from jlora.methods._common.linalg import inverse
 from jlora.methods._common.matrices import as_matrix, in_out
 from jlora.methods._common.networks import add_matrix
-from jlora.methods._common.structures import Placed
+from jlora.methods._common.sparse_structures import Placed
 
 
 @final

@@ -16,7 +16,7 @@ from jlora.methods._common.hyperparameters import integer, optional, positive_in
 from jlora.methods._common.initializers import zeros
 from jlora.methods._common.matrices import in_out, too_many_entries
 from jlora.methods._common.networks import add_matrix, add_structure
-from jlora.methods._common.structures import Scattered, scattered_matrix
+from jlora.methods._common.sparse_structures import Scattered, scattered_matrix
 
 _DIGITS = 3
 

@@ -17,7 +17,7 @@ from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import fraction, nonzero, positive_integer, scale_of, switch
 from jlora.methods._common.matrices import as_matrix, in_out, rank_too_high
 from jlora.methods._common.networks import add_network, add_structure
-from jlora.methods._common.structures import Placed
+from jlora.methods._common.sparse_structures import Placed
 from jlora.methods.lora import LoRA
 
 

@@ -38,8 +38,7 @@ def leaves(tree: Any) -> dict[str, np.ndarray]:
 def members() -> dict[str, dict[str, jlora.Update]]:
     """Three adapters: of other ranks and scales, a start that is subtracted, fewer targets, and a bias."""
     stabilised = toy_model.adapter(jlora.LoRA(3, 4.0, rank_stabilized=True), seed=1)
-    methods_of_offset = {"mix/kernel": jlora.LoRA(2, start="pissa"), "layers/up": jlora.LoRA(1, 2.0)}
-    offset = drawn(methods_of_offset, 2)
+    offset = drawn({"mix/kernel": jlora.LoRA(2, start="pissa"), "layers/up": jlora.LoRA(1, 2.0)}, 2)
     biased = drawn({".*/(kernel|up)": jlora.LoRA(2, 3.0), ".*bias": jlora.Full()}, 3)
     return {"stabilised": jlora.scale(stabilised, 0.5), "offset": offset, "biased": biased}
 

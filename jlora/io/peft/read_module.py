@@ -22,11 +22,12 @@ from jlora.io.peft.method_fields import is_unscaled, method_of
 from jlora.io.peft.plain_forms import parameter_of, plain
 from jlora.io.peft.pvera import read_pvera
 from jlora.io.peft.structured import check_entries
-from jlora.io.peft.tensors import Tensors, from_file, sizes_of
+from jlora.io.peft.tensors import Sizes, Tensors, from_file, sizes_of
 from jlora.io.peft.vera import read_vera
 from jlora.io.torch.factor_layout import ModuleFactors, flat_axes, own_sizes
-from jlora.io.torch.weight_location import Owners
+from jlora.io.torch.weight_location import Owners, WeightLocation
 from jlora.methods import OSF, LoKr, PVeRA, QALoRA, SHiRA, VeRA
+from jlora.methods._base import Method
 
 _LAYERS = ("linear", "conv1d")
 _OSF_VALUES = "osf_svd_params.S_low"
@@ -67,19 +68,12 @@ class ModuleReader:
 
     def _factors(self, name: str, by_suffix: Tensors) -> ModuleFactors | None:
         location = self.owners[name][0].location
-        if is_map(self.config):
-            method, by_suffix = method_and_tensors(self.config, name, by_suffix)
-        else:
-            method = method_of(self.config, parameter_of(self.config, name))
+        method, by_suffix = self._method(name, location, by_suffix)
         if not location.is_matrix:
             raise ValueError(f"The file adapts {name}, and {location.path} {location.weight.shape} is not a matrix.")
         if method is None:
             check_empty(name, by_suffix)
             return None
-        if isinstance(method, LoKr):
-            method = with_usual_split(method, location)
-        if isinstance(method, OSF) and _OSF_VALUES in by_suffix:  # the configuration has how many are not trained
-            method = dataclasses.replace(method, rank=max(by_suffix[_OSF_VALUES].size, 1))
         by_suffix = plain(self.config, name, by_suffix, location.module.kind, location.kernel)
         axes, kind = flat_axes(method, location), location.module.kind
         own = {factor: names for factor, names in axes.items() if factor not in absent_arrays(method)}
@@ -100,7 +94,22 @@ class ModuleReader:
         arrays |= {factor: self.tensors[shared_name(factor)] for factor in method.shared_arrays}
         if needs_base(method):
             arrays |= arrays_from_base(method, base_matrix(self.owners[name], self.base, PURPOSE), arrays)
-        factors = ModuleFactors(method, 1.0, arrays, axes)
+        return self._finished(name, ModuleFactors(method, 1.0, arrays, axes), sizes)
+
+    def _method(self, name: str, location: WeightLocation, by_suffix: Tensors) -> tuple[Method | None, Tensors]:
+        """The method of a module, with the hyper-parameters that its tensors show, and the tensors."""
+        if is_map(self.config):
+            return method_and_tensors(self.config, name, by_suffix)
+        method = method_of(self.config, parameter_of(self.config, name))
+        if isinstance(method, LoKr) and location.is_matrix:
+            method = with_usual_split(method, location)
+        if isinstance(method, OSF) and _OSF_VALUES in by_suffix:  # the configuration has how many are not trained
+            method = dataclasses.replace(method, rank=max(by_suffix[_OSF_VALUES].size, 1))
+        return method, by_suffix
+
+    def _finished(self, name: str, factors: ModuleFactors, sizes: Sizes) -> ModuleFactors:
+        """The factors with what PEFT leaves out or computes in another way."""
+        method, arrays = factors.method, factors.arrays
         if isinstance(method, SHiRA):
             check_entries(name, arrays["place"], sizes.axes)
         if isinstance(method, PVeRA):

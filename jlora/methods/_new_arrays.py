@@ -1,0 +1,31 @@
+"""The arrays of a new update, checked against what its method declares."""
+
+import math
+
+import jax
+from jax.typing import DTypeLike
+
+from jlora._interpreter.site import Site
+from jlora.methods._base import Method
+from jlora.methods._common.factor_axes import WeightAxes
+
+
+def new_arrays(
+    method: Method, key: jax.Array, site: Site, dtype: DTypeLike, base: jax.Array | None
+) -> dict[str, jax.Array]:
+    """The arrays of `method.init`, in the declared shapes.
+
+    Raises:
+        ValueError: if a declared array is missing, an array is not declared, or it has another number of entries.
+    """
+    arrays, shapes = method.init(key, site, dtype, base), method.shapes(WeightAxes.of(site))
+    if not shapes:  # a method without declarations
+        return arrays
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    if {name: array.size for name, array in arrays.items()} != sizes:
+        returned = {name: tuple(array.shape) for name, array in arrays.items()}
+        raise ValueError(
+            f"{site.path} {site.shape}: {type(method).__name__}.init returned arrays of the shapes {returned}, but the "
+            f"method declares {shapes}. Change `init` or `factors`."
+        )
+    return {name: array.reshape(shapes[name]) for name, array in arrays.items()}
