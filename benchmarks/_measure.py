@@ -141,7 +141,9 @@ def run_forms(
     measure: Callable[[str, argparse.Namespace], tuple[dict[str, Any], list[Bar]]],
     show: Callable[[str, dict[str, Any], list[Bar]], None],
 ) -> None:
-    """Measures and prints every form that the options name, and saves the figures if there are timed rounds.
+    """Measures and prints every form that the options name, and saves the figures.
+
+    Without timed rounds they are saved in a file of the user's choice alone, so that no result loses its times.
 
     Arguments:
         options: with `forms`, `rounds` and `out`; all but `out` are recorded in the result file.
@@ -155,7 +157,7 @@ def run_forms(
         rows, bars = measure(form, options)
         show(form, rows, bars)
         result[form] = {key: rows, "bars": [asdict(bar) | {"passed": bar.passed} for bar in bars]}
-        if options.rounds:
+        if options.rounds or options.out.parent.resolve() != RESULTS.resolve():
             save(options.out, result)
 
 

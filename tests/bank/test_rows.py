@@ -31,12 +31,13 @@ PARAMS = {
 
 @functools.cache
 def bank_of(method: Any, count: int = 3) -> jlora.bank.Bank:
-    """Members with random factors, and one that has no update for `down`."""
+    """Members with random factors, and one that has no update for `down` unless the weights share arrays."""
     sites = jlora.trace(mlp, PARAMS, jax.ShapeDtypeStruct((1, 6), jnp.float32))
     targets = {path: fitting(method, sites[path]) if isinstance(method, str) else method for path in sites.adaptable}
     shapes = jax.eval_shape(lambda: jlora.init(jax.random.key(0), sites, targets, params=PARAMS))
     members = {f"member {k}": toy_model.nonzero(shapes, k) for k in range(count)}
-    del members["member 1"]["down"]
+    if not any(update.method.shared_arrays for update in shapes.values()):
+        del members["member 1"]["down"]
     return jlora.bank.stack(members, params=PARAMS)
 
 

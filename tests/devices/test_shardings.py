@@ -91,7 +91,10 @@ def test_factors_of_a_weight_in_numpy_are_placed_on_the_default_device():
 
 # Sizes that no rank, number of blocks or number of coefficients of the methods has by chance.
 LAYERS, IN, OUT = 12, 20, 28
-SHORTER = ("randlora", "b")  # its last axis has the length of the shorter side, but is neither side
+# Axes that have the length of one side, but are neither side: of the shorter side, and of the basis of FRoD.
+FROD = {"l": -1, "l0": -1, "u": -2, "v": -1}
+NEITHER = {("randlora", "b"): -1}
+NEITHER |= {(f"frod{kind}", name): axis for kind in ("", "_apart") for name, axis in FROD.items()}
 DIVIDED = {"bd_lora": OUT, "bd_lora_in": IN}
 STACK = {"up": PartitionSpec("x", "y", None), "down": PartitionSpec(None, "y", "x"), "mix": PartitionSpec("y", "x")}
 
@@ -119,10 +122,13 @@ def test_an_axis_as_long_as_one_of_the_weight_is_sharded_as_that_axis(name):
     for path, update in updates.items():
         mesh_axis = dict(zip(shapes[path], STACK[path], strict=True))
         if name in DIVIDED:  # its two blocks are parts of a side; `down` is used as its transpose
-            mesh_axis[2] = mesh_axis[DIVIDED[name] if path != "down" else {IN: OUT, OUT: IN}[DIVIDED[name]]]
+            along = mesh_axis[DIVIDED[name] if path != "down" else {IN: OUT, OUT: IN}[DIVIDED[name]]]
+            mesh_axis[2] = along if along and 2 % mesh.shape[along] == 0 else None
         for group in ("factors", "frozen"):
             for array, axes in getattr(update, group).items():
-                lengths = axes.shape if (name, array) != SHORTER else (*axes.shape[:-1], 0)
+                lengths = list(axes.shape)
+                if (name, array) in NEITHER:
+                    lengths[NEITHER[name, array]] = 0
                 expected = PartitionSpec(*(mesh_axis.get(n) for n in lengths))
                 spec = getattr(shardings[path], group)[array].spec
                 assert (path, array, tuple(spec)) == (path, array, tuple(expected))

@@ -96,7 +96,6 @@ def test_a_checkpoint_and_a_bank(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_qalora": True}, "use_qalora = True"),
         ({"peft_type": "PREFIX_TUNING"}, "peft_type 'PREFIX_TUNING'"),
         ({"r": 2}, r"encoder.layer.0.attention.self.query: its tensors have the shapes .*LoRA\(rank=2"),
         ({"use_dora": True}, r"query: DoRA: missing \['lora_magnitude_vector'\], left over \[\]"),

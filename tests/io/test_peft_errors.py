@@ -33,7 +33,6 @@ from tests.support.peft_models import MODELS
         ({"peft_type": "ADALORA", "init_r": 3, "layer_replication": [[0, 2]]}, "layer_replication"),
         ({"layer_replication": [[0, 2]]}, r"layer_replication = \[\[0, 2\]\]"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-        ({"use_qalora": True}, "use_qalora = True"),
         ({"something_new": {"a": 1}}, "something_new"),
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4': PEFT changes the base.*start=folder"),
         ({"init_lora_weights": "corda"}, "'corda': PEFT changes the base.*start=folder"),

@@ -142,12 +142,15 @@ def test_an_unknown_method(saved, monkeypatch):
         jlora.load(saved[0])
 
 
-@pytest.mark.parametrize("folder", sorted(GOLDEN.iterdir()), ids=lambda folder: folder.name)
-def test_every_format_that_was_ever_released(folder):
+FORMATS = ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_that_was_ever_released(name):
     """A checkpoint of each format is kept. A new format adds a folder; no folder changes."""
-    same(jlora.load(folder), varied())
-    same(jlora.load(folder, params=toy_model.params()), varied())
-    assert {path.name for path in GOLDEN.iterdir()} == {"1", "2", "3"}
+    same(jlora.load(GOLDEN / name), varied())
+    same(jlora.load(GOLDEN / name, params=toy_model.params()), varied())
+    assert [path.name for path in sorted(GOLDEN.iterdir()) if path.name.isdecimal()] == FORMATS
 
 
 def test_nothing_is_unpickled(saved, monkeypatch):

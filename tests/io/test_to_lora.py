@@ -19,11 +19,11 @@ def wide(p: dict, x: jax.Array) -> jax.Array:
 # Methods without a low rank, or with one that no factors of theirs show.
 DENSE = {
     *("dora", "full", "glora", "glora_lora", "hadamard_sigmoid", "hadamard_tanh", "hira", "ia3", "ia3_in", "oft"),
-    *("boft", "randlora", "shira", "c3a", "road", "road_4", "oft_shared"),
+    *("boft", "randlora", "shira", "c3a", "road", "road_4", "oft_shared", "frod", "frod_apart", "rows", "rows_out"),
 }
 
 
-BY_SVD = {"hra", "fourierft", "waveft", "lokr", "lokr_both"}
+BY_SVD = {"hra", "fourierft", "waveft", "lokr", "lokr_both", "supra"}
 
 
 def stacked_adapter(name):
