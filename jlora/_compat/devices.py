@@ -25,7 +25,7 @@ def is_for_gpu(*arrays: Any) -> bool:
     """Whether a program is traced for GPUs, as far as is known: by the meshes in sight, or else the default device."""
     devices = [getattr(mesh, "abstract_device", None) for mesh in _meshes(*arrays)]
     # The abstract device of JAX 0.10.0 has no platform.
-    platforms = [device.platform for device in devices if hasattr(device, "platform")]
+    platforms = [device.platform for device in devices if device is not None and hasattr(device, "platform")]
     return (platforms[0] if platforms else _default_platform()) in ("gpu", "cuda", "rocm")
 
 
