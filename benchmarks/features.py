@@ -73,8 +73,8 @@ def versions() -> str:
     """The versions that were tried, and what could not be."""
     rows = []
     for name, library in results()["libraries"].items():
-        said = library.get("absent") or ", ".join(f"{p} {v}" for p, v in library["versions"].items())
-        rows.append([name, said])
+        versions = library.get("absent") or ", ".join(f"{p} {v}" for p, v in library["versions"].items())
+        rows.append([name, versions])
     return _measure.table(["library", "versions"], rows).replace("---:", "---")
 
 

@@ -50,7 +50,7 @@ PEERS = (
 
 
 class NotInstalledError(RuntimeError):
-    """What pip said when a library could not be installed."""
+    """pip's message about a library that cannot be installed."""
 
 
 def python(peer: Peer) -> str:

@@ -188,7 +188,7 @@ FORMS: dict[str, Form] = {
 
 
 def form_of(kind: Kind) -> Form:
-    """The form of a kind; a module that holds the weights itself if it has none."""
+    """The form of a kind; for a kind without a form a module that holds the weights itself."""
     if kind.name in FORMS:
         return FORMS[kind.name]
 

@@ -79,9 +79,9 @@ def outcome(attempt: Attempts, program: Program, kind: Kind) -> Outcome:
         return {"outcome": "correct"}
     base = derivatives(program, reference(kind, program, lambda adapter: {}), params, adapter, x)
     skipped = bool(missing) or apart(got[:1], base[:1]) <= bound
-    said = [w for w in caught if not issubclass(w.category, (DeprecationWarning, FutureWarning))]
-    if skipped and said:
-        return {"outcome": "refused", "words": words(said[0].message)}
+    warned = [w for w in caught if not issubclass(w.category, (DeprecationWarning, FutureWarning))]
+    if skipped and warned:
+        return {"outcome": "refused", "words": words(warned[0].message)}
     if skipped:
         return {"outcome": "silently skipped", "words": f"no factors for {', '.join(missing)}" if missing else ""}
     return {"outcome": "wrong"}

@@ -43,7 +43,7 @@ def apply_maps(
 
 
 def form_of(before: Sequence[AxisMap], after: Sequence[AxisMap]) -> str:
-    """How `explain` calls a product between maps that sum over indices; empty if there are none."""
+    """The name that `explain` gives to a product between maps that sum over indices; empty without such maps."""
     sides = {"the input": before, "the output": after}
     names = [side for side, maps in sides.items() if any(m.new for m in maps)]
     return f"map of {' and '.join(names)}" if names else ""

@@ -15,7 +15,7 @@ from jlora._ops.contraction import apply_network
 
 
 def common_part(networks: Sequence[TensorNetwork], x: str, weight: str, out: str) -> str:
-    """The index that divides the product, for all networks the same; empty if there is none.
+    """The index that divides the product, for all networks the same; empty if no index does.
 
     Arguments:
         networks: of the weight.

@@ -16,7 +16,7 @@ def adalora_method(config: Config, name: str) -> LoRA | None:
     """The LoRA that a module's AdaLoRA equals; None if its rank is 0.
 
     Raises:
-        ValueError: if the rank pattern is none of AdaLoRA's, or the scale cannot be told.
+        ValueError: if AdaLoRA does not write such a rank pattern, or if the file does not determine the scale.
     """
     first, alpha = _number(config, "init_r"), _number(config, "lora_alpha")
     pattern = config.get("rank_pattern") or {}

@@ -23,7 +23,7 @@ def decompose_factor(entries: Mapping[str, ModuleEntry]) -> int:
     """The factor by which PEFT splits the sizes of all modules as their factors are split.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if no such factor exists.
     """
     splits = {name: _splits(entry.factors) for name, entry in entries.items()}
     methods = [entry.factors.method for entry in entries.values()]

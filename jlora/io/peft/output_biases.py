@@ -82,7 +82,7 @@ def _check_complete(adapted: Iterable[str], biases: Mapping[str, np.ndarray], re
 
 
 def _fill_with_zeros(by_index: dict[Index, dict[int, ModuleFactors]], location: WeightLocation) -> None:
-    """Adds a difference of zero for every module of a bias that has none."""
+    """Adds a difference of zero for every module of a bias whose file has no difference for it."""
     one = next(iter(next(iter(by_index.values())).values()))
     sizes = location.out_sizes if location.num_joined > 1 else (location.count("out"),)
     for index in location.modules:
