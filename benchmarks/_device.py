@@ -61,9 +61,11 @@ def one_device_mesh() -> Mesh:
 
 
 def filled(tree: Any, key: jax.Array | None) -> Any:
-    """Arrays in place of abstract ones: small random numbers, or zeros if there is no key."""
+    """Arrays in place of abstract ones: small random numbers, or zeros if there is no key. Arrays are copied."""
 
     def fill(number: int, leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array):
+            return jnp.copy(leaf)  # a step donates its arguments
         if key is None or leaf.dtype == jnp.int32:
             return jnp.zeros(leaf.shape, leaf.dtype)
         if jnp.issubdtype(leaf.dtype, jnp.integer):
@@ -75,9 +77,25 @@ def filled(tree: Any, key: jax.Array | None) -> Any:
 
 
 class Runner:
-    """A compiled step that keeps its own state. Its arguments are zeros or random; moments are zeros."""
+    """A compiled step that keeps its own state. Its arguments are zeros or random; moments are zeros.
 
-    def __init__(self, step: Any, args: tuple[Any, Any, Any, Any], key: jax.Array | None, frozen: Any = None) -> None:
+    Arguments:
+        step: the jitted step.
+        args: of the step, abstract or arrays: trained, moments, frozen, batch.
+        key: for random arguments; None means zeros.
+        frozen: arrays in place of those of `args`, which several steps share.
+        repeat: how many steps one call runs.
+    """
+
+    def __init__(
+        self,
+        step: Any,
+        args: tuple[Any, Any, Any, Any],
+        key: jax.Array | None,
+        frozen: Any = None,
+        repeat: int = 1,
+    ) -> None:
+        self.repeat = repeat
         trained, moments, abstract_frozen, batch = args
         self.frozen = frozen if frozen is not None else filled(abstract_frozen, key)
         self.batch = filled(batch, key)
@@ -87,10 +105,11 @@ class Runner:
         self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - start
 
-    def __call__(self) -> jax.Array:
-        trained, moments, value = self.compiled(*self.state, self.frozen, self.batch)
-        self.state = trained, moments
-        return value
+    def __call__(self) -> Any:
+        for _ in range(self.repeat):
+            trained, moments, self.value = self.compiled(*self.state, self.frozen, self.batch)
+            self.state = trained, moments
+        return self.state, self.value
 
     def bytes(self) -> int | None:
         """What the compiler says that the step needs."""

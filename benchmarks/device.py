@@ -5,10 +5,11 @@
 
 It needs this checkout and JAX for the device, nothing else. What the time did not suffice for is listed in the results.
 
-steps    some layers of Llama 3 8B in bfloat16 and in NF4: jlora, the same LoRA by hand, merged in the step, and full
-         fine-tuning. The plan of each step by its compiler, the compiled bytes, and the peak of a process of its own.
+steps    eight layers of Llama 3 8B in bfloat16 and in NF4: jlora, the same LoRA by hand, merged in the step, and full
+         fine-tuning.
 bank     K adapters on K batches as one program, against one adapter on all of their tokens.
-methods  a step of every method on one kernel, against LoRA.
+methods  a step of every method on an MLP of the sizes of Llama 3 8B, against LoRA.
+memory   of each of the steps: the peak of a process of its own, and the plan, by the compiler alone.
 """
 
 import argparse
@@ -20,6 +21,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +31,13 @@ import jax.numpy as jnp
 
 import jlora
 from benchmarks import _measure, _transformer
-from benchmarks._device import FORMS, LLAMA, RANK, TINY, Runner, adam, llama, one_device_mesh
+from benchmarks._device import FORMS, LLAMA, RANK, TINY, Runner, adam, filled, llama, one_device_mesh
 from benchmarks.methods import METHODS
 from jlora._plan.gpu_cards import CARDS
 
+Rows = dict[str, dict[str, Any]]
 TOPOLOGIES = {card.name: f"{key}:1" for key, card in CARDS.items()}
 TOPOLOGIES |= {"TPU v5 lite": "v5e:1x1", "TPU v6 lite": "v6e:1x1", "cpu": "cpu:1"}
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def peak(options: argparse.Namespace, form: str, base: str) -> dict[str, Any]:
@@ -70,46 +70,82 @@ def in_process(options: argparse.Namespace, task: str, form: str, base: str, **e
     return json.loads(lines[-1]) if done.returncode == 0 and lines else {"error": done.stderr[-400:]}
 
 
-def steps(options: argparse.Namespace, left_out: list[str]) -> dict[str, Any]:
-    """Plans, peaks and times of all forms of both bases."""
-    out: dict[str, Any] = {}
+def build(options: argparse.Namespace, makers: Mapping[str, Callable[[], Runner]]) -> tuple[dict[str, Runner], Rows]:
+    """The steps, compiled side by side, and a row of results for each; a step that cannot be built has its error."""
+
+    def make(name: str) -> Runner | str:
+        if time.monotonic() > options.deadline - options.reserve:
+            return "no time left"
+        try:
+            return makers[name]()
+        except Exception as error:
+            return "out of memory" if "RESOURCE_EXHAUSTED" in str(error) else f"{type(error).__name__}: {error}"[:400]
+
+    with ThreadPoolExecutor(8) as pool:
+        made = dict(zip(makers, pool.map(make, makers), strict=True))
+    runners = {name: run for name, run in made.items() if isinstance(run, Runner)}
+    return runners, {name: {} if isinstance(run, Runner) else {"error": run} for name, run in made.items()}
+
+
+def timed(options: argparse.Namespace, makers: Mapping[str, Callable[[], Runner]]) -> Rows:
+    """Seconds of one step in turns, with the ratio of each to the first of them, and what the compiler says."""
+    runners, rows = build(options, makers)
+    if not runners:
+        return rows
+    first = next(iter(runners))
+    seconds = {
+        name: [turn / runners[name].repeat for turn in turns]
+        for name, turns in _measure.interleave(runners, options.rounds).items()
+    }
+    for name, run in runners.items():
+        rows[name] |= {
+            "seconds": seconds[name],
+            "median": _measure.median(seconds[name]),
+            f"of {first}": _measure.ratio(seconds, name, first),
+            "compile_seconds": run.compile_seconds,
+            "compiled_bytes": run.bytes(),
+        }
+    return rows
+
+
+def steps(options: argparse.Namespace) -> dict[str, Rows]:
+    """Times of all forms of both bases. Forms that do not train the base share its arrays."""
+    out = {}
     for base, forms in FORMS.items():
-        rows: dict[str, Any] = {form: {} for form in forms}
-        runners: dict[str, Runner] = {}
-        with jax.set_mesh(one_device_mesh()):
-            for form in forms:
-                try:
-                    step, args = llama(options, form, base)
-                    shared = runners["jlora"].frozen if "jlora" in runners and form != "full" else None
-                    runners[form] = Runner(step, args, jax.random.key(0), shared)
-                except Exception as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    rows[form]["error"] = "out of memory"
-            seconds = _measure.interleave(runners, options.rounds)
-        for form, run in runners.items():
-            rows[form] |= {
-                "seconds": seconds[form],
-                "median": _measure.median(seconds[form]),
-                "of jlora": _measure.ratio(seconds, form, "jlora"),
-                "compile_seconds": run.compile_seconds,
-                "compiled_bytes": run.bytes(),
-            }
-        runners.clear()
-        out[base] = rows
-    for base, rows in out.items():
-        for form, row in rows.items():
-            if time.monotonic() > options.deadline - options.reserve or (options.tiny and form != "jlora"):
-                left_out.append(f"memory of {base}, {form}")
-                continue
-            row["memory"] = in_process(options, "peak", form, base, XLA_PYTHON_CLIENT_PREALLOCATE="false")
-            row["plan"] = in_process(options, "plan", form, base, JAX_PLATFORMS="cpu") if options.topology else None
+        frozen = filled(llama(options, forms[0], base)[1][2], jax.random.key(0))
+
+        def make(form: str, base: str = base, frozen: Any = frozen) -> Runner:
+            with jax.set_mesh(one_device_mesh()):
+                step, args = llama(options, form, base)
+                return Runner(step, args, jax.random.key(0), None if form == "full" else frozen)
+
+        out[base] = timed(options, {form: functools.partial(make, form) for form in forms})
     return out
 
 
-def bank(options: argparse.Namespace, left_out: list[str]) -> dict[str, Any]:
+def memory(options: argparse.Namespace) -> dict[str, Rows]:
+    """For every form of both bases the peak of a process that runs nothing else, and the plan, without the device."""
+    out: dict[str, Rows] = {}
+    with ThreadPoolExecutor(8) as pool:
+        plans = {
+            (base, form): pool.submit(in_process, options, "plan", form, base, JAX_PLATFORMS="cpu")
+            for base, forms in FORMS.items()
+            for form in forms
+            if options.topology and (not options.tiny or form == "jlora")
+        }
+        for base, forms in FORMS.items():
+            for form in forms[: 1 if options.tiny else None]:
+                measured = in_process(options, "peak", form, base)
+                out.setdefault(base, {})[form] = measured
+        for (base, form), plan in plans.items():
+            out[base][form]["plan"] = plan.result()
+    return out
+
+
+def bank(options: argparse.Namespace) -> Rows:
     """K adapters at once against one adapter on as many tokens, in one run."""
-    sizes = _transformer.Sizes(width=64 if options.tiny else 1024, hidden=4 * (64 if options.tiny else 1024))
+    width = 64 if options.tiny else 1024
+    sizes = _transformer.Sizes(width=width, hidden=4 * width)
     forward = functools.partial(_transformer.unrolled, heads=sizes.heads)
     as_bf16 = functools.partial(jax.tree.map, lambda a: a.astype(jnp.bfloat16))
     params = as_bf16(jax.jit(lambda key: _transformer.init(key, sizes))(jax.random.key(0)))
@@ -118,63 +154,49 @@ def bank(options: argparse.Namespace, left_out: list[str]) -> dict[str, Any]:
         logits = forward(params, tokens).astype(jnp.float32)
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.roll(tokens, -1, 1)[..., None], -1))
 
-    tokens = jax.ShapeDtypeStruct((2, sizes.length), jnp.int32)
-    sites = jlora.trace(loss, params, tokens)
+    sites = jlora.trace(loss, params, jax.ShapeDtypeStruct((2, sizes.length), jnp.int32))
+    target = {f".*/({'|'.join(_transformer.KERNELS)})": jlora.LoRA(RANK)}
+    one = jlora.init(jax.random.key(1), sites, target)
     adapted, mapped = jlora.adapt(loss), jlora.bank.vmap(loss)
-    runners = {}
-    for members in (2,) if options.tiny else (4, 16):
-        if time.monotonic() > options.deadline - options.reserve:
-            left_out.append(f"{members} adapters at once")
-            continue
-        target = {f".*/({'|'.join(_transformer.KERNELS)})": jlora.LoRA(RANK)}
-        one = jlora.init(jax.random.key(1), sites, target)
+
+    def alone(members: int) -> Runner:
+        batch = jax.ShapeDtypeStruct((members * 2, sizes.length), jnp.int32)
+        step = adam(lambda a, p, x: adapted(p, a, x))
+        return Runner(step, (one, (one, one), params, batch), jax.random.key(2), params, options.repeat)
+
+    def together(members: int) -> Runner:
         many = jlora.bank.stack({str(k): one for k in range(members)})
-        together = jax.ShapeDtypeStruct((members, 2, sizes.length), jnp.int32)
-        alone = jax.ShapeDtypeStruct((members * 2, sizes.length), jnp.int32)
-        for name, trained, batch, fun in (
-            (f"{members} adapters", many, together, lambda b, p, x: mapped(p, b, x).mean()),
-            (f"one adapter, {members} batches", one, alone, lambda a, p, x: adapted(p, a, x)),
-        ):
-            step = adam(fun)
-            runners[name] = Runner(step, (trained, (trained, trained), params, batch), jax.random.key(2), params)
-    return timed(runners, options.rounds)
+        batch = jax.ShapeDtypeStruct((members, 2, sizes.length), jnp.int32)
+        step = adam(lambda b, p, x: mapped(p, b, x).mean())
+        return Runner(step, (many, (many, many), params, batch), jax.random.key(2), params, options.repeat)
+
+    out = {}
+    for members in (2,) if options.tiny else (4, 16):
+        makers = {f"one adapter, {members} batches": alone, f"{members} adapters": together}
+        out |= timed(options, {name: functools.partial(make, members) for name, make in makers.items()})
+    return out
 
 
-def methods(options: argparse.Namespace, left_out: list[str]) -> dict[str, Any]:
-    """A step of every method on one kernel; the times are in turns, and in units of LoRA's."""
-    width = 64 if options.tiny else 4096
-    params = {"w": (jax.random.normal(jax.random.key(0), (width, width)) / width**0.5).astype(jnp.bfloat16)}
-    x = jax.ShapeDtypeStruct((2, 64 if options.tiny else 2048, width), jnp.bfloat16)
+def methods(options: argparse.Namespace) -> Rows:
+    """A step of every method on an MLP of two kernels; the times are in turns, and in units of LoRA's."""
+    width, hidden, tokens = (128, 256, 64) if options.tiny else (4096, 14336, 8192)
+    shapes = {"up": (width, hidden), "down": (hidden, width)}
+    params = filled({name: jax.ShapeDtypeStruct(s, jnp.bfloat16) for name, s in shapes.items()}, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16)
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
-        return jnp.mean(jnp.square(jnp.tanh(x @ params["w"]) - x).astype(jnp.float32))
+        return jnp.mean(jnp.square(jnp.tanh(x @ params["up"]) @ params["down"] - x).astype(jnp.float32))
 
-    sites, runners = jlora.trace(loss, params, x), {}
-    for name, (method, _) in METHODS.items():
-        if time.monotonic() > options.deadline - options.reserve:
-            left_out.append(f"method {name}")
-            continue
-        adapter = jlora.init(jax.random.key(1), sites, {"w": method}, params=params)
+    sites = jlora.trace(loss, params, x)
+
+    def make(method: jlora.Method) -> Runner:
+        init = functools.partial(jlora.init, jax.random.key(1), sites, {".*": method})
+        adapter = jax.eval_shape(lambda params: init(params=params), params)  # a start may need long
         apply = jlora.adapt(loss, on_dense="allow")
-        step = adam(lambda a, p, x, apply=apply: apply(p, a, x))
-        runners[name] = Runner(step, (adapter, (adapter, adapter), params, x), jax.random.key(2), params)
-    return timed(runners, options.rounds)
+        step = adam(lambda a, p, x: apply(p, a, x))
+        return Runner(step, (adapter, (adapter, adapter), params, x), jax.random.key(2), params, options.repeat)
 
-
-def timed(runners: dict[str, Runner], rounds: int) -> dict[str, Any]:
-    """Times in turns, with the ratio of each to the first."""
-    if not runners:
-        return {}
-    seconds, first = _measure.interleave(runners, rounds), next(iter(runners))
-    return {
-        name: {
-            "seconds": seconds[name],
-            "median": _measure.median(seconds[name]),
-            f"of {first}": _measure.ratio(seconds, name, first),
-            "compiled_bytes": run.bytes(),
-        }
-        for name, run in runners.items()
-    }
+    return timed(options, {name: functools.partial(make, method) for name, (method, _) in METHODS.items()})
 
 
 def parse() -> argparse.Namespace:
@@ -186,9 +208,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--task", nargs=3, metavar=("TASK", "FORM", "BASE"), help="of a process of its own")
     options = parser.parse_args()
     options.deadline = time.monotonic() + (3500.0 if options.tiny else 460.0)
-    options.reserve = 60.0
+    options.reserve = 0.0 if options.tiny else 140.0  # for the peaks
     options.sizes, options.batch = (TINY, 1) if options.tiny else (LLAMA, 4)
-    options.rounds = 1 if options.tiny else 7
+    options.rounds, options.repeat = (1, 1) if options.tiny else (7, 5)
     if not options.task:
         options.topology = options.topology or TOPOLOGIES.get(jax.devices()[0].device_kind)
     options.flags = ["--tiny"] * options.tiny + (["--topology", options.topology] if options.topology else [])
@@ -202,27 +224,40 @@ def main() -> None:
         task, form, base = options.task
         print(json.dumps({"peak": peak, "plan": planned}[task](options, form, base)))
         return
-    left_out: list[str] = []
     result: dict[str, Any] = {
         "environment": _measure.environment(),
         "sizes": dataclasses.asdict(options.sizes) | {"batch": options.batch, "rank": RANK},
-        "left out": left_out,
     }
     name = re.sub(r"\W+", "-", result["environment"]["device"].lower())
     out = _measure.RESULTS / f"device-{name}.json" if options.out is None else Path(options.out)
-    for section, measure in (("bank", bank), ("steps", steps), ("methods", methods)):
-        result[section] = measure(options, left_out)
+    for section in (steps, bank, methods, memory):
+        begin = time.monotonic()
+        result[section.__name__] = section(options)
+        print(f"{section.__name__}: {time.monotonic() - begin:.0f} s", flush=True)
         _measure.save(out, result)
+    show(result)
+    print(f"Written: {out}")
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Prints the tables."""
     rows = [
-        [base, form, _measure.number(row.get("median")), _measure.number(row.get("of jlora")), row.get("memory")]
+        [base, form, *cells(row), result["memory"][base].get(form)]
         for base, forms in result["steps"].items()
         for form, row in forms.items()
     ]
-    print(_measure.table(["base", "step", "seconds", "of jlora", "memory"], rows))
+    print(_measure.table(["base", "step", "ms", "of jlora", "memory"], rows))
     for section in ("bank", "methods"):
-        cells = [[name, _measure.number(row["median"], 5)] for name, row in result[section].items()]
-        print(f"\n{_measure.table([section, 'seconds'], cells)}")
-    print(f"left out: {', '.join(left_out) or 'nothing'}. Written: {out}")
+        rows = [[name, *cells(row)] for name, row in result[section].items()]
+        print(f"\n{_measure.table([section, 'ms', 'ratio'], rows)}")
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """Milliseconds and the ratio of a row, or its error."""
+    if "error" in row:
+        return [row["error"], ""]
+    ratio = next(value for key, value in row.items() if key.startswith("of "))
+    return [_measure.number(1000 * row["median"], 2), _measure.number(ratio)]
 
 
 if __name__ == "__main__":

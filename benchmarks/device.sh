@@ -9,6 +9,7 @@ cache=$(mktemp -d)
 trap 'rm -rf "$cache"' EXIT
 # The processes that measure peaks find the programs that the first process compiled.
 export JAX_COMPILATION_CACHE_DIR="$cache" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+export XLA_PYTHON_CLIENT_PREALLOCATE=false # the processes share the card
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 limit=480
 [[ " $* " == *" --tiny "* ]] && limit=3600
