@@ -1,7 +1,9 @@
 """Imports run from later packages to earlier ones, on few floors, and public names are listed."""
 
 import ast
+import importlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,10 +89,23 @@ def test_flax_is_imported_by_its_bridge_alone(file: Path):
     assert not {m for m in imports(file) if m.split(".")[0] in {"flax", "equinox", "haiku"} - allowed}
 
 
+def exports(file: Path) -> dict[str, str]:
+    """The names that a file imports `as` themselves, those for type checkers included, each with its module."""
+    nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+    return {a.asname: node.module or "" for node in nodes for a in node.names if a.asname}
+
+
+def test_every_lazy_name_is_imported_from_the_module_that_type_checkers_read():
+    methods = jlora.methods._MODULES
+    assert exports(ROOT / "methods" / "__init__.py") == methods
+    tables = jlora._LAZY | dict.fromkeys(jlora._LAZY_MODULES, "jlora")
+    assert exports(ROOT / "__init__.py").items() >= tables.items() - methods.items()
+    for name, module in tables.items():
+        assert getattr(jlora, name) is getattr(importlib.import_module(module), name)
+
+
 def test_every_exported_name_is_listed_and_exists():
-    tree = ast.parse((ROOT / "__init__.py").read_text())
-    imported = {a.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names if a.asname}
-    imported |= set(jlora.methods.__all__)
+    imported = {*exports(ROOT / "__init__.py"), *dir(jlora.methods)}
     assert set(jlora.__all__) == imported
     assert set(dir(jlora)) >= imported
     assert all(getattr(jlora, name) is not None for name in jlora.__all__)
@@ -103,9 +118,19 @@ def in_a_fresh_process(program: str) -> str:
     return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_import_loads_only_jax():
-    heavy = "orbax", "tensorstore", "optax", "safetensors", "flax", "qwix"
-    assert in_a_fresh_process(f"import sys, jlora; print(sorted(sys.modules.keys() & {set(heavy)}))") == "[]"
+def test_import_loads_only_jax_and_the_core():
+    """The other packages and the methods are imported when a name of theirs is first used."""
+    loaded = in_a_fresh_process("import sys, jlora; print(*sorted(sys.modules))").split()
+    assert "jax" in loaded
+    heavy = {"orbax", "tensorstore", "optax", "safetensors", "flax", "qwix"}
+    assert not heavy & {name.partition(".")[0] for name in loaded}
+    assert "jax.experimental.pallas" not in loaded
+    of_jlora = [name.removeprefix("jlora.") for name in loaded if name.startswith("jlora.")]
+    core = {"_compat", "_tree", "_ir", "_ops", "_interpreter", "methods", "_trace", "_adapter"}
+    assert {package_of(name) for name in of_jlora} == core
+    assert not {name for name in of_jlora if re.match(r"methods\.[^_]", name)}
+    public_calls = [name for name in of_jlora if name.startswith("_adapter.")]
+    assert public_calls == [f"_adapter.{name}" for name in ("adapt", "init", "merge", "targets")]
 
 
 def test_what_looks_like_a_module_can_be_imported():
