@@ -101,7 +101,8 @@ def _fold(params: Any, adapters: list[Adapter], fold_weight: Callable[..., jax.A
         updates = [{"": dataclasses.replace(adapter[path], key=None)} for adapter in adapters if path in adapter]
         run = donating if donate and counts[id(leaf)] == 1 and not _quantized.is_quantized(leaf) else keeping
         try:
-            new.append(run(leaf, updates) if updates else leaf)
+            with jax.default_matmul_precision("highest"):
+                new.append(run(leaf, updates) if updates else leaf)
         except ValueError as error:
             raise ValueError(f"{path} cannot be merged. {error}") from error
     return jax.tree.unflatten(structure, new)

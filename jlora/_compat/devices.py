@@ -22,11 +22,13 @@ def is_for_cpu(*arrays: Any) -> bool:
 
 
 def is_for_gpu(*arrays: Any) -> bool:
-    """Whether a program is traced for GPUs, as far as is known: by the meshes in sight, or else the default device."""
-    devices = [getattr(mesh, "abstract_device", None) for mesh in _meshes(*arrays)]
-    # The abstract device of JAX 0.10.0 has no platform.
-    platforms = [device.platform for device in devices if device is not None and hasattr(device, "platform")]
-    return (platforms[0] if platforms else _default_platform()) in ("gpu", "cuda", "rocm")
+    """Whether a program is traced for GPUs, as far as is known."""
+    return _platform(*arrays) in ("gpu", "cuda", "rocm")
+
+
+def is_for_accelerator(*arrays: Any) -> bool:
+    """Whether a program is traced for GPUs, TPUs or other accelerators, as far as is known."""
+    return _platform(*arrays) != "cpu"
 
 
 def has_auto_mesh(*arrays: Any) -> bool:
@@ -40,6 +42,14 @@ def has_auto_mesh(*arrays: Any) -> bool:
 def has_no_mesh(*arrays: Any) -> bool:
     """Whether no mesh is in sight: neither a context mesh nor one in the arrays' types."""
     return all(mesh.empty for mesh in _meshes(*arrays))
+
+
+def _platform(*arrays: Any) -> str:
+    """The platform of a program, as far as is known: by the meshes in sight, or else the default device's."""
+    devices = [getattr(mesh, "abstract_device", None) for mesh in _meshes(*arrays)]
+    # The abstract device of JAX 0.10.0 has no platform.
+    platforms = [device.platform for device in devices if device is not None and hasattr(device, "platform")]
+    return platforms[0] if platforms else _default_platform()
 
 
 def _default_platform() -> str:

@@ -149,9 +149,9 @@ class FRoD(Method):
         place = jnp.broadcast_to(update["place"], (*update["s"].shape, update["place"].shape[-1]))
         middle = sparse(update["s"], place) + diagonal(update["l"] - update["l0"])
         v, u = jnp.broadcast_to(update.joined("v"), middle.shape), update.joined("u")
-        if n_out <= n_in:
-            return add_matrix(w, update, _matmul(v, _matmul(middle, u)), update.scale)
-        return add_matrix(w, update, _matmul(_matmul(v, middle), u), update.scale)
+        # Three large products: at the precision of the program, as the products of activations.
+        matrix = v @ (middle @ u) if n_out <= n_in else (v @ middle) @ u
+        return add_matrix(w, update, matrix, update.scale)
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -132,6 +134,27 @@ def test_no_gradient_of_the_whole_weight_is_computed(name: str) -> None:
 
 
 _cached = functools.cache(lambda flops: functools.cache(flops))
+
+
+@pytest.mark.parametrize("rows", [1, ROWS])
+@pytest.mark.parametrize("name", ["shira", "super_tuning"])
+def test_accelerators_have_no_loop_over_entries(name: str, rows: int) -> None:
+    """A loop over chunks of entries takes many times longer there than a dense product."""
+    params, adapter, x = made(STRUCTURED[name], rows)
+
+    def gradients(run: Callable[..., jax.Array]) -> Callable[..., Any]:
+        return jax.grad(lambda a, x: jnp.square(run(a, x)).sum(), (0, 1))
+
+    adapted = gradients(lambda a, x: jlora.adapt(model)(params, a, x))
+    assert "scan[" in str(jax.make_jaxpr(adapted)(adapter, x))
+    with jax.default_device("gpu"):  # only traced
+        program = jax.make_jaxpr(adapted)(adapter, x)
+    lengths = [int(length) for length in re.findall(r"length=(\d+)", str(program))]
+    assert set(lengths) <= {1}
+    values = jax.jit(jax.extend.core.jaxpr_as_fun(program))(*jax.tree.leaves((adapter, x)))
+    merged = jax.jit(gradients(lambda a, x: model(jlora.merge(params, a), x)))(adapter, x)
+    for a, b in zip(values, jax.tree.leaves(merged), strict=True):
+        assert np.allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 def test_a_rank_as_high_as_the_weight_is_summed_if_that_costs_less() -> None:

@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
-from typing import final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jlora import _compat
 from jlora._ir.materialize import accumulation_dtype
+from jlora._ir.sizes import is_static
 from jlora._ir.structured import Structure
 from jlora.methods._common.digits import from_digits
 from jlora.methods._common.random_matrices import scattered_positions
@@ -124,10 +126,7 @@ class Placed(Structure):
 
 
 def sparse_product(x: jax.Array, rows: jax.Array, columns: jax.Array, values: jax.Array, n_out: int) -> jax.Array:
-    """`S^T x` with the sparse matrix S: (in, out), in chunks of entries, in the dtype of the values.
-
-    Of the transposed activation an entry reads and writes rows, which are contiguous. The entries of one chunk are a
-    fourth of the activations.
+    """`S^T x` with the sparse matrix S: (in, out).
 
     Arguments:
         x: the transposed activation, (in, T).
@@ -136,9 +135,33 @@ def sparse_product(x: jax.Array, rows: jax.Array, columns: jax.Array, values: ja
         n_out: the out size of S.
 
     Returns:
-        (out, T).
+        (out, T), in the dtype of the values, or of x if the product is a dense one.
     """
-    count, size = len(values), max((x.shape[0] + n_out) // 4, 1)
+    if not _compat.is_for_accelerator(x):
+        return _by_entries(x, rows, columns, values, n_out, at_once=(x.shape[0] + n_out) // 4)
+    if not _is_dense_faster(*x.shape, n_out, len(values)):
+        return _by_entries(x, rows, columns, values, n_out, at_once=len(values))
+    dense = jnp.zeros((x.shape[0], n_out), x.dtype).at[rows, columns].add(values.astype(x.dtype))
+    return dense.T @ x
+
+
+def _is_dense_faster(n_in: int, n_rows: Any, n_out: int, count: int) -> bool:
+    """Whether an accelerator computes the dense product in less time than the products of the entries.
+
+    Of every entry and row it moves about 12 bytes: it reads x, and reads and writes y. The dense product moves 4 bytes
+    of every entry of S, and in the time of one byte it computes about 100 products (H100: 117, A100: 78, TPU v5e: 123).
+    """
+    return not is_static(n_rows) or 12 * count * n_rows > n_in * n_out * (4 + n_rows / 100)
+
+
+def _by_entries(
+    x: jax.Array, rows: jax.Array, columns: jax.Array, values: jax.Array, n_out: int, *, at_once: int
+) -> jax.Array:
+    """The product in chunks of so many entries; on the CPU those of a chunk are a fourth of the activations.
+
+    Of the transposed activation an entry reads and writes rows, which are contiguous.
+    """
+    count, size = len(values), max(at_once, 1)
     chunks = -(-count // size)
     pad = chunks * size - count
     padded = [jnp.pad(a, (0, pad)).reshape(chunks, size) for a in (rows, columns, values)]
