@@ -137,11 +137,12 @@ def sparse_product(x: jax.Array, rows: jax.Array, columns: jax.Array, values: ja
     Returns:
         (out, T), in the dtype of the values, or of x if the product is a dense one.
     """
+    n_in, n_rows = x.shape
     if not _compat.is_for_accelerator(x):
-        return _by_entries(x, rows, columns, values, n_out, at_once=(x.shape[0] + n_out) // 4)
-    if not _is_dense_faster(*x.shape, n_out, len(values)):
+        return _by_entries(x, rows, columns, values, n_out, at_once=(n_in + n_out) // 4)
+    if not _is_dense_faster(n_in, n_rows, n_out, len(values)):
         return _by_entries(x, rows, columns, values, n_out, at_once=len(values))
-    dense = jnp.zeros((x.shape[0], n_out), x.dtype).at[rows, columns].add(values.astype(x.dtype))
+    dense = jnp.zeros((n_in, n_out), x.dtype).at[rows, columns].add(values.astype(x.dtype))
     return dense.T @ x
 
 
