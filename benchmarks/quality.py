@@ -26,7 +26,7 @@ import jlora
 import minilm
 import reviews
 from benchmarks import _measure
-from training import accuracy, apply_head, fit, fit_head, init_head, predict
+from training import History, accuracy, apply_head, fit, fit_head, init_head, predict
 
 matplotlib.use("agg")
 from matplotlib import pyplot
@@ -117,14 +117,28 @@ class Task:
 
     def run(self, name: str, seed: int, steps: int) -> dict[str, Any]:
         """Trains one method with one seed; returns its accuracy, parameters and seconds."""
-        head_key, adapter_key = jax.random.split(jax.random.key(seed))
-        head = init_head(head_key, self.width, classes=2)
         if name == FROZEN:
+            head = init_head(jax.random.split(jax.random.key(seed))[0], self.width, classes=2)
             head = fit_head(predict(self.embed, None, self.variables, self.train), self.train.labels, head)
             return {"accuracy": self.accuracy(head, self.variables), "parameters": 0, "seconds": 0.0}
 
         method, learning_rate = METHODS[name]
-        adapter = jlora.init(adapter_key, self.sites, {TARGETS: method}, params=self.variables)
+        adapter, head, history = self.fit({TARGETS: method}, seed, steps, learning_rate, f"{name}, seed {seed}")
+        return {
+            "accuracy": self.accuracy(head, jlora.merge(self.variables, adapter)),
+            "loss": statistics.mean(history.losses[-20:]),
+            "parameters": sum(f.size for update in adapter.values() for f in update.factors.values()),
+            "learning_rate": learning_rate,
+            "seconds": history.seconds,
+        }
+
+    def fit(
+        self, targets: dict[str, jlora.Method], seed: int, steps: int, learning_rate: float, name: str
+    ) -> tuple[jlora.Adapter, Any, History]:
+        """Trains an adapter of these targets and a head; returns both, and the losses of the steps."""
+        head_key, adapter_key = jax.random.split(jax.random.key(seed))
+        head = init_head(head_key, self.width, classes=2)
+        adapter = jlora.init(adapter_key, self.sites, targets, params=self.variables)
         adapted = jlora.adapt(self.model.apply, on_dense="allow")
 
         def logits(trainable: Any, variables: Any, states: jax.Array, mask: jax.Array) -> jax.Array:
@@ -136,18 +150,12 @@ class Task:
             self.variables,
             self.train,
             None,
-            name=f"{name}, seed {seed}",
+            name=name,
             learning_rate=learning_rate,
             steps=steps,
             seed=seed,
         )
-        return {
-            "accuracy": self.accuracy(trained["head"], jlora.merge(self.variables, trained["adapter"])),
-            "loss": statistics.mean(history.losses[-20:]),
-            "parameters": sum(f.size for update in adapter.values() for f in update.factors.values()),
-            "learning_rate": learning_rate,
-            "seconds": history.seconds,
-        }
+        return trained["adapter"], trained["head"], history
 
 
 FROZEN = "frozen encoder"
