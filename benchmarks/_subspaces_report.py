@@ -16,7 +16,6 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 
 RESULT = _measure.RESULTS / "subspaces.json"
-KINDS = ("A", "update")
 SHOWN = ((1, 1), (4, 4), (8, 8), (8, 64))  # numbers of directions i and j
 NORMS = ("weight", "update", "in the update's directions", "in its own directions", "in random directions", "factor")
 
@@ -47,14 +46,10 @@ def similarity_table() -> str:
     rows, kernels = [], by_kernel(result)
     for pair, kernel in itertools.product(pairs(result), kernels):
         layers = [layer["similarity"][pair] for layer in kernels[kernel]]
-        cells = [
-            spread([layer[kind][grid.index(i)][grid.index(j)] for layer in layers], 2)
-            for kind, (i, j) in itertools.product(KINDS, SHOWN)
-        ]
+        cells = [spread([phi[grid.index(i)][grid.index(j)] for phi in layers], 2) for i, j in SHOWN]
         rows.append([pair, kernel, *cells])
-    rows.append(["expected of random", "", *[f"{max(counts) / width:.2f}" for counts in 2 * SHOWN]])
-    header = [f"{kind}, {i} in {j}" for kind, (i, j) in itertools.product(KINDS, SHOWN)]
-    return _measure.table(["pair", "kernels", *header], rows)
+    rows.append(["expected of random spans", "", *[f"{max(counts) / width:.2f}" for counts in SHOWN]])
+    return _measure.table(["runs", "kernels", *(f"phi({i}, {j})" for i, j in SHOWN)], rows)
 
 
 def amplification_table() -> str:
@@ -72,16 +67,16 @@ def amplification_table() -> str:
 def draw(result: dict[str, Any], path: Path) -> None:
     """Heat maps of all pairs, of the last layer's kernels."""
     grid = result["settings"]["grid"]
-    maps = [(pair, kind) for pair in pairs(result) for kind in KINDS]
-    figure, axes = pyplot.subplots(2, len(maps), figsize=(15, 5.4), layout="constrained", squeeze=False)
+    names = pairs(result)
+    figure, axes = pyplot.subplots(2, len(names), figsize=(9, 5.4), layout="constrained", squeeze=False)
     image = None
     for row, (kernel, layers) in zip(axes, by_kernel(result).items(), strict=True):
-        for axis, (pair, kind) in zip(row, maps, strict=True):
-            phi = np.array(layers[-1]["similarity"][pair][kind])
+        for axis, pair in zip(row, names, strict=True):
+            phi = np.array(layers[-1]["similarity"][pair])
             image = axis.imshow(phi, vmin=0, vmax=1, aspect="auto", origin="upper")
             for ticks, size in zip((axis.set_yticks, axis.set_xticks), phi.shape, strict=True):
                 ticks(range(size), list(map(str, grid[:size])), fontsize=7)
-            axis.set_title(f"{kernel}, {pair}: {kind}", fontsize=9)
+            axis.set_title(f"{kernel}, {pair}", fontsize=9)
     figure.supylabel("directions i of the first run")
     figure.supxlabel("directions j of the second")
     assert image is not None

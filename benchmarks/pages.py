@@ -11,11 +11,20 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import _measure, _plan_report, features, features_peft, methods, peers
+from benchmarks import (
+    _measure,
+    _plan_report,
+    _subspaces_report,
+    features,
+    features_peft,
+    methods,
+    peers,
+)
 
 METHODS_PAGES = Path(__file__).parents[1] / "jlora" / "methods"
 GPU_PAGE = Path(__file__).parent / "gpus.md"
 PEERS_PAGE = Path(__file__).parent / "peers.md"
+PAPER_PAGE = Path(__file__).parent / "paper.md"
 END = "<!-- end of the table -->"
 
 FORMS = {
@@ -86,6 +95,8 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "outcomes": (PEERS_PAGE, features.counts),
     "kinds of weight": (PEERS_PAGE, functools.partial(features.table, "weights")),
     "kinds of program": (PEERS_PAGE, functools.partial(features.table, "programs")),
+    "subspaces": (PAPER_PAGE, _subspaces_report.similarity_table),
+    "amplification": (PAPER_PAGE, _subspaces_report.amplification_table),
     "smallest numbers of GPUs": (GPU_PAGE, plans(_plan_report.gpu_table)),
     "programs for GPUs": (GPU_PAGE, plans(_plan_report.kernel_table)),
 }

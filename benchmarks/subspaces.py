@@ -20,7 +20,9 @@ from typing import Any
 import jax
 import numpy as np
 
+import assets
 import jlora
+import minilm
 from benchmarks import _measure, _subspaces_report, quality
 
 TARGETS = r"params/layer_\d+/attention/(query|value)/kernel"
@@ -46,7 +48,7 @@ GRID = (*range(1, 9), 12, 16, 24, 32, 48, 64)  # numbers of directions in the re
 PAIRS: dict[str, tuple[Run, Run | None]] = {
     "two ranks": (RUNS[0], RUNS[1]),
     "two seeds": (RUNS[1], RUNS[2]),
-    "seed and random": (RUNS[1], None),
+    "a seed and random": (RUNS[1], None),
 }
 
 
@@ -119,38 +121,28 @@ class Kernel:
             self.a[run] = np.asarray(update.factors["a"], np.float64)
             self.update[run] = update.method.scale * self.a[run] @ np.asarray(update.factors["b"]).reshape(run.rank, -1)
 
-    def similarities(self, first: Run, second: Run | None, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Of the spans of two factors A, as in the paper, and of the input sides of two updates.
-
-        Both pairs have the same spans. The directions of A are in the order of A's singular values, most of which stem
-        from its random start; those of the update in the order in which the runs use them.
-        """
-        gaussian = rng.standard_normal((len(self.weight), first.rank))
-
-        def basis(matrices: dict[Run, np.ndarray], run: Run | None) -> np.ndarray:
-            matrix = gaussian if run is None else matrices[run]
-            return directions(matrix, first.rank if run is None else run.rank)[0]
-
-        kinds = {"A": self.a, "update": self.update}
-        return {kind: similarity(basis(of, first), basis(of, second)) for kind, of in kinds.items()}
+    def similarity(self, first: Run, second: Run | None, rng: np.random.Generator) -> np.ndarray:
+        """phi of the directions of two factors A, or of one and of a Gaussian matrix of its shape."""
+        matrices = [self.a[first], rng.standard_normal(self.a[first].shape) if second is None else self.a[second]]
+        return similarity(*(directions(matrix, matrix.shape[1])[0] for matrix in matrices))
 
 
 def compare(params: Any, adapters: Mapping[Run, jlora.Adapter], pairs: Mapping[str, tuple[Run, Run | None]]) -> Any:
     """All similarities and amplifications.
 
     Returns:
-        {path: {"similarity": {pair: {"A": phi, "update": phi}}, "amplification": {run: row}}} of every adapted kernel,
-        phi at the numbers of directions in `GRID`.
+        {path: {"similarity": {pair: phi}, "amplification": {run: row}}} of every adapted kernel, phi at the numbers of
+        directions in `GRID`.
     """
     rng = np.random.default_rng(0)
     out = {}
     for path in next(iter(adapters.values())):
         kernel = Kernel(path, params, adapters)
-        phis = {pair: kernel.similarities(*runs, rng) for pair, runs in pairs.items()}
-        amplified = {run: amplification(kernel.weight, kernel.update[run], run.rank, rng) for run in adapters}
         out[path] = {
-            "similarity": {pair: {kind: on_grid(phi) for kind, phi in kinds.items()} for pair, kinds in phis.items()},
-            "amplification": {run.name: row for run, row in amplified.items()},
+            "similarity": {pair: on_grid(kernel.similarity(*runs, rng)) for pair, runs in pairs.items()},
+            "amplification": {
+                run.name: amplification(kernel.weight, kernel.update[run], run.rank, rng) for run in adapters
+            },
         }
     return out
 
@@ -196,12 +188,13 @@ def main() -> None:
     options = parser.parse_args()
     jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())  # seeds share their compiled programs
     runs = {run: trained(run, options.runs, options.steps) for run in RUNS}
+    model, variables = minilm.load(assets.minilm())
     settings = {"steps": options.steps, "alpha": ALPHA, "learning_rate": LEARNING_RATE, "grid": GRID}
     result = {
         "environment": _measure.environment(),
-        "settings": settings | {"width": make_task().width},
+        "settings": settings | {"width": model.width},
         "runs": {run.name: asdict(run) | measured for run, (_, measured) in runs.items()},
-        "kernels": compare(make_task().variables, {run: adapter for run, (adapter, _) in runs.items()}, PAIRS),
+        "kernels": compare(variables, {run: adapter for run, (adapter, _) in runs.items()}, PAIRS),
     }
     _measure.save(options.out, result)
     _subspaces_report.draw(result, options.out.with_suffix(".png"))

@@ -89,7 +89,7 @@ class Task:
         return 0.5
 
 
-def test_a_stopped_program_continues_and_its_updates_are_those_of_merge(
+def test_a_stopped_program_continues_and_compares_the_updates_of_merge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, runs = Task(), (Run(2, 0), Run(6, 1), Run(6, 2))
@@ -101,6 +101,14 @@ def test_a_stopped_program_continues_and_its_updates_are_those_of_merge(
         subspaces.trained(runs[0], tmp_path, 4)
 
     path = "params/layer_0/attention/value/kernel"
+    pairs = {"one run": (runs[0], runs[0]), "two ranks": runs[:2], "random": (runs[1], None)}
+    results = subspaces.compare(task.variables, adapters, pairs)
+    assert list(results) == sorted(adapters[runs[0]])
+    phis = {pair: np.array(phi) for pair, phi in results[path]["similarity"].items()}
+    assert {pair: phi.shape for pair, phi in phis.items()} == {"one run": (2, 2), "two ranks": (2, 6), "random": (6, 6)}
+    np.testing.assert_allclose(phis["one run"], 1.0)
+    assert 0 < phis["two ranks"][1, 5] < 1
+
     kernel = subspaces.Kernel(path, task.variables, adapters)
     for run, adapter in adapters.items():
         merged = jlora.merge(task.variables, adapter)["params"]["layer_0"]["attention"]["value"]["kernel"]
