@@ -2,6 +2,7 @@
 
     benchmarks/device.sh                # at most eight minutes; writes results/device-CARD.json
     benchmarks/device.sh --tiny         # the same programs in tiny sizes, also on the CPU
+    benchmarks/device.sh --sections methods    # measures a part again; the others stay in the file
 
 It needs this checkout and JAX for the device, nothing else. What the time did not suffice for is listed in the results.
 
@@ -35,6 +36,7 @@ from benchmarks._device import FORMS, LLAMA, RANK, TINY, Runner, adam, filled, l
 from benchmarks.methods import METHODS
 from jlora._plan.gpu_cards import CARDS
 
+SECTIONS = ("steps", "bank", "methods", "memory")
 Rows = dict[str, dict[str, Any]]
 TOPOLOGIES = {card.name: f"{key}:1" for key, card in CARDS.items()}
 TOPOLOGIES |= {"TPU v5 lite": "v5e:1x1", "TPU v6 lite": "v6e:1x1", "cpu": "cpu:1"}
@@ -203,12 +205,13 @@ def parse() -> argparse.Namespace:
     """The options, completed by what follows from them and from the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny sizes and one round")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="default: all")
     parser.add_argument("--out", help="file to write (default: benchmarks/results/device-CARD.json)")
     parser.add_argument("--topology", help="for the plan (default: that of the device)")
     parser.add_argument("--task", nargs=3, metavar=("TASK", "FORM", "BASE"), help="of a process of its own")
     options = parser.parse_args()
     options.deadline = time.monotonic() + (3500.0 if options.tiny else 460.0)
-    options.reserve = 0.0 if options.tiny else 140.0  # for the peaks
+    options.reserve = 0.0 if options.tiny or "memory" not in options.sections else 140.0  # for the peaks
     options.sizes, options.batch = (TINY, 1) if options.tiny else (LLAMA, 4)
     options.rounds, options.repeat = (1, 1) if options.tiny else (7, 5)
     if not options.task:
@@ -230,10 +233,13 @@ def main() -> None:
     }
     name = re.sub(r"\W+", "-", result["environment"]["device"].lower())
     out = _measure.RESULTS / f"device-{name}.json" if options.out is None else Path(options.out)
-    for section in (steps, bank, methods, memory):
+    if tuple(options.sections) != SECTIONS and out.exists():
+        result = json.loads(out.read_text()) | result
+    measures = {"steps": steps, "bank": bank, "methods": methods, "memory": memory}
+    for section in options.sections:
         begin = time.monotonic()
-        result[section.__name__] = section(options)
-        print(f"{section.__name__}: {time.monotonic() - begin:.0f} s", flush=True)
+        result[section] = measures[section](options)
+        print(f"{section}: {time.monotonic() - begin:.0f} s", flush=True)
         _measure.save(out, result)
     show(result)
     print(f"Written: {out}")
@@ -242,13 +248,13 @@ def main() -> None:
 def show(result: Mapping[str, Any]) -> None:
     """Prints the tables."""
     rows = [
-        [base, form, *cells(row), result["memory"][base].get(form)]
-        for base, forms in result["steps"].items()
+        [base, form, *cells(row), result.get("memory", {}).get(base, {}).get(form)]
+        for base, forms in result.get("steps", {}).items()
         for form, row in forms.items()
     ]
     print(_measure.table(["base", "step", "ms", "of jlora", "memory"], rows))
     for section in ("bank", "methods"):
-        rows = [[name, *cells(row)] for name, row in result[section].items()]
+        rows = [[name, *cells(row)] for name, row in result.get(section, {}).items()]
         print(f"\n{_measure.table([section, 'ms', 'ratio'], rows)}")
 
 
