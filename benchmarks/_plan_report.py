@@ -35,7 +35,7 @@ def bars(results: Results) -> list[Bar]:
 
 def gpu_bars(results: Results) -> list[Bar]:
     """Programs for GPUs move no more than those by hand, and fewer cards do not hold what the smallest number does."""
-    out = []
+    out = text_bars(results)
     for name, plans in results.items():
         if all_fit(plans, "jlora", "by hand") and plans["jlora"].get("kernels"):
             ours, by_hand = (plans[form]["kernels"] for form in ("jlora", "by hand"))
@@ -60,6 +60,31 @@ def gpu_bars(results: Results) -> list[Bar]:
             if plan["devices"] > 1:
                 out.append(Bar(f"{name}: memory / bytes on half as many cards", plan["hbm"] / needed, 1.0))
     return out
+
+
+def text_bars(results: Results) -> list[Bar]:
+    """What the text of a program for GPUs must not contain: float32 copies, and more than one dequantised layer."""
+    out = []
+    for name, plans in results.items():
+        ours, by_hand = plans.get("jlora", {}), plans.get("by hand", {})
+        if "wide" in (ours.get("kernels") or {}) and by_hand.get("kernels"):
+            out.append(Bar(f"{name}: float32 arrays that by hand does not have", more_wide(ours, by_hand), 0))
+        if (ours.get("dequantised") or {}).get("count"):
+            out.append(Bar(f"{name}: dequantised arrays that outlive their layer", ours["dequantised"]["kept"], 0))
+            share = ours["dequantised"]["bytes"] / layer_bytes(ROWS[name])
+            out.append(Bar(f"{name}: dequantised at one time / a layer", share, 1.0))
+    return out
+
+
+def more_wide(ours: dict[str, Any], by_hand: dict[str, Any]) -> int:
+    """How many float32 arrays in the shape of a 16-bit array one program writes that the other does not."""
+    there = by_hand["kernels"]["wide"]
+    return sum(max(0, times - there.get(shape, 0)) for shape, times in ours["kernels"]["wide"].items())
+
+
+def layer_bytes(row: Row) -> int:
+    """Bytes of the kernels of one layer on a device, in 16 bits, gathered over `data`."""
+    return sum(2 * math.prod(shape[1:]) // row.mesh[2] for shape, _ in _llama.kernels(row.sizes).values())
 
 
 def weak_scaling_bars(results: Results) -> list[Bar]:
@@ -189,12 +214,20 @@ def kernel_table(results: Results) -> str:
                 *(f"{a:,} / {b:,}" for a, b in zip(*pairs, strict=True)),
                 " / ".join(f"{k['bytes_moved'] / 1e12:.3f}" for k in kernels),
                 " / ".join(f"{k['float32_bytes'] / 1e12:.3f}" for k in kernels),
+                more_wide(ours, by_hand) if "wide" in kernels[0] else "",
+                _dequantised(ours, ROWS[name]),
                 " / ".join(gib(plan["temporary_bytes"]) for plan in (ours, by_hand)),
                 gib(merged["temporary_bytes"]) if merged else "",
             ]
         )
     header = ["row", "kernels", "products", "with more in the kernel", "TB moved", "TB of float32 written"]
-    return _measure.table([*header, "temporaries, GiB", "merged"], body)
+    text = ["float32 copies beyond by hand", "dequantised at one time / a layer"]
+    return _measure.table([*header, *text, "temporaries, GiB", "merged"], body)
+
+
+def _dequantised(plan: dict[str, Any], row: Row) -> str:
+    arrays = plan.get("dequantised") or {}
+    return f"{arrays['bytes'] / layer_bytes(row):.2f}" if arrays.get("count") else ""
 
 
 def collective_table(plans: Plans, smallest: float = 1e6) -> str:

@@ -145,5 +145,6 @@ ROWS = {
     "405B v5p:8x8x8": _row("Llama 3 405B", "v5p:8x8x8"),
     "GPT-3 v5p:4x4x4": _row("GPT-3 175B", "v5p:4x4x4", ("jlora", "by hand", "merged", "full"), **PAPER),
     **_smallest(SMALLEST),
+    "8B bf16 h100:2": _row("Llama 3 8B", "h100:2", partition=ROW_MAJOR),
     **_smallest(SMALLEST_GPUS, partition=ROW_MAJOR),
 }

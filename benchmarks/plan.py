@@ -1,14 +1,18 @@
-"""The memory and FLOPs of a chip for LoRA on the largest models, as reported by the TPU compiler: no TPU is needed.
+"""Memory and FLOPs of a device for LoRA on the largest models, by the compilers for TPUs and GPUs, which need neither.
 
-    python -m benchmarks.plan                                  # every missing row: two hours on two cores
+    python -m benchmarks.plan                                  # every missing row: two hours on two cores for TPUs
     python -m benchmarks.plan --rows block "70B v5e:16x16"     # some rows
     python -m benchmarks.plan --rows                           # no row: prints the tables of existing results
 
 All parameters are abstract. Every result is written at once, and a run that was stopped continues with the next one.
+A row is missing if it has no result of the compiler's version that is installed; other compilers' rows stay.
 """
 
 import dataclasses
+import functools
+import importlib.metadata
 import json
+import platform
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +25,7 @@ from tqdm import tqdm
 
 import jlora
 from benchmarks import _byhand, _llama, _measure, _plan_report
-from benchmarks._plan_rows import FORMS, ROWS, Row
+from benchmarks._plan_rows import CARDS, FORMS, ROWS, Row
 
 OPTIMISER = optax.adam(1e-4)
 
@@ -82,7 +86,30 @@ def measure(row: Row, form: str) -> dict[str, Any]:
     plan = jlora.plan(jitted, *args, topology=row.topology)
     tqdm.write(f"\n{row.topology}, {form}\n{plan}")
     trained = sum(leaf.size for leaf in jax.tree.leaves(args[0]))
-    return dataclasses.asdict(plan) | {"trained": trained, "seconds": time.perf_counter() - start}
+    about = {"trained": trained, "seconds": time.perf_counter() - start, "versions": versions(row.topology)}
+    return dataclasses.asdict(plan) | about
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions(topology: str) -> dict[str, str]:
+    """What decides the program that is compiled for a topology; without its compiler nothing."""
+    compilers = ("jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12") if topology.split(":")[0] in CARDS else ("libtpu",)
+    installed = {package: _version(package) for package in ("jax", "jaxlib", "optax", *compilers)}
+    out = {package: version for package, version in installed.items() if version is not None}
+    return out | {"python": platform.python_version()} if len(out) == len(installed) else {}
+
+
+def is_missing(row: Row, plan: dict[str, Any] | None) -> bool:
+    """Whether a row has to be compiled, and can be."""
+    here = versions(row.topology)
+    return bool(here) and (plan is None or plan.get("versions") != here)
 
 
 def main() -> None:
@@ -103,7 +130,7 @@ def main() -> None:
         (name, form)
         for name in options.rows
         for form in ROWS[name].forms
-        if form in options.forms and form not in results.get(name, {})
+        if form in options.forms and is_missing(ROWS[name], results.get(name, {}).get(form))
     ]
     with tqdm(missing, unit="program", disable=not missing) as bar:
         for name, form in bar:

@@ -1,10 +1,12 @@
 """Kernels that a GPU runs in one step, and the bytes that they read and write."""
 
+import collections
 import dataclasses
 import re
+from collections.abc import Mapping
 
 from jlora._plan.cost import KINDS
-from jlora._plan.hlo import Computation, Instruction, Program, array_names, called, root, size_in_bytes
+from jlora._plan.hlo import Computation, Instruction, Program, array_names, arrays, called, root, size_in_bytes
 from jlora._plan.products import library_call, product_flops
 
 # Instructions that run nothing on the GPU themselves.
@@ -28,6 +30,8 @@ class Kernels:
         bytes_moved: bytes that the kernels read and write. Of an array that a kernel slices, the slice counts.
         float32_bytes: bytes of the float32 arrays that they write.
         largest_bytes: bytes of the largest array that one of them writes.
+        wide: of the float32 arrays that they write, those in the shape of a 16-bit array of the program, as a float32
+            copy of it would be: shape without axes of size 1, in ascending order, such as `16x4096` -> how many.
     """
 
     count: int = 0
@@ -36,42 +40,60 @@ class Kernels:
     bytes_moved: int = 0
     float32_bytes: int = 0
     largest_bytes: int = 0
+    wide: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def kernels(program: Program) -> Kernels:
     """Reads the kernels of a program that is compiled for GPUs."""
-    sums, largest = [0] * 5, 0
+    sums, largest, float32 = [0] * 5, 0, collections.Counter[str]()
     for name in program.sequential:
         computation, (times, _) = program.computations[name], program.runs[name]
         for i in computation.values():
-            if not _is_kernel(i):
+            if not is_kernel(i):
                 continue
-            inner = _fused(i, program)
+            inner = fused(i, program)
             written = _written(i, computation, inner)
-            has_product = _has_product(i, computation, inner)
+            is_product = has_product(i, computation, inner)
             figures = [
                 1,
-                has_product,
-                has_product and _is_fused(i, inner),
+                is_product,
+                is_product and _is_fused(i, inner),
                 sum(map(size_in_bytes, written)) + _read(i, computation, inner),
                 sum(size_in_bytes(array) for array in written if array.startswith("f32")),
             ]
             sums = [total + times * figure for total, figure in zip(sums, figures, strict=True)]
             largest = max(largest, *map(size_in_bytes, written)) if times and written else largest
+            for array in written:
+                float32[_sorted_shape(array)] += times * array.startswith("f32")
     count, products, fused_products, bytes_moved, float32_bytes = sums
-    return Kernels(count, products, fused_products, bytes_moved, float32_bytes, largest)
+    narrow = _shapes_of_16_bits(program)
+    wide = {shape: times for shape, times in sorted(float32.items()) if times and shape in narrow}
+    return Kernels(count, products, fused_products, bytes_moved, float32_bytes, largest, wide)
 
 
-def _is_kernel(i: Instruction) -> bool:
+def _shapes_of_16_bits(program: Program) -> set[str]:
+    """The sorted shapes of all matrices of 16 bits; vectors are neither weights nor activations."""
+    names = {name for run in program.computations.values() for i in run.values() for name in array_names(i.type)}
+    shapes = {_sorted_shape(name) for name in names if name.startswith(("bf16", "f16"))}
+    return {shape for shape in shapes if "x" in shape}
+
+
+def _sorted_shape(array: str) -> str:
+    """The shape of an array, `f32[1,4096,16]` as `16x4096`."""
+    return "x".join(str(n) for n in sorted(arrays(array)[0][1]) if n != 1)
+
+
+def is_kernel(i: Instruction) -> bool:
+    """Whether an instruction runs a kernel; collectives do not count."""
     return i.opcode not in _NO_KERNEL and not any(i.opcode.startswith(kind) for kind in KINDS)
 
 
-def _fused(i: Instruction, program: Program) -> Computation | None:
+def fused(i: Instruction, program: Program) -> Computation | None:
     """The computation of a fusion, None for other instructions."""
     return program.computations[called(i)[0]] if i.opcode == "fusion" else None
 
 
-def _has_product(i: Instruction, computation: Computation, inner: Computation | None) -> bool:
+def has_product(i: Instruction, computation: Computation, inner: Computation | None) -> bool:
     """Whether a kernel computes a product or a convolution."""
     run = computation if inner is None else inner
     types = {name: each.type for name, each in run.items()}

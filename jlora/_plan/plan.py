@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Singl
 
 from jlora._plan import topology as _topology
 from jlora._plan.cost import Collective, cost
+from jlora._plan.dequantised import Dequantised, dequantised
 from jlora._plan.hlo import parse
 from jlora._plan.kernels import Kernels, kernels
 from jlora._tree.paths import is_array, named_leaves
@@ -49,6 +50,7 @@ class Plan:
         collectives: what a device sends and receives, in descending order of bytes.
         refusal: the compiler's message if it refuses the program for lack of memory.
         kernels: of GPUs, the kernels of a step and the bytes that they move.
+        dequantised: of GPUs, the weights that kernels dequantise and write.
         leaves_out: what the figures do not contain.
     """
 
@@ -69,6 +71,7 @@ class Plan:
     collectives: tuple[Collective, ...] = ()
     refusal: str | None = None
     kernels: Kernels | None = None
+    dequantised: Dequantised | None = None
     leaves_out: str | None = None
 
     def json(self) -> str:
@@ -95,6 +98,9 @@ class Plan:
         if self.kernels is not None:
             rows.append(("kernels", f"{self.kernels.count:,}", f"{self.kernels.products:,} of them products"))
             rows.append(("bytes moved", f"{self.kernels.bytes_moved:,}", "by kernels, all iterations"))
+        if self.dequantised is not None and self.dequantised.count:
+            size = self.dequantised.bytes
+            rows.append(("dequantised bytes", f"{size:,}", f"{short_bytes(size)} at one time"))
         return Table(("a device", "", ""), rows, right=(1,))
 
     def _collectives(self) -> Table:
@@ -176,6 +182,7 @@ def plan(step: Callable[..., Any], *args: Any, topology: str, **kwargs: Any) -> 
         exact=work.exact,
         collectives=work.collectives,
         kernels=kernels(program) if is_gpu else None,
+        dequantised=dequantised(program) if is_gpu else None,
         leaves_out=_topology.leaves_out(devices[0]),
     )
 

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 import jlora
 from benchmarks import plan as benchmark
 from benchmarks._llama import Sizes
+from benchmarks._plan_report import layer_bytes, more_wide
 from benchmarks._plan_rows import Row
 from jlora._plan import topology as _topology
 from jlora._plan.gpu_cards import CARDS, CORES, target_config
@@ -127,13 +128,19 @@ if HAS_COMPILER:
         sizes = Sizes(8, 2048, 8192, 16, 8, vocabulary=8192, length=2048)
         row = Row(sizes, "h100:2", (1, 1, 2), 1, base=base)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            ours, by_hand = (benchmark.measure(row, form) for form in ("jlora", "by hand"))
+            ours, by_hand, merged = (benchmark.measure(row, form) for form in ("jlora", "by hand", "merged"))
         assert ours["temporary_bytes"] <= 1.02 * by_hand["temporary_bytes"]
         assert ours["flops"] <= 1.005 * by_hand["flops"]
         for figure in ("bytes_moved", "float32_bytes", "largest_bytes"):
             assert ours["kernels"][figure] <= 1.01 * by_hand["kernels"][figure]
         kernel = 2048 * 8192 * 2 // 2  # bytes of one layer's largest on a card
         assert ours["kernels"]["largest_bytes"] < sizes.layers * kernel
+        assert more_wide(ours, by_hand) == 0
+        assert more_wide(merged, by_hand) > 0
+        if base == "nf4":
+            assert ours["dequantised"]["count"] >= 2 * 7 * sizes.layers - 7
+            assert (ours["dequantised"]["kept"], by_hand["dequantised"]["kept"]) == (0, 0)
+            assert ours["dequantised"]["bytes"] <= layer_bytes(row) < merged["dequantised"]["bytes"]
 
     def test_weights_are_not_copied():
         """On few tokens a product moves what its weight takes, with an adapter as without."""

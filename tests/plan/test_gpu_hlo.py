@@ -187,6 +187,7 @@ def test_kernels_of_a_loop():
         bytes_moved=4 + 4 + 3 * (product + update + counter + test),
         float32_bytes=3 * 64 * 32 * 4,
         largest_bytes=64 * 32 * 4,
+        wide={"32x64": 3},  # the float32 copy of the product's result
     )
 
 
