@@ -68,3 +68,26 @@ ad.deflinear2(reshape_p, lambda cotangent, x, *, shape: [reshape_apart(cotangent
 batching.primitive_batchers[reshape_p] = _batch_reshape
 mlir.register_lowering(reshape_p, mlir.lower_fun(_reshape, multiple_results=False))
 mlir.register_lowering(reshape_p, _lower_reshape, platform="cpu")
+
+
+def one_way_barrier(x: jax.Array, *, of_cotangent: bool) -> jax.Array:
+    """The array itself, behind a barrier either where it is computed or where its cotangent is.
+
+    `jax.lax.optimization_barrier` is in both places. Then a product whose result, or whose cotangent, is added to that
+    of another product is not added in the kernel of the product.
+    """
+    return one_way_p.bind(x, of_cotangent=of_cotangent)
+
+
+def _one_way(x: Any, *, of_cotangent: bool) -> Any:
+    return x if of_cotangent else lax.optimization_barrier(x)
+
+
+one_way_p = Primitive("jlora_one_way_barrier")
+one_way_p.def_impl(lambda x, *, of_cotangent: x)
+one_way_p.def_abstract_eval(lambda x, *, of_cotangent: x)
+ad.deflinear2(
+    one_way_p, lambda cotangent, _, *, of_cotangent: [one_way_p.bind(cotangent, of_cotangent=not of_cotangent)]
+)
+batching.defvectorized(one_way_p)
+mlir.register_lowering(one_way_p, mlir.lower_fun(_one_way, multiple_results=False))

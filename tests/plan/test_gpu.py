@@ -122,11 +122,11 @@ if HAS_COMPILER:
         assert plan.needed >= 2 * 2**34 * 4
         assert "it does not fit, 128 GiB of 59.33 GiB a device" in str(plan)
 
-    @pytest.mark.parametrize("base", ["bf16", "nf4"])
-    def test_no_more_than_by_hand(base):
+    @pytest.mark.parametrize(("base", "card"), [("bf16", "h100"), ("nf4", "h100"), ("bf16", "a100-80")])
+    def test_no_more_than_by_hand(base, card):
         """Eight scanned layers take what LoRA written into the model takes, and are dequantised one at a time."""
         sizes = Sizes(8, 2048, 8192, 16, 8, vocabulary=8192, length=2048)
-        row = Row(sizes, "h100:2", (1, 1, 2), 1, base=base)
+        row = Row(sizes, f"{card}:2", (1, 1, 2), 1, base=base)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             ours, by_hand, merged = (benchmark.measure(row, form) for form in ("jlora", "by hand", "merged"))
         assert ours["temporary_bytes"] <= 1.02 * by_hand["temporary_bytes"]
@@ -177,4 +177,4 @@ if HAS_COMPILER:
 
         jlora.plan(step, params, adapter, x, topology="h100:1")
         jlora.plan(step, params, adapter, x, topology="cpu:1")
-        assert ["optimization_barrier" in text for text in seen] == [True, False]
+        assert ["one_way_barrier" in text for text in seen] == [True, False]

@@ -26,7 +26,7 @@ from jlora._ir.materialize import accumulation_dtype
 from jlora._ir.probe import Probe, by_path
 from jlora._ir.structured import StructuredNetwork
 from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork
-from jlora._ops.apart import reshape_apart
+from jlora._ops.apart import one_way_barrier, reshape_apart
 from jlora._ops.contraction import Groups, apply_network
 from jlora._ops.inputs import record_product
 from jlora._ops.maps import apply_maps, form_of, maps_of_sum
@@ -184,7 +184,7 @@ def _evaluate(
             precision=form.precision,
             groups=groups,
         )
-        z = _apart(z, form)
+        z = _apart(z, form, of_cotangent=True)
         return reshape_apart(jnp.broadcast_to(z, [sizes[c] for c in form.out]), y.shape)
 
     is_divisible = not (any(maps) or merged) and group_sizes is None and _compat.has_auto_mesh(x, base)
@@ -217,14 +217,14 @@ def _evaluate(
     return _map(total, form.out, maps[2], group_sizes, form, of_input=False)
 
 
-def _apart(x: jax.Array, form: _Form) -> jax.Array:
+def _apart(x: jax.Array, form: _Form, *, of_cotangent: bool = False) -> jax.Array:
     """An array that products of the base do not share with those of factors, in programs for GPUs.
 
     XLA's compiler for GPUs joins two products with a common operand if one of them is small: it would copy the base
     and a factor into one array in every step, which moves three times the bytes of the base's product. So the input of
     a branch, and in the backward pass the cotangent of its result, are other arrays for the compiler.
     """
-    return jax.lax.optimization_barrier(x) if form.is_for_gpu else x
+    return one_way_barrier(x, of_cotangent=of_cotangent) if form.is_for_gpu else x
 
 
 def _as_wide_as(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
