@@ -84,6 +84,20 @@ ADAPTERS: dict[str, Callable[[], peft.PeftConfig]] = {
     ),
     "waveft": lambda: peft.WaveFTConfig(n_frequency=19, scaling=2.0, target_modules=TARGETS),
     "shira": lambda: peft.ShiraConfig(r=1, target_modules=TARGETS),
+    "randlora": lambda: peft.RandLoraConfig(r=3, randlora_alpha=5, target_modules=TARGETS),
+    "hira": lambda: peft.HiraConfig(r=2, target_modules=TARGETS),
+    "delora": lambda: peft.DeloraConfig(r=2, delora_lambda=4, rank_pattern={"out": 3}, target_modules=TARGETS),
+    "miss": lambda: peft.MissConfig(r=4, target_modules=TARGETS),
+    "miss_of_another_size": lambda: peft.MissConfig(r=3, target_modules=TARGETS),
+    "miss_mini": lambda: peft.MissConfig(r=4, mini_r=4, init_weights="mini", target_modules=TARGETS),
+    "glora": lambda: peft.GloraConfig(r=2, target_modules=TARGETS),
+    "glora_vector": lambda: peft.GloraConfig(
+        r=2, config_A_B="vector", config_C="vector", config_D_E="vector", target_modules=TARGETS
+    ),
+    "glora_constant": lambda: peft.GloraConfig(
+        r=2, config_A_B="constant", config_C="none", config_D_E="none", bias="glora_only", target_modules=TARGETS
+    ),
+    "glora_bias": lambda: peft.GloraConfig(r=2, config_A_B="none", config_C="vector", target_modules=TARGETS),
 }
 
 
@@ -119,8 +133,8 @@ def exported(name: str, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return files(folder) | {"y": output(made)}
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
+def records() -> dict[str, np.ndarray]:
+    """The arrays of the golden file."""
     state = {key: p.detach().numpy() for key, p in Model().named_parameters()}
     out = {f"model/all/{key}": value for key, value in state.items()}
     out |= {"input/all/x": numbers("x", 3, 8), "input/all/y": output(Model())}
@@ -128,10 +142,11 @@ def main() -> None:
         out |= {f"adapter/{name}/{key}": value for key, value in adapted(name).items()}
     for name in peft_types.EXPORTS:
         out |= {f"export/{name}/{key}": value for key, value in exported(name, state).items()}
-    path = Path(__file__).with_suffix(".npz")
-    np.savez_compressed(path, **out)
-    print(path, path.stat().st_size, "bytes")
+    return out
 
 
 if __name__ == "__main__":
-    main()
+    warnings.simplefilter("ignore")
+    path = Path(__file__).with_suffix(".npz")
+    np.savez_compressed(path, **records())
+    print(path, path.stat().st_size, "bytes")

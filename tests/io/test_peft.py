@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jlora
 from tests.support import peft_exports
-from tests.support.peft_files import BOUND, FILES, NIGHTLY, content, error, golden, program, unpack
+from tests.support.peft_files import BOUND, FILES, NIGHTLY, content, error, golden, program, settled, unpack
 from tests.support.peft_models import MODELS
 
 LIBRARIES = ("torch", "transformers", "peft")
@@ -120,9 +118,3 @@ if all(importlib.util.find_spec(library) for library in LIBRARIES):
                 assert recorded[key].tobytes() == expected.tobytes(), key
             else:
                 assert error(recorded[key], expected) <= BOUND, key
-
-
-def settled(config: np.ndarray) -> dict[str, Any]:
-    """A configuration with its lists in order: PEFT writes some of them from sets."""
-    fields = json.loads(config.tobytes())
-    return {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in fields.items()}

@@ -80,11 +80,27 @@ READ = {
     "FROD": MODULES
     | LAYERS
     | {"bias", "sparse_rate", "regularization_alpha", "frod_dropout", "projection_prng_key", "save_projection"},
+    "HIRA": MODULES | LAYERS | {"r", "rank_pattern", "hira_dropout"},
+    "DELORA": MODULES | LAYERS | {"r", "rank_pattern", "bias", "delora_lambda", "lambda_pattern"},
+    "MISS": MODULES | LAYERS | {"r", "bias", "mini_r", "miss_dropout"},  # and init_weights, which other tests show
+    "GLORA": MODULES | {"r", "bias", "config_A_B", "config_C", "config_D_E"},
+    "RANDLORA": MODULES
+    | LAYERS
+    | {"r", "bias", "randlora_alpha", "randlora_dropout", "projection_prng_key", "save_projection"}
+    | {"sparse", "very_sparse"},
     "LN_TUNING": MODULES,
     "BEFT": MODULES,
     "PEANUT": MODULES | LAYERS | {"r", "depth", "act_fn", "scaling"},
 }
-REQUIRED = {"r": 2, "lora_alpha": 3, "alpha": 3, "init_r": 3, "target_modules": ["q"], "feedforward_modules": ["q"]}
+REQUIRED = {
+    "randlora_alpha": 3,
+    "r": 2,
+    "lora_alpha": 3,
+    "alpha": 3,
+    "init_r": 3,
+    "target_modules": ["q"],
+    "feedforward_modules": ["q"],
+}
 # Values that PEFT accepts; of any other option one is made from the default.
 VALUES: dict[str, Any] = {
     "exclude_modules": ["k"],

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import warnings
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file
 
 import jlora
 from tests.support import peft_types
-from tests.support.peft_files import change_configuration, change_tensors
+from tests.support.peft_files import change_configuration, change_tensors, settled
 from tests.support.recorded import sections
 
 GOLDEN = sections(Path(__file__).parents[1] / "golden" / "peft_types.npz")
@@ -22,6 +24,9 @@ PARAMS = peft_types.params_of(STATE)
 SITES = peft_types.sites_of(PARAMS)
 FOURIER = [-0.09185072, 1.3775651]
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Files that are written again in another form: PEFT copies RandLoRA's matrices to every module, GLoRA's C, D and E
+# become the bias, and a MiSS whose matrix is cut off or repeated is the LoRA or the MiSS that it equals.
+OTHER_FORM = ("randlora", "glora", "glora_vector", "glora_constant", "glora_bias", "miss_of_another_size", "miss_mini")
 
 
 def unpack(section: str, name: str, folder: Path) -> np.ndarray:
@@ -33,7 +38,7 @@ def unpack(section: str, name: str, folder: Path) -> np.ndarray:
 
 
 def some(section: str) -> list:
-    default = ("tinylora", "unilora", "kasa")
+    default = ("tinylora", "unilora", "kasa", "randlora", "glora")
     return [pytest.param(name, marks=[] if name in default else [pytest.mark.nightly]) for name in GOLDEN[section]]
 
 
@@ -57,7 +62,7 @@ def test_a_file_of_peft_computes_what_it_does_there_and_is_written_again(name, t
         assert all(
             np.array_equal(given[key], saved[key]) for key in given if not key.endswith(("weights", "var_prior"))
         )
-    elif name != "vblora_topk":  # of whose logits the file holds those of the mixed vectors alone
+    elif name not in ("vblora_topk", *OTHER_FORM):  # of whose logits the file holds those of the mixed vectors alone
         assert given.keys() == saved.keys()
         for key in given:
             np.testing.assert_allclose(saved[key], given[key], atol=2e-7 if name == "ln_tuning" else 0)
@@ -192,3 +197,27 @@ def test_places_are_distinct_and_the_branch_has_them(places):
         if places == "torch":  # what PEFT 0.21.2 computes
             first = [19, 19, 35, -15, 12] if isinstance(method, jlora.WaveFT) else [12, *FOURIER, *FOURIER[::-1]]
             np.testing.assert_allclose(y[0], first, atol=1e-5)
+
+
+if importlib.util.find_spec("peft"):
+
+    def test_live():
+        """The golden file holds what its script makes."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from tests.golden import peft_types as script
+
+            recorded = script.records()
+        flat = {
+            f"{s}/{n}/{k}": a for s, names in GOLDEN.items() for n, arrays in names.items() for k, a in arrays.items()
+        }
+        assert set(recorded) == set(flat)
+        for key, expected in flat.items():
+            actual = recorded[key]
+            if key.endswith(FILES[0]):
+                assert settled(actual) == settled(expected), key
+                continue
+            tensors = [load(a.tobytes()) if key.endswith(FILES[1]) else {"": a} for a in (actual, expected)]
+            assert tensors[0].keys() == tensors[1].keys(), key
+            for name, tensor in tensors[1].items():
+                np.testing.assert_allclose(tensors[0][name], tensor, atol=2e-5, err_msg=f"{key} {name}")

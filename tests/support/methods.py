@@ -83,6 +83,7 @@ METHODS: dict[str, list[jlora.Method]] = {
     "peanut_deep": [jlora.PEANuT(2, 2, "tanh", 0.5)],
     "pvera": [jlora.PVeRA(3)],
     "randlora": [jlora.RandLoRA(2, ALPHA)],
+    "randlora_shared": [jlora.RandLoRA(2, ALPHA, matrices=(256, 64))],
     "rows": _blocks(jlora.Rows, *ROWS),
     "rows_out": _blocks(jlora.Rows, *ROWS, axis="out"),
     "para": [jlora.PaRa(1)],

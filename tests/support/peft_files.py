@@ -84,3 +84,9 @@ def load_for_bert(folder: Path, names: Names = NAMES) -> jlora.Adapter:
     """The adapter that the files in `folder` hold for the BERT of the tests."""
     params, sites, _ = program("bert")
     return jlora.peft.load(folder, sites, names, params=params)
+
+
+def settled(config: np.ndarray) -> dict[str, Any]:
+    """A configuration with its lists in order: PEFT writes some of them from sets."""
+    fields = json.loads(config.tobytes())
+    return {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in fields.items()}

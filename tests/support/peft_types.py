@@ -41,6 +41,11 @@ EXPORTS: dict[str, jlora.Method | dict[str, jlora.Method]] = {
     "waveft": jlora.WaveFT(13, 2.0, 3, places="torch"),
     "shira": jlora.SHiRA(1),
     "peanut": jlora.PEANuT(3, 1, "gelu", 0.5),
+    "randlora": jlora.RandLoRA(3, 5.0, 4, matrices=(12, 8)),
+    "hira": {"layers/kernel": jlora.HiRA(2, 3.0), "out/kernel": jlora.HiRA(2)},
+    "delora": {"layers/kernel": jlora.DeLoRA(2, 4.0), "out/kernel": jlora.DeLoRA(3, 4.0)},
+    "miss": jlora.MiSS(4),
+    "glora": {"layers/kernel": jlora.GLoRA(2, "lora", "lora"), "(layers|out)/bias": jlora.Full()},
 }
 
 

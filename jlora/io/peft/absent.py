@@ -1,6 +1,6 @@
 """Which arrays of a method PEFT's files do not hold for each module."""
 
-from jlora.methods import C3A, OSF, BDLoRA, FourierFT, FRoD, GraLoRA, KaSA, SHiRA, WaveFT
+from jlora.methods import C3A, OSF, BDLoRA, DeLoRA, FourierFT, FRoD, GraLoRA, KaSA, RandLoRA, SHiRA, WaveFT
 from jlora.methods._base import Method
 
 # Arrays that PEFT computes from the base when it loads a file.
@@ -10,12 +10,24 @@ _FROM_BASE: dict[type[Method], tuple[str, ...]] = {
     FRoD: ("u", "l0"),
 }
 # Methods whose blocks, places or singular vectors are those of a whole module, not of a part of it or of several.
-WHOLE_MODULES: tuple[type[Method], ...] = (BDLoRA, GraLoRA, KaSA, OSF, FRoD, C3A, FourierFT, WaveFT, SHiRA)
+WHOLE_MODULES: tuple[type[Method], ...] = (
+    *(BDLoRA, GraLoRA, KaSA, OSF, FRoD, C3A, FourierFT, WaveFT, SHiRA, DeLoRA, RandLoRA),
+)
+
+
+def has_arrays_from_base(method: Method) -> bool:
+    """Whether PEFT computes arrays of a method from the base when it loads a file."""
+    return type(method) in _FROM_BASE
 
 
 def needs_base(method: Method) -> bool:
-    """Whether files of a method are relative to the base."""
-    return type(method) in _FROM_BASE
+    """Whether what is written of a method depends on the base."""
+    return has_arrays_from_base(method) or bool(stored_axes(method))
+
+
+def stored_axes(method: Method) -> dict[str, tuple[str, ...]]:
+    """The axes of what the tensors of a module have beside the arrays of the method: DeLoRA's norms of the base."""
+    return {"norm": ("in",)} if isinstance(method, DeLoRA) else {}
 
 
 def absent_arrays(method: Method) -> tuple[str, ...]:

@@ -75,6 +75,14 @@ _READ = {
         *("wavelet_family", "use_idwt"),
     ],
     "SHIRA": ["r", "mask_type", "random_seed"],  # the file has the places
+    "HIRA": ["r", "rank_pattern", "hira_dropout"],
+    "DELORA": ["r", "rank_pattern", "delora_lambda", "lambda_pattern"],  # the file has the bounds
+    "MISS": ["r", "mini_r", "init_weights", "miss_dropout"],
+    "RANDLORA": [
+        *("r", "randlora_alpha", "projection_prng_key", "save_projection", "sparse", "very_sparse"),
+        "randlora_dropout",
+    ],
+    "GLORA": ["r", "config_A_B", "config_C", "config_D_E"],
     "FROD": ["sparse_rate", "regularization_alpha", "frod_dropout", "projection_prng_key", "save_projection"],
 }
 _REQUIRED = {
@@ -105,6 +113,11 @@ _REQUIRED = {
     "WAVEFT": ("scaling", "random_loc_seed"),
     "SHIRA": ("r",),
     "FROD": ("sparse_rate",),
+    "HIRA": (),
+    "GLORA": ("r",),
+    "DELORA": (),
+    "MISS": (),
+    "RANDLORA": ("r", "randlora_alpha"),
 }
 # Why a field is refused, and what to do, if there is more to say than that jlora does not implement it.
 _REASONS = {
@@ -118,11 +131,12 @@ _TYPE_REASONS = {
     "PSOFT": " Its file holds a rotation in the basis of the singular vectors, and not their signs, which differ "
     "between builds of LAPACK: convert it to LoRA with PEFT.",
     "ADAMSS": " Its file does not hold the clusters, which PEFT computes again by scikit-learn: merge it with PEFT.",
-    "RANDLORA": " Its terms share one small random matrix, and pair its rows with those of the large one in another "
-    "order than the paper's sum: merge it with PEFT.",
 }
 _UNCHANGED_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")  # values of init_lora_weights
-_BIASES = ("none", "all", "lora_only", "vera_only", "c3a_only", "fourier_only", "waveft_only", "frod_only")
+_BIASES = (
+    *("none", "all", "lora_only", "vera_only", "c3a_only", "fourier_only", "waveft_only", "frod_only"),
+    *("delora_only", "glora_only", "MiSS_only", "miss_only", "randlora_only"),
+)
 # The types of fields that are not a plain number or switch: of the value, and of the items in it.
 _FIELD_TYPES: dict[str, tuple[tuple[type, ...], type]] = {
     "target_modules": ((str, list), str),

@@ -12,9 +12,11 @@ import numpy as np
 
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.frod import add_frod, apart, read_frod
+from jlora.io.peft.glora import read_glora
 from jlora.io.peft.method_fields import is_flipped
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
 from jlora.io.peft.monteclora import without_state
+from jlora.io.peft.products import read_randlora
 from jlora.io.peft.pvera import divided
 from jlora.io.peft.tensors import Tensors
 from jlora.io.peft.trained_vectors import biases_as_output_biases, norms_as_saved_modules
@@ -129,6 +131,8 @@ _READ: dict[str, Callable[[Config, Tensors], Tensors]] = {
     "PVERA": divided,
     "SUPERTUNING": _read_super_tuning,
     "FROD": read_frod,
+    "RANDLORA": read_randlora,
+    "GLORA": read_glora,
 }
 
 

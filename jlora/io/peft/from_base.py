@@ -4,13 +4,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jlora.io.peft.absent import needs_base
+from jlora.io.peft.absent import has_arrays_from_base
 from jlora.io.peft.deltas import BaseParams
 from jlora.io.peft.frod import basis_products
 from jlora.io.peft.full_weights import base_matrix
 from jlora.io.peft.module_entry import ModuleEntry
+from jlora.io.peft.products import with_norms
 from jlora.io.torch.weight_location import Owners
-from jlora.methods import OSF, FRoD, KaSA
+from jlora.methods import OSF, DeLoRA, FRoD, KaSA
 from jlora.methods._base import Method
 
 PURPOSE = "PEFT computes the singular vectors of the method from the base"
@@ -49,9 +50,13 @@ def checked_against_base(
     Raises:
         ValueError: if the base is missing, or the frozen arrays are not those of the base of the module.
     """
+    checked = dict(entries)
     for name, entry in entries.items():
         method = entry.factors.method
-        if not needs_base(method):
+        if isinstance(method, DeLoRA):
+            checked[name] = entry._replace(factors=with_norms(entry.factors, owners[name], base))
+            continue
+        if not has_arrays_from_base(method):
             continue
         arrays = entry.factors.arrays
         new = _removed(dict(arrays) | arrays_from_base(method, base_matrix(owners[name], base, PURPOSE), arrays))
@@ -60,7 +65,7 @@ def checked_against_base(
                 f"{name} has other singular vectors than its base in params, and PEFT computes them from the base: "
                 "pass the parameters that the adapter was initialised with, or convert it by jlora.to_lora."
             )
-    return dict(entries)
+    return checked
 
 
 def _removed(arrays: Mapping[str, np.ndarray]) -> np.ndarray:

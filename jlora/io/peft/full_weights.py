@@ -192,9 +192,9 @@ def _saved_modules(trained: Mapping[str, ModuleEntry]) -> set[str]:
 
 def _set_bias(config: Config, biases: Mapping[str, bool]) -> None:
     """Sets `bias`, given for each trained bias whether its module is adapted."""
-    if config["peft_type"] != "VERA":
+    own_biases = {"VERA": "vera_only", "GLORA": "glora_only"}.get(config["peft_type"], "lora_only")
+    if own_biases == "lora_only":
         _check_is_lora(config, list(biases))
-    own_biases = "vera_only" if config["peft_type"] == "VERA" else "lora_only"
     config["bias"] = own_biases if all(biases.values()) else "all"
 
 

@@ -23,20 +23,25 @@ from jlora.methods import (
     OFT,
     OSF,
     BDLoRA,
+    DeLoRA,
     DoRA,
     FourierFT,
     FRoD,
     Full,
+    GLoRA,
     GraLoRA,
+    HiRA,
     KaSA,
     LoHa,
     LoKr,
     LoRA,
+    MiSS,
     MonteCLoRA,
     PaRa,
     PEANuT,
     PVeRA,
     QALoRA,
+    RandLoRA,
     RoAd,
     SHiRA,
     SuperTuning,
@@ -111,6 +116,22 @@ _PEANUT_LAYERS = _layout(
     encoders=("peanut_encoders", "depth width rank"), decoders=("peanut_decoders", "depth width rank")
 )
 
+_HIRA = _layout(a=("hira_A", "rank kernel"), b=("hira_B", "out rank 1..."))
+_HIRA_EMBEDDING = _layout(a=("hira_embedding_A", "rank in"), b=("hira_embedding_B", "out rank"))
+_DELORA = _layout(
+    a=("delora_A", "rank in"), b=("delora_B", "out rank"), l=("delora_lambda", "1"), norm=("delora_w_norm", "in")
+)
+_RANDLORA = _layout(d=("randlora_lambda", "rank terms"), b=("randlora_gamma", "terms smaller"))
+_GLORA = [
+    _layout(
+        ga=("glora_A.Xu", "rank in"),
+        gb=("glora_A.Xd", "out rank"),
+        a=("glora_B.Xu", "rank in"),
+        b=("glora_B.Xd", "out rank"),
+    ),
+    _layout(g=("glora_A.X", "out 1"), h=("glora_B.X", "out 1")),
+    _layout(g=("glora_A.X", "1"), h=("glora_B.X", "1")),
+]
 _BD_LORA = [
     _layout(a=("lora_A.weight", "(block part) in_row"), b=("lora_B.weight", "out (block part)")),
     _layout(a=("lora_A.weight", "(block part) in"), b=("lora_B.weight", "(block out_column) part")),
@@ -169,6 +190,11 @@ ADAPTERS: dict[type[Method], dict[Kind, list[Layout]]] = {
     FourierFT: {kind: [_layout(c=("fourierft_spectrum", "n"))] for kind in _LAYERS},
     WaveFT: {kind: [_layout(c=("waveft_spectrum", "n"))] for kind in _LAYERS},
     SHiRA: {"linear": [_layout(s=("shira_weight", "entries"), place=("shira_indices", "side entries digits"))]},
+    HiRA: {"linear": [_HIRA], "conv1d": [_HIRA], "conv": [_HIRA], "embedding": [_HIRA_EMBEDDING]},
+    DeLoRA: {"linear": [_DELORA]},
+    MiSS: {"linear": [_layout(b=("miss_block", "rank out"))]},
+    RandLoRA: {"linear": [_RANDLORA], "conv1d": [_RANDLORA]},
+    GLoRA: {"linear": _GLORA},
     PEANuT: {"linear": [_PEANUT, {**_PEANUT, **_PEANUT_LAYERS}]},
 }
 # Parameters that are trained in full.

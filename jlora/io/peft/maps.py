@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.io.peft import structured
+from jlora.io.peft import products, structured
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
 from jlora.io.peft.tensors import Tensors
@@ -16,17 +16,18 @@ METHODS = (OFT, BOFT, HRA, RoAd, DEFT, PaRa)
 
 
 def is_map(config: Config) -> bool:
-    """Whether a configuration is of a type of this file, or of `structured.py`."""
+    """Whether a configuration is of a type of this file, of `structured.py` or of `products.py`."""
     return config["peft_type"] in _READ
 
 
-def method_and_tensors(config: Config, name: str, tensors: Tensors) -> tuple[Method, Tensors]:
+def method_and_tensors(config: Config, name: str, tensors: Tensors, sizes: Mapping[str, int]) -> tuple[Method, Tensors]:
     """The method of a module, and its tensors in the form of jlora's factors.
 
     Arguments:
         config: the configuration.
         name: of the module.
         tensors: of the module, by suffix.
+        sizes: of the in axis, and of the out axis if it is known.
 
     Raises:
         ValueError: if a tensor is missing or has the wrong number of axes, or PEFT's method differs from jlora's.
@@ -35,16 +36,16 @@ def method_and_tensors(config: Config, name: str, tensors: Tensors) -> tuple[Met
     for suffix, ndim in ranks.items():
         if suffix in tensors and tensors[suffix].ndim != ndim:
             raise ValueError(f"{name}.{suffix} has shape {tensors[suffix].shape}, and {ndim} axes were expected.")
-    first = next(iter(ranks))
-    if first not in tensors:
+    first = next(iter(ranks), None)
+    if first is not None and first not in tensors:
         raise ValueError(f"{name} lacks {first}: it has {sorted(tensors)}.")
     try:
-        return read(config, name, dict(tensors))
+        return read(config, sizes, dict(tensors))
     except ValueError as error:
         raise ValueError(f"{name} cannot be read. {error}") from error
 
 
-def _read_oft(config: Config, name: str, tensors: Tensors) -> tuple[Method, Tensors]:
+def _read_oft(config: Config, sizes: Mapping[str, int], tensors: Tensors) -> tuple[Method, Tensors]:
     weight = tensors["oft_R.weight"]
     block = round((1 + (1 + 8 * weight.shape[1]) ** 0.5) / 2)
     terms = config.get("num_cayley_neumann_terms", 5) if config["use_cayley_neumann"] else 0
@@ -55,7 +56,7 @@ def _read_oft(config: Config, name: str, tensors: Tensors) -> tuple[Method, Tens
     return method, {"oft_R.weight": -weight if terms else weight}  # PEFT's series is of the inverse rotation
 
 
-def _read_boft(config: Config, name: str, tensors: Tensors) -> tuple[Method, Tensors]:
+def _read_boft(config: Config, sizes: Mapping[str, int], tensors: Tensors) -> tuple[Method, Tensors]:
     matrices = tensors["boft_R"]
     levels, _, block, _ = matrices.shape
     if levels > 2:
@@ -65,21 +66,21 @@ def _read_boft(config: Config, name: str, tensors: Tensors) -> tuple[Method, Ten
     return BOFT(block, levels), tensors | {"boft_R": skew[..., rows, columns]}
 
 
-def _read_hra(config: Config, name: str, tensors: Tensors) -> tuple[Method, Tensors]:
+def _read_hra(config: Config, sizes: Mapping[str, int], tensors: Tensors) -> tuple[Method, Tensors]:
     u = tensors["hra_u"]
     if config.get("apply_GS"):  # reflections along an orthonormal basis
         u = np.linalg.qr(u.astype(np.promote_types(u.dtype, np.float32)))[0]
     return HRA(u.shape[1]), {"hra_u": u}
 
 
-def _read_road(config: Config, name: str, tensors: Tensors) -> tuple[Method, Tensors]:
+def _read_road(config: Config, sizes: Mapping[str, int], tensors: Tensors) -> tuple[Method, Tensors]:
     variants = {f"road_{k}": k for k in (1, 2, 4)}
     if config["variant"] not in variants:
         raise ValueError(f"The variant is {config['variant']!r}; it must be one of {', '.join(variants)}.")
     return RoAd(variants[config["variant"]], config["group_size"]), tensors
 
 
-def _read_deft(config: Config, name: str, tensors: Tensors) -> tuple[Method, Tensors]:
+def _read_deft(config: Config, sizes: Mapping[str, int], tensors: Tensors) -> tuple[Method, Tensors]:
     p, projection = tensors["deft_P"], config.get("decomposition_method", "relu")
     rank = p.shape[1]
     if projection == "qr":
@@ -90,7 +91,7 @@ def _read_deft(config: Config, name: str, tensors: Tensors) -> tuple[Method, Ten
 
 
 # By type: the suffixes of its tensors with their numbers of axes, and what reads a module.
-_Reader = Callable[[Config, str, Tensors], tuple[Method, Tensors]]
+_Reader = Callable[[Config, Mapping[str, int], Tensors], tuple[Method, Tensors]]
 _READ: dict[str, tuple[Mapping[str, int], _Reader]] = {
     "OFT": ({"oft_R.weight": 2}, _read_oft),
     "BOFT": ({"boft_R": 4, "boft_s": 2}, _read_boft),
@@ -98,6 +99,7 @@ _READ: dict[str, tuple[Mapping[str, int], _Reader]] = {
     "ROAD": ({"road_theta": 1, "road_alpha": 1}, _read_road),
     "DEFT": ({"deft_P": 2, "deft_R": 2}, _read_deft),
     **structured.READ,
+    **products.READ,
 }
 
 

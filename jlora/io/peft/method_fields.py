@@ -8,13 +8,14 @@ from typing import Any
 from jlora.io.peft.adalora import adalora_method
 from jlora.io.peft.config import Config
 from jlora.io.peft.form_methods import method_of_blocks, method_of_form, super_tuning
+from jlora.io.peft.glora import glora_method
 from jlora.io.peft.lokr import decompose_factor
 from jlora.io.peft.lora_variants import variant_of
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
 from jlora.io.peft.monteclora import monteclora_method
 from jlora.io.peft.targets import by_pattern, exact_patterns, is_feedforward
 from jlora.io.torch.factor_layout import ModuleFactors
-from jlora.methods import IA3, BDLoRA, DoRA, KaSA, LoHa, LoKr, LoRA, MonteCLoRA, PVeRA, VeRA
+from jlora.methods import IA3, BDLoRA, DoRA, KaSA, LoHa, LoKr, LoRA, MonteCLoRA, PVeRA, RandLoRA, VeRA
 from jlora.methods._base import Method
 
 
@@ -31,6 +32,14 @@ def method_of(config: Config, name: str) -> Method | None:
             return method_of_form(config, _rank(config, name), _number)
         case "GRALORA" | "OSF" | "FROD":
             return method_of_blocks(config, _number)
+        case "RANDLORA":
+            return RandLoRA(
+                config["r"],
+                _number(config["randlora_alpha"], "randlora_alpha"),
+                config.get("projection_prng_key", 0),
+            )
+        case "GLORA":
+            return glora_method(config)
         case "IA3":
             return IA3("in" if is_feedforward(config, name) else "out")
         case "PVERA":

@@ -48,7 +48,7 @@ def with_output_biases(
         if bias not in owners:
             raise ValueError(_no_bias(module, names, owners[module][0].location.path))
         scale = 1.0
-        if reader.config["peft_type"] != "BEFT":
+        if reader.config["peft_type"] not in ("BEFT", "GLORA"):
             method = method_of(reader.config, module)
             assert isinstance(method, LoRA)  # PEFT has no such biases for another method
             scale = method.scale
@@ -72,6 +72,8 @@ def _check_complete(adapted: Iterable[str], biases: Mapping[str, np.ndarray], re
         targets = {name for name in reader.owners if is_target(reader.config, name) and not name.endswith(".bias")}
         if targets != set(biases):
             raise ValueError(f"The configuration of BEFT names {sorted(targets)}, and the file has {sorted(biases)}.")
+        return
+    if reader.config["peft_type"] == "GLORA":
         return
     has_biases = reader.config["peft_type"] == "LORA" and bool(reader.config.get("lora_bias"))
     missing = sorted(set(adapted) - set(biases)) if has_biases else []

@@ -16,6 +16,7 @@ from jlora.io.peft.deltas import BaseParams, scaled_bias, scaled_biases, to_delt
 from jlora.io.peft.forms import is_shared_name, one_tensor_each
 from jlora.io.peft.frod import together
 from jlora.io.peft.full_weights import check_stored_base, read_full, read_token_rows
+from jlora.io.peft.glora import BIAS_SUFFIXES, bias_changes
 from jlora.io.peft.infer.result import for_weights, unnamed_weights
 from jlora.io.peft.layouts import SUFFIXES
 from jlora.io.peft.output_biases import with_output_biases
@@ -32,6 +33,7 @@ from jlora.methods._base import Adapter, Update
 from jlora.methods._sharing import tie
 
 _BIAS = "lora_B.bias"
+_OF_MODULES = (*SUFFIXES, *plain_forms.SUFFIXES, *BIAS_SUFFIXES)
 _OF_TRAINING = ".lora_velora_embed"  # what VeLoRA compresses activations with
 # The random matrices of a type that a file may leave out, and a vector that tells the out size of a module.
 _DRAWN = {"VERA": (PROJECTIONS, "vera_lambda_b"), "PVERA": (MATRICES, "pvera_lambda_b")}
@@ -82,6 +84,9 @@ def read_adapter(
     )
     owners = owners_of(locations)
     content = _group_tensors(tensors, owners, config)
+    if config["peft_type"] == "GLORA":
+        adapters, changes = bias_changes(content.adapters, content.trained, owners, base)
+        content = content._replace(adapters=adapters, biases=changes)
     heads = tied_heads(content.adapters, locations, sites, config)
     embeddings = tied_modules(locations, sites)
     saved_heads = {embeddings[name] for name in content.trained if name in embeddings}
@@ -151,7 +156,7 @@ def _group_tensors(tensors: Tensors, owners: Owners, config: Config) -> FileCont
             raise ValueError(f"The file has the tensor {key}, and all of PEFT's start with {PREFIX}")
         name = key.removeprefix(PREFIX)
         suffix = next(
-            (suffix for suffix in (*SUFFIXES, *plain_forms.SUFFIXES, _BIAS, *_TOKENS) if name.endswith(f".{suffix}")),
+            (suffix for suffix in (*_OF_MODULES, _BIAS, *_TOKENS) if name.endswith(f".{suffix}")),
             "",
         )
         module = name.removesuffix(f".{suffix}")

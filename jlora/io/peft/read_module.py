@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jlora.io.peft.absent import absent_arrays, needs_base
+from jlora.io.peft.absent import absent_arrays, has_arrays_from_base, stored_axes
 from jlora.io.peft.adalora import check_empty
 from jlora.io.peft.changed_base import FROM_BASE, minus_start, start_of
 from jlora.io.peft.config import Config
@@ -20,13 +20,14 @@ from jlora.io.peft.lora_variants import with_pooling_of_peft
 from jlora.io.peft.maps import is_map, method_and_tensors
 from jlora.io.peft.method_fields import is_unscaled, method_of
 from jlora.io.peft.plain_forms import parameter_of, plain
+from jlora.io.peft.products import read_delora, with_matrices
 from jlora.io.peft.pvera import read_pvera
 from jlora.io.peft.structured import check_entries
 from jlora.io.peft.tensors import Sizes, Tensors, from_file, sizes_of
 from jlora.io.peft.vera import read_vera
 from jlora.io.torch.factor_layout import ModuleFactors, flat_axes, own_sizes
 from jlora.io.torch.weight_location import Owners, WeightLocation
-from jlora.methods import OSF, LoKr, PVeRA, QALoRA, SHiRA, VeRA
+from jlora.methods import OSF, DeLoRA, LoKr, PVeRA, QALoRA, RandLoRA, SHiRA, VeRA
 from jlora.methods._base import Method
 
 _LAYERS = ("linear", "conv1d")
@@ -75,7 +76,7 @@ class ModuleReader:
             check_empty(name, by_suffix)
             return None
         by_suffix = plain(self.config, name, by_suffix, location.module.kind, location.kernel)
-        axes, kind = flat_axes(method, location), location.module.kind
+        axes, kind = flat_axes(method, location) | stored_axes(method), location.module.kind
         own = {factor: names for factor, names in axes.items() if factor not in absent_arrays(method)}
         layout = layout_of(method, kind, own, name)
         suffixes = {row.suffix for row in layout.values()}
@@ -92,26 +93,38 @@ class ModuleReader:
             for factor, row in layout.items()
         }
         arrays |= {factor: self.tensors[shared_name(factor)] for factor in method.shared_arrays}
-        if needs_base(method):
+        if has_arrays_from_base(method):
             arrays |= arrays_from_base(method, base_matrix(self.owners[name], self.base, PURPOSE), arrays)
         return self._finished(name, ModuleFactors(method, 1.0, arrays, axes), sizes)
 
     def _method(self, name: str, location: WeightLocation, by_suffix: Tensors) -> tuple[Method | None, Tensors]:
         """The method of a module, with the hyper-parameters that its tensors show, and the tensors."""
         if is_map(self.config):
-            return method_and_tensors(self.config, name, by_suffix)
+            return method_and_tensors(self.config, name, by_suffix, self._sizes(name))
         method = method_of(self.config, parameter_of(self.config, name))
+        if isinstance(method, RandLoRA):
+            method = with_matrices(method, self.tensors)
         if isinstance(method, LoKr) and location.is_matrix:
             method = with_usual_split(method, location)
         if isinstance(method, OSF) and _OSF_VALUES in by_suffix:  # the configuration has how many are not trained
             method = dataclasses.replace(method, rank=max(by_suffix[_OSF_VALUES].size, 1))
         return method, by_suffix
 
+    def _sizes(self, name: str) -> dict[str, int]:
+        """The in and the out size of a module; no out size if its part of the weight is not known."""
+        owners, sizes = self.owners[name], dict(sizes_of(self.owners[name]).axes)
+        location = owners[0].location
+        if location.num_joined > 1 and (location.sizes_joined or location.count("out") % location.num_joined == 0):
+            sizes["out"] = location.out_sizes[owners[0].position]
+        return sizes
+
     def _finished(self, name: str, factors: ModuleFactors, sizes: Sizes) -> ModuleFactors:
         """The factors with what PEFT leaves out or computes in another way."""
         method, arrays = factors.method, factors.arrays
         if isinstance(method, SHiRA):
             check_entries(name, arrays["place"], sizes.axes)
+        if isinstance(method, DeLoRA):
+            return read_delora(factors, self.owners[name], self.base)
         if isinstance(method, PVeRA):
             return read_pvera(factors, sizes.axes["in"], self.tensors)
         if isinstance(method, QALoRA):

@@ -10,7 +10,7 @@ from jlora.io.peft.method_fields import is_flipped
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
 from jlora.io.peft.targets import exact_patterns
 from jlora.io.peft.tensors import Tensors
-from jlora.methods import C3A, FourierFT, SHiRA, WaveFT
+from jlora.methods import C3A, FourierFT, RandLoRA, SHiRA, WaveFT
 from jlora.methods._base import Method, Update
 from jlora.methods._common.digits import from_digits, to_digits
 
@@ -21,16 +21,16 @@ _HAAR = ("db1", "haar")
 _VALUES = {C3A: "c3a_kernel", FourierFT: "fourierft_spectrum", WaveFT: "waveft_spectrum", SHiRA: "shira_weight"}
 
 
-def _read_c3a(config: Config, name: str, tensors: Tensors) -> tuple[Method, Tensors]:
+def _read_c3a(config: Config, sizes: Mapping[str, int], tensors: Tensors) -> tuple[Method, Tensors]:
     return C3A(tensors["c3a_kernel"].shape[2]), tensors
 
 
-def _read_fourierft(config: Config, name: str, tensors: Tensors) -> tuple[Method, Tensors]:
+def _read_fourierft(config: Config, sizes: Mapping[str, int], tensors: Tensors) -> tuple[Method, Tensors]:
     count = len(tensors["fourierft_spectrum"])  # of whatever pattern, as PEFT draws the first ones of a permutation
     return FourierFT(count, config["scaling"], config["random_loc_seed"], "torch"), tensors
 
 
-def _read_waveft(config: Config, name: str, tensors: Tensors) -> tuple[Method, Tensors]:
+def _read_waveft(config: Config, sizes: Mapping[str, int], tensors: Tensors) -> tuple[Method, Tensors]:
     if config.get("wavelet_family", "db1") not in _HAAR:
         raise ValueError(
             f"wavelet_family = {config['wavelet_family']!r}: jlora has Haar's wavelet, {' or '.join(_HAAR)}, alone. "
@@ -44,14 +44,14 @@ def _read_waveft(config: Config, name: str, tensors: Tensors) -> tuple[Method, T
     return WaveFT(count, config["scaling"], config["random_loc_seed"], "torch"), tensors
 
 
-def _read_shira(config: Config, name: str, tensors: Tensors) -> tuple[Method, Tensors]:
+def _read_shira(config: Config, sizes: Mapping[str, int], tensors: Tensors) -> tuple[Method, Tensors]:
     if _INDICES not in tensors:
         raise ValueError(f"It lacks {_INDICES}, the places of its entries.")
     return SHiRA(config["r"], None), tensors | {_INDICES: to_digits(tensors[_INDICES].astype(np.int64), 3)}
 
 
 # By type: the suffixes of its tensors with their numbers of axes, and what reads a module.
-READ: dict[str, tuple[Mapping[str, int], Callable[[Config, str, Tensors], tuple[Method, Tensors]]]] = {
+READ: dict[str, tuple[Mapping[str, int], Callable[[Config, Mapping[str, int], Tensors], tuple[Method, Tensors]]]] = {
     "C3A": ({"c3a_kernel": 3}, _read_c3a),
     "FOURIERFT": ({"fourierft_spectrum": 1}, _read_fourierft),
     "WAVEFT": ({"waveft_spectrum": 1}, _read_waveft),
@@ -79,17 +79,23 @@ def check_entries(name: str, place: np.ndarray, sizes: Mapping[str, int]) -> Non
         )
 
 
-def check_places(path: str, update: Update) -> None:
-    """Raises if PEFT cannot draw the places of an update.
+def check_drawn(path: str, update: Update) -> None:
+    """Raises if PEFT has other random places or matrices than an update.
 
     Arguments:
         path: of the weight.
         update: of the weight.
 
     Raises:
-        ValueError: if they are one in each stretch of the weight; the message says what to do.
+        ValueError: if the places are one in each stretch of the weight, or a RandLoRA has not PEFT's form; the message
+            says what to do.
     """
     method = update.method
+    if isinstance(method, RandLoRA) and method.matrices is None:
+        raise ValueError(
+            f"{path}: PEFT's RandLoRA has one small random matrix for all terms, and jlora's one for each. Merge the "
+            "adapter, or train one with RandLoRA(..., matrices=(larger, smaller))."
+        )
     if isinstance(method, (FourierFT, WaveFT)) and method.places != "torch":
         name = type(method).__name__
         raise ValueError(

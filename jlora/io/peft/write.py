@@ -13,6 +13,7 @@ from jlora.io.peft.form_methods import fields_of_blocks
 from jlora.io.peft.forms import add_form, has_form, with_indices
 from jlora.io.peft.from_base import checked_against_base
 from jlora.io.peft.full_weights import add_tokens, add_trained, only_tokens, rows_as_full
+from jlora.io.peft.glora import glora_fields, with_one_form
 from jlora.io.peft.layouts import ADAPTERS
 from jlora.io.peft.lora_variants import variant_fields
 from jlora.io.peft.maps import add_maps, has_map
@@ -20,8 +21,9 @@ from jlora.io.peft.method_fields import ia3_fields, is_flipped, rank_fields
 from jlora.io.peft.module_entry import ModuleEntry
 from jlora.io.peft.module_parts import complete_biases, complete_modules, locate_adapter, module_entries
 from jlora.io.peft.monteclora import add_monteclora
+from jlora.io.peft.products import add_products, with_one_rank
 from jlora.io.peft.pvera import add_pvera
-from jlora.io.peft.structured import add_structured, check_places, with_places
+from jlora.io.peft.structured import add_structured, check_drawn, with_places
 from jlora.io.peft.tensors import Tensors, module_tensors
 from jlora.io.peft.trained_vectors import file_of_vectors
 from jlora.io.peft.types import PEFT_TYPES
@@ -37,17 +39,22 @@ from jlora.methods import (
     IA3,
     OFT,
     OSF,
+    DeLoRA,
     DoRA,
     FourierFT,
     FRoD,
     Full,
+    GLoRA,
     GraLoRA,
     GroupedLoRA,
+    HiRA,
     LoRA,
+    MiSS,
     MonteCLoRA,
     PaRa,
     PEANuT,
     PVeRA,
+    RandLoRA,
     RoAd,
     SHiRA,
     SuperTuning,
@@ -92,7 +99,7 @@ def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) 
     adapter = {path: rows_as_full(path, update, locations[path]) for path, update in adapter.items()}
     adapter = without_scaled_biases(adapter, base, locations, names)
     for path, update in adapter.items():
-        check_places(path, update)
+        check_drawn(path, update)
     adapter, notes = as_one_method(adapter, locations, params, target)
     given, adapter = adapter, complete_modules(complete_biases(adapter, locations), locations)
     absolute = {path: to_absolute(path, with_places(with_indices(update)), base) for path, update in adapter.items()}
@@ -102,7 +109,7 @@ def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) 
     if not adapted and (vectors := file_of_vectors(trained, module_entries(given, locations))):
         return Files(*vectors, tuple(notes))
     adapted = checked_against_base(adapted, owners_of(locations), base)
-    adapted = _for_target(adapted, trained, target, notes)
+    adapted = _for_target(with_one_form(with_one_rank(adapted, notes), notes), trained, target, notes)
     return Files(*_config_and_tensors(adapted, trained, base), tuple(notes))
 
 
@@ -140,7 +147,7 @@ def as_one_method(
 
 def _is_of_all_modules(method: Method) -> bool:
     """Whether PEFT has one such method for all modules: arrays that they share, or fields without patterns."""
-    return bool(method.shared_arrays) or isinstance(method, GraLoRA)
+    return bool(method.shared_arrays) or isinstance(method, (GraLoRA, MiSS))
 
 
 def _saved_class(update: Update, location: WeightLocation | None, params: Any) -> type[Method] | None:
@@ -150,10 +157,12 @@ def _saved_class(update: Update, location: WeightLocation | None, params: Any) -
         return None
     if isinstance(update.method, GroupedLoRA):  # a LoRA for each module
         return LoRA
+    if location is not None and location.module.kind not in ADAPTERS.get(method_class, {}):
+        return None
     if method_class in WHOLE_MODULES:  # their blocks or singular vectors are those of a whole module
         if location is None or location.num_joined != 1 or location.module.part is not None:
             return None
-        if location.module.kind not in ADAPTERS[method_class] or (params is None and needs_base(update.method)):
+        if params is None and needs_base(update.method):
             return None
     return method_class if method_class in PEFT_TYPES else None
 
@@ -217,6 +226,10 @@ def _adapted_modules(adapted: Entries) -> tuple[Config, Tensors]:
             config |= add_maps(modules, tensors)
         case C3A() | FourierFT() | WaveFT() | SHiRA():
             config |= add_structured(modules, tensors)
+        case HiRA() | DeLoRA() | MiSS() | RandLoRA():
+            config |= add_products(modules, tensors)
+        case GLoRA():
+            config |= glora_fields(modules)
         case GraLoRA() | OSF():
             config |= fields_of_blocks(modules, is_flipped(modules))
         case _:

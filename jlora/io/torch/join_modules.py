@@ -218,7 +218,7 @@ def _stack(name: str, by_index: Mapping[Index, ModuleFactors], location: WeightL
     zeros = np.zeros_like(next(iter(by_index.values())).arrays[name])
     layers = [by_index[index].arrays[name] if index in by_index else zeros for index in location.modules]
     stacked = np.stack(layers)
-    return stacked.reshape(*location.sizes("stack")[: location.loop_axes], *stacked.shape[1:])
+    return stacked.reshape([*location.sizes("stack")[: location.loop_axes], *stacked.shape[1:]])
 
 
 def _with_equal_ranks(by_index: Mapping[Index, ModuleFactors]) -> Mapping[Index, ModuleFactors]:

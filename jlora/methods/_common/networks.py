@@ -124,6 +124,7 @@ def add_structure(
     structure: Structure,
     scale: float | jax.Array,
     *constants: jax.Array,
+    shared: Sequence[jax.Array] = (),
     may_round: bool = False,
 ) -> AdaptedWeight:
     """Adds `scale * M(theta)` to a weight: a matrix as large as the weight, given by a small array.
@@ -134,6 +135,7 @@ def add_structure(
         structure: M.
         scale: as for `add_network`.
         constants: the further arrays of M, with the axes of the stack first.
+        shared: those after them, which all layers of a stack share.
         may_round: whether the sum with a weight of 16 bits may be chosen, which rounds the update with the weight.
     """
     labels = group_labels(w, update)
@@ -141,6 +143,8 @@ def add_structure(
     for number, array in enumerate((theta, *map(lax.stop_gradient, constants))):
         own = " ".join(f"array{number}_{k}" for k in range(array.ndim - len(labels["*stack"])))
         terms.append((array, f"*stack {own}"))
+    for number, array in enumerate(map(lax.stop_gradient, shared)):
+        terms.append((array, " ".join(f"shared{number}_{k}" for k in range(array.ndim))))
     (*_, n) = add_network(w, update, terms, scale).networks
     fields = {field.name: getattr(n, field.name) for field in dataclasses.fields(n)}
     fields |= {"structure": structure, "inputs": labels["*in"], "outputs": labels["*out"], "may_round": may_round}
