@@ -5,18 +5,17 @@ from collections.abc import Mapping
 from typing import final
 
 import numpy as np
-from jax import lax
 
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
-from jlora.methods._common.digits import from_digits, to_digits
+from jlora.methods._common.digits import from_digits, to_digits, traced_digits
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import integer, optional, positive_integer, switch
 from jlora.methods._common.initializers import zeros
 from jlora.methods._common.matrices import in_out, too_many_entries
-from jlora.methods._common.networks import add_matrix, add_structure
-from jlora.methods._common.sparse_structures import Scattered, scattered_matrix
+from jlora.methods._common.networks import add_structure
+from jlora.methods._common.sparse_structures import Placed, Scattered
 
 _DIGITS = 3
 
@@ -31,7 +30,7 @@ class SHiRA(Method):
     The weight is divided into as many equal stretches, each with one entry at a random place that is drawn from the
     seed and is the same for all layers of a stack. The entries start at zero. An update that was read from a file of
     PEFT holds the places of its entries (`seed=None`), `(*stack, entries, 2, digits)`: the out and the in index, as
-    digits to the base 256. It is added as a dense matrix, at the cost of the gradient of the whole weight.
+    digits to the base 256.
 
     Arguments:
         rank: of the LoRA that has as many parameters.
@@ -67,11 +66,13 @@ class SHiRA(Method):
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         n_in, n_out = update.axes.count("*in"), update.axes.count("*out")
         if self.seed is None:
-            places = from_digits(lax.stop_gradient(update["place"]))
-            matrix = scattered_matrix(update["s"], places[..., 0] * n_in + places[..., 1], n_in, n_out)
-            return add_matrix(w, update, matrix, update.scale)
-        structure = self._structure(n_in, n_out)
-        return add_structure(w, update, update["s"], structure, update.scale, may_round=self.merge_in_16_bits)
+            places = from_digits(update["place"])
+            flat = traced_digits(places[..., 0] * n_in + places[..., 1], 4)
+            structure, constants = Placed(n_in, n_out, self.rank * (n_in + n_out)), (flat,)
+        else:
+            structure, constants = self._structure(n_in, n_out), ()
+        scale = update.scale
+        return add_structure(w, update, update["s"], structure, scale, *constants, may_round=self.merge_in_16_bits)
 
     def with_places(self, update: Update) -> Update:
         """The update with the places of its entries as an array, and without a seed."""

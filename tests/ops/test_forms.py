@@ -102,6 +102,34 @@ def test_a_branch_has_the_value_of_the_merged_weight(name: str) -> None:
     assert np.allclose(y, model(jlora.merge(params, adapter), x), atol=1e-5)
 
 
+def with_held_places(dtype: Any) -> tuple[Tree, Tree, Tree, Any]:
+    """Parameters, a SHiRA, the same with its places as an array, as one from a file of PEFT has it, and an input."""
+    params, adapter, x = made(jlora.SHiRA(4), ROWS, dtype)
+    held = {"w": adapter["w"].method.with_places(adapter["w"])}
+    assert held["w"].method.seed is None
+    return params, adapter, held, x
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_places_that_an_update_holds_take_the_form_of_drawn_ones(dtype):
+    """Merged forward in float32, beside the base in bfloat16."""
+    params, adapter, held, x = with_held_places(dtype)
+    drawn_use, held_use = (jlora.explain(model, params, a, x).uses[0] for a in (adapter, held))
+    assert (held_use.form, held_use.why) == (drawn_use.form, drawn_use.why)
+    assert (held_use.form == MERGED) == (dtype == jnp.float32)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_places_that_an_update_holds_have_the_gradients_of_drawn_ones(dtype):
+    params, adapter, held, x = with_held_places(dtype)
+    gradients = [
+        jax.grad(lambda a: squares(jlora.adapt(model)(params, a, x).astype(jnp.float32)))(a)["w"].factors["s"]
+        for a in (adapter, held)
+    ]
+    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", [jlora.C3A(16), jlora.SHiRA(4), jlora.RandLoRA(8)])
 def test_a_small_update_of_sixteen_bits_is_kept(method: jlora.Method) -> None:
     """The sum that is asked for rounds it with the weight."""

@@ -58,19 +58,6 @@ class Scattered(Structure):
         return 2 * rows * self.count
 
 
-def scattered_matrix(values: jax.Array, places: jax.Array, n_in: int, n_out: int) -> jax.Array:
-    """A sparse matrix with given entries, `(*stack, n_in, n_out)`.
-
-    Arguments:
-        values: the entries, (*stack, entries).
-        places: of each entry, `o * n_in + i`.
-        n_in, n_out: the size of the matrix.
-    """
-    scatter = jnp.vectorize(lambda s, k: jnp.zeros(n_in * n_out, s.dtype).at[k].set(s), signature="(e),(e)->(n)")
-    flat = scatter(values, places)
-    return flat.reshape(*flat.shape[:-1], n_out, n_in).mT
-
-
 def drawn_positions(n_in: int, n_out: int, count: int, seed: int, places: str) -> tuple[jax.Array, jax.Array]:
     """The rows and the columns of distinct random entries of a matrix.
 
