@@ -30,7 +30,9 @@ from jlora._compat.equation_params import jit_params as jit_params
 from jlora._compat.equation_params import scan_params as scan_params
 from jlora._compat.equation_params import shard_map_params as shard_map_params
 from jlora._compat.equation_params import while_params as while_params
+from jlora._compat.evaluation import Equation as Equation
 from jlora._compat.evaluation import bind as bind
+from jlora._compat.evaluation import bind_once as bind_once
 from jlora._compat.evaluation import equation_context as equation_context
 from jlora._compat.evaluation import evaluate as evaluate
 from jlora._compat.jaxprs import Body as Body

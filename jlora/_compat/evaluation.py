@@ -1,13 +1,18 @@
 """Evaluation of equations and of jaxprs."""
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 from jax._src import source_info_util
+from jax._src.interpreters.ad import LinearizeTracer
+from jax.extend.core import Primitive
 
 from jlora._compat.equation_params import jit_params
-from jlora._compat.jaxprs import Eqn, Jaxpr, is_literal
+from jlora._compat.jaxprs import Eqn, Jaxpr, bodies, is_literal
 
 
 def bind(eqn: Eqn, *values: Any, **changes: Any) -> list[Any]:
@@ -16,6 +21,48 @@ def bind(eqn: Eqn, *values: Any, **changes: Any) -> list[Any]:
     functions, params = bound if isinstance(bound, tuple) else ((), bound)  # parameters alone from JAX 0.9.2
     out = eqn.primitive.bind(*functions, *values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+    """A primitive with its parameters, equal for all equations that have these."""
+
+    primitive: Primitive
+    items: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, eqn: Eqn) -> "Equation":
+        """What an equation has in common with others."""
+        return cls(eqn.primitive, tuple(eqn.params.items()))
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.items)
+
+    @property
+    def is_hashable(self) -> bool:
+        """Whether the parameters can be compared: an array among them cannot."""
+        try:
+            hash(self.items)
+        except TypeError:
+            return False
+        return True
+
+
+def bind_once(eqn: Eqn, *values: Any) -> list[Any]:
+    """As `bind`, and if values are differentiated: once for all equations of one primitive, parameters and shapes.
+
+    Functions of `jax.numpy` are differentiated once too, but their equations in a jaxpr have lost that.
+    """
+    is_differentiated = any(isinstance(value, LinearizeTracer) for value in values)
+    if not is_differentiated or eqn.effects or bodies(eqn) or not (key := Equation.of(eqn)).is_hashable:
+        return bind(eqn, *values)
+    return _differentiated_once(*values, eqn=key)
+
+
+@functools.partial(jax.jit, static_argnames="eqn", inline=True)
+def _differentiated_once(*values: Any, eqn: Any) -> list[Any]:
+    return bind(eqn, *values)
 
 
 def evaluate(jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any], *, inline: bool = False) -> list[Any]:

@@ -72,7 +72,7 @@ def run(ctx: Context, jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Valu
             if any(isinstance(v, (AdaptedWeight, PendingSum)) for v in operands):
                 out = _apply(ctx.at(number, eqn), eqn, operands)
             else:
-                out = _compat.bind(eqn, *operands)
+                out = _compat.bind_once(eqn, *operands)
         env.update(zip(eqn.outvars, out, strict=True))
         for var in unneeded:
             del env[var]

@@ -42,7 +42,8 @@ class PendingSum(NamedTuple):
     @property
     def value(self) -> jax.Array:
         """The sum."""
-        return self.base + apart(self.low)
+        is_traced = _compat.is_tracer(self.base) and _compat.has_no_mesh(*self)
+        return (_traced_once if is_traced else _added)(*self, is_for_cpu=_compat.is_for_cpu(*self))
 
     def after(self, eqn: Eqn, operands: Sequence[Any]) -> "PendingSum":
         """What an equation makes of the sum, which is one of its operands.
@@ -56,6 +57,14 @@ class PendingSum(NamedTuple):
             return _compat.bind(eqn, *(term if v is self else v for v in operands))[0]
 
         return PendingSum(bind(self.base), bind(self.low) if eqn.primitive.name in _OF_BOTH_TERMS else self.low)
+
+
+def _added(base: jax.Array, low: jax.Array, *, is_for_cpu: bool) -> jax.Array:
+    return base + (apart(low) if is_for_cpu else low)
+
+
+# Differentiated once for all sums of one shape. The program has no `jit` of it.
+_traced_once = jax.jit(_added, static_argnames="is_for_cpu", inline=True)
 
 
 def add_up(base: jax.Array, terms: Iterable[jax.Array], *, is_for_cpu: bool) -> jax.Array | PendingSum:

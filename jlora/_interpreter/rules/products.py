@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _compat
-from jlora._compat import Eqn, Primitive
+from jlora._compat import Eqn
 from jlora._interpreter.context import Context, Value
 from jlora._interpreter.rules.forms import Plan
 from jlora._interpreter.rules.product_labels import ProductLabels
@@ -79,7 +79,7 @@ def multiply(
     networks, all_maps = maps_of_sum(f.networks, *maps) if group_sizes is None else (f.networks, [*maps, []])
     operands = x, f.base, networks, plan.merged, all_maps, group_sizes
     if group_sizes is None and _is_plain(x, f, form):
-        return [_traced_once(*operands, form=form, eqn=_Equation(eqn.primitive, tuple(eqn.params.items())))]
+        return [_traced_once(*operands, form=form, eqn=_compat.Equation.of(eqn))]
     return [_evaluate(*operands, form=form, product=functools.partial(lazy.consume, eqn))]
 
 
@@ -126,18 +126,6 @@ def _is_plain(x: Any, f: AdaptedWeight, form: _Form) -> bool:
     """Whether nothing but shapes distinguishes the product: no mesh, no symbolic size, no lazy base."""
     has_numbers = all(isinstance(size, int) for _, size in form.index_sizes)
     return has_numbers and not isinstance(f.base, lazy.LazyArray) and _compat.has_no_mesh(x, f.base)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Equation:
-    """A primitive with its parameters, equal for all equations that have these."""
-
-    primitive: Primitive
-    items: tuple[tuple[str, Any], ...]
-
-    @property
-    def params(self) -> dict[str, Any]:
-        return dict(self.items)
 
 
 @functools.partial(jax.jit, static_argnames=("form", "eqn"), inline=True)

@@ -257,4 +257,4 @@ def _reshape_to_indices(
             f"for a weight of shape {axes.shape}. If every factor has one more leading axis (a stack of adapters), "
             "use jax.vmap."
         )
-    return array.reshape(new_shape)
+    return array if array.shape == tuple(new_shape) else array.reshape(new_shape)
