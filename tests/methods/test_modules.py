@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -28,10 +27,6 @@ def test_the_table_of_methods_has_every_method_of_every_file():
     }
     assert defined == jlora.methods._MODULES
     assert set(modules) == {sys.modules[name] for name in defined.values()}
-
-
-def test_a_method_is_pickled():
-    assert pickle.loads(pickle.dumps(jlora.HiRA(rank=3))) == jlora.HiRA(rank=3)
 
 
 PROGRAM = """
