@@ -24,15 +24,17 @@ FORMS = {
 def main() -> None:
     """Reads the two files and writes the picture beside them."""
     steps = json.loads((RESULTS / "step.json").read_text())["unrolled"]["steps"]
-    block = json.loads((RESULTS / "plan.json").read_text())["block"]
+    plans = json.loads((RESULTS / "plan.json").read_text())
+    on_tpu, on_gpus = plans["block"], plans["8B bf16 h100:2"]
     panels = {
         "GFLOPs, small transformer": [steps[name]["flops"] / 1e9 for name, _ in FORMS.values()],
         "seconds, the same, two CPU cores": [steps[name]["seconds"] for name, _ in FORMS.values()],
         "GiB, 8 layers of Llama 3 8B, one TPU v5e": [
-            block[name]["needed"] / 2**30 for _, name in FORMS.values() if name
+            on_tpu[name]["needed"] / 2**30 for _, name in FORMS.values() if name
         ],
+        "GiB a card, Llama 3 8B, two H100": [on_gpus[name]["needed"] / 2**30 for _, name in FORMS.values() if name],
     }
-    figure, axes = pyplot.subplots(1, 3, figsize=(10.5, 2.3), layout="constrained", sharey=True)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 2.3), layout="constrained", sharey=True)
     names = list(FORMS)
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         colours = ["tab:blue", *["lightsteelblue"] * (len(values) - 1)]

@@ -1,4 +1,4 @@
-"""Writes the tables of pages that are computed from result files.
+"""Writes the tables and the sentences of pages that are computed from result files.
 
     python -m benchmarks.pages
 
@@ -12,8 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import (
+    _device_table,
     _measure,
     _plan_report,
+    _plan_tables,
+    _result_tables,
+    _sentences,
     _subspaces_report,
     features,
     features_peft,
@@ -21,7 +25,11 @@ from benchmarks import (
     peers,
 )
 
-METHODS_PAGES = Path(__file__).parents[1] / "jlora" / "methods"
+ROOT = Path(__file__).parents[1]
+METHODS_PAGES = ROOT / "jlora" / "methods"
+PAGE = Path(__file__).parent / "README.md"
+MANY_PAGE = Path(__file__).parent / "many.md"
+TPU_PAGE = Path(__file__).parent / "tpus.md"
 GPU_PAGE = Path(__file__).parent / "gpus.md"
 PEERS_PAGE = Path(__file__).parent / "peers.md"
 PAPER_PAGE = Path(__file__).parent / "paper.md"
@@ -99,6 +107,22 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "amplification": (PAPER_PAGE, _subspaces_report.amplification_table),
     "smallest numbers of GPUs": (GPU_PAGE, plans(_plan_report.gpu_table)),
     "programs for GPUs": (GPU_PAGE, plans(_plan_report.kernel_table)),
+    "real cards": (GPU_PAGE, _device_table.table),
+    "numbers of devices": (ROOT / "README.md", plans(_plan_tables.devices_table)),
+    "smallest slices": (TPU_PAGE, plans(_plan_tables.chips_table)),
+    "other steps": (TPU_PAGE, plans(_plan_tables.others_table)),
+    "GPT-3": (TPU_PAGE, plans(_plan_tables.gpt3_table)),
+    "result files": (PAGE, _result_tables.files),
+    "training step": (PAGE, _result_tables.steps),
+    "quality": (PAGE, _result_tables.quality),
+    "loading": (PAGE, _result_tables.loading),
+    "experts": (PAGE, _result_tables.experts),
+    "quantised base": (PAGE, _result_tables.quantised),
+    "many adapters": (MANY_PAGE, _result_tables.many),
+    "many adapters, times": (MANY_PAGE, _result_tables.many_times),
+    "server": (MANY_PAGE, _result_tables.server),
+    "genres": (MANY_PAGE, _result_tables.genres),
+    "rates": (MANY_PAGE, _result_tables.rates),
 }
 
 
@@ -115,10 +139,21 @@ def with_table(text: str, name: str, table: str) -> str:
     return before + start + f"\n{table}\n\n" + end + after
 
 
-def main() -> None:
-    """Writes all tables."""
+def generated() -> dict[Path, str]:
+    """Every page that has generated tables or sentences, with the present ones."""
+    out: dict[Path, str] = {}
     for name, (page, make) in TABLES.items():
-        page.write_text(with_table(page.read_text(), name, make()))
+        out[page] = with_table(out.get(page) or page.read_text(), name, make())
+    for sentence in _sentences.SENTENCES:
+        page = ROOT / sentence.page
+        out[page] = _sentences.with_sentence(out.get(page) or page.read_text(), sentence)
+    return out
+
+
+def main() -> None:
+    """Writes all tables and sentences."""
+    for page, text in generated().items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":
