@@ -194,6 +194,8 @@ def methods(options: argparse.Namespace) -> Rows:
     def make(method: jlora.Method) -> Runner:
         init = functools.partial(jlora.init, jax.random.key(1), sites, {".*": method})
         adapter = jax.eval_shape(lambda params: init(params=params), params)  # a start may need long
+        if any("place" in update.frozen for update in adapter.values()):
+            adapter = init(params=params)  # random numbers are no places of entries
         apply = jlora.adapt(loss, on_dense="allow")
         step = adam(lambda a, p, x: apply(p, a, x))
         return Runner(step, (adapter, (adapter, adapter), params, x), jax.random.key(2), params, options.repeat)
