@@ -108,6 +108,8 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "smallest numbers of GPUs": (GPU_PAGE, plans(_plan_report.gpu_table)),
     "programs for GPUs": (GPU_PAGE, plans(_plan_report.kernel_table)),
     "real cards": (GPU_PAGE, _device_table.table),
+    "adapters at once on real cards": (GPU_PAGE, _device_table.bank_table),
+    "methods on real cards": (GPU_PAGE, _device_table.methods_table),
     "numbers of devices": (ROOT / "README.md", plans(_plan_tables.devices_table)),
     "smallest slices": (TPU_PAGE, plans(_plan_tables.chips_table)),
     "other steps": (TPU_PAGE, plans(_plan_tables.others_table)),
