@@ -7,11 +7,19 @@ from typing import final
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
-from jlora.methods._common.division import split_group, splits_evenly
+from jlora.methods._common.division import has_equal_parts, split_group
 from jlora.methods._common.factor_axes import WeightAxes
-from jlora.methods._common.hyperparameters import choice, fraction, nonzero, positive_integer, scale_of, switch
+from jlora.methods._common.hyperparameters import (
+    choice,
+    fraction,
+    nearest_multiples,
+    nonzero,
+    positive_integer,
+    scale_of,
+    switch,
+)
 from jlora.methods._common.initializers import kaiming, zeros
-from jlora.methods._common.matrices import rank_too_high
+from jlora.methods._common.matrices import nearest, rank_too_high
 from jlora.methods._common.networks import add_network, group_labels
 
 
@@ -59,9 +67,10 @@ class BDLoRA(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank % self.blocks:
-            low = self.rank // self.blocks * self.blocks
-            options = " or ".join(str(rank) for rank in (low, low + self.blocks) if rank)
-            raise ValueError(f"BDLoRA's {self.blocks} blocks do not divide its rank {self.rank}: take rank {options}.")
+            would = nearest_multiples(self.rank, self.blocks)
+            raise ValueError(
+                f"BDLoRA's {self.blocks} blocks do not divide its rank {self.rank}; rank {would} would do."
+            )
 
     @property
     def scale(self) -> float:
@@ -73,9 +82,10 @@ class BDLoRA(Method):
         axes = WeightAxes.of(site)
         if axes.axes("*window"):
             return "it is the kernel of a convolution; LoRA adapts it"
-        size, sizes = axes.count(f"*{self.side}"), axes.sizes(f"*{self.side}")
-        if size % self.blocks or not splits_evenly(sizes, size // self.blocks):
-            return f"{self.blocks} blocks do not divide its {self.side} axes {sizes} into equal parts"
+        sizes = axes.sizes(f"*{self.side}")
+        if not has_equal_parts(sizes, self.blocks):
+            would = nearest(self.blocks, self.rank, lambda n: self.rank % n == 0 and has_equal_parts(sizes, n))
+            return f"{self.blocks} blocks do not divide its {self.side} axes {sizes} into equal parts; {would} would do"
         return rank_too_high(site, self.rank)
 
     def factors_for(self, axes: WeightAxes) -> Mapping[str, str]:

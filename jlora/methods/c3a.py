@@ -10,7 +10,7 @@ from jlora.methods._base import Method, Update
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import positive_integer, switch
 from jlora.methods._common.initializers import zeros
-from jlora.methods._common.matrices import in_out
+from jlora.methods._common.matrices import in_out, nearest
 from jlora.methods._common.networks import add_structure
 from jlora.methods._common.structures import Circulant
 
@@ -46,7 +46,8 @@ class C3A(Method):
         n_in, n_out = in_out(site)
         if n_in % self.block == n_out % self.block == 0:
             return ""
-        return f"block {self.block} does not divide both its in size {n_in} and its out size {n_out}; set another one"
+        would = nearest(self.block, min(n_in, n_out), lambda n: n_in % n == n_out % n == 0)
+        return f"block {self.block} does not divide both its in size {n_in} and its out size {n_out}; {would} would do"
 
     def sizes(self, axes: WeightAxes) -> Mapping[str, int]:
         return {"out_blocks": axes.count("*out") // self.block, "in_blocks": axes.count("*in") // self.block}

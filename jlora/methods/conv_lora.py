@@ -14,6 +14,7 @@ from jlora.methods._base import Method, Update
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import nonzero, positive_integer, scale_of
 from jlora.methods._common.initializers import kaiming, zeros
+from jlora.methods._common.matrices import nearest
 from jlora.methods._common.networks import add_network
 
 
@@ -57,7 +58,10 @@ class ConvLoRA(Method):
         if site.unsupported_reason or not window:
             return site.unsupported_reason or "it is not the kernel of a convolution; LoRA adapts it"
         rows = math.prod((*site.sizes("out"), *window[:-1]))
-        return f"groups {self.groups} do not divide its {rows} rows" if rows % self.groups else ""
+        if rows % self.groups == 0:
+            return ""
+        would = nearest(self.groups, rows, lambda n: rows % n == 0)
+        return f"groups {self.groups} do not divide its {rows} rows; {would} would do"
 
     def sizes(self, axes: WeightAxes) -> Mapping[str, int]:
         *others, last = axes.sizes("*window")

@@ -9,10 +9,11 @@ import jax
 from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
-from jlora.methods._common.division import split_group, splits_evenly
+from jlora.methods._common.division import has_equal_parts, split_group
 from jlora.methods._common.factor_axes import WeightAxes
-from jlora.methods._common.hyperparameters import fraction, nonzero, positive_integer, scale_of
+from jlora.methods._common.hyperparameters import fraction, nearest_multiples, nonzero, positive_integer, scale_of
 from jlora.methods._common.initializers import kaiming, zeros
+from jlora.methods._common.matrices import nearest
 from jlora.methods._common.networks import add_network, group_labels
 
 
@@ -61,9 +62,8 @@ class GraLoRA(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank % self.k:
-            low = self.rank // self.k * self.k
-            options = ", ".join(str(rank) for rank in (low, low + self.k) if rank)
-            raise ValueError(f"GraLoRA's k = {self.k} does not divide its rank {self.rank}; rank {options} would do.")
+            would = nearest_multiples(self.rank, self.k)
+            raise ValueError(f"GraLoRA's k = {self.k} does not divide its rank {self.rank}; rank {would} would do.")
 
     @property
     def scale(self) -> float:
@@ -75,10 +75,15 @@ class GraLoRA(Method):
         axes = WeightAxes.of(site)
         if axes.axes("*window"):
             return "it is the kernel of a convolution, whose window has no blocks; LoRA or LoCon adapts it"
-        for side in ("in", "out"):
-            size = axes.count(f"*{side}")
-            if size % self.k or not splits_evenly(axes.sizes(f"*{side}"), size // self.k):
-                return f"k = {self.k} does not divide its {side} axes {axes.sizes(f'*{side}')} into equal blocks"
+        sides = {side: axes.sizes(f"*{side}") for side in ("in", "out")}
+
+        def fits(k: int) -> bool:
+            return self.rank % k == 0 and all(has_equal_parts(sizes, k) for sizes in sides.values())
+
+        for side, sizes in sides.items():
+            if not has_equal_parts(sizes, self.k):
+                would = nearest(self.k, self.rank, fits)
+                return f"k = {self.k} does not divide its {side} axes {sizes} into equal blocks; {would} would do"
         part, smaller = self.rank // self.k, min(axes.count("*in"), axes.count("*out")) // self.k
         return f"rank / k = {part} is above the smaller side {smaller} of a block" if part > smaller else ""
 

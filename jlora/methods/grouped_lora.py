@@ -16,7 +16,7 @@ from jlora.methods._base import Method, Update
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import fraction, integer, nonzero, positive_integer, scale_of, switch
 from jlora.methods._common.initializers import Initializer, stacked
-from jlora.methods._common.matrices import in_out
+from jlora.methods._common.matrices import in_out, nearest
 from jlora.methods._common.networks import Term, add_network, group_labels
 from jlora.methods.lora import pair_initializers
 
@@ -92,7 +92,11 @@ class GroupedLoRA(Method):
         if axis is None:
             return f"no single out axis among {site.roles} can be the one of {self.groups} groups; give group_axis"
         if site.roles[axis] != "out" or site.shape[axis] % self.groups:
-            return f"{self.groups} groups do not divide axis {axis}, {site.roles[axis]!r} of size {site.shape[axis]}"
+            size = site.shape[axis]
+            would = nearest(self.groups, size, lambda n: site.roles[axis] == "out" and size % n == 0)
+            return (
+                f"{self.groups} groups do not divide axis {axis}, {site.roles[axis]!r} of size {size}; {would} would do"
+            )
         if self.rank > min(n_in, n_out // self.groups):
             return (
                 f"rank {self.rank} is above the smaller of its in size {n_in} and out size {n_out // self.groups} of "

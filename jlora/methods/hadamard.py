@@ -14,7 +14,15 @@ from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
 from jlora.methods._common import initializers, tiling
 from jlora.methods._common.factor_axes import WeightAxes
-from jlora.methods._common.hyperparameters import choice, fraction, nonzero, positive_integer, scale_of, switch
+from jlora.methods._common.hyperparameters import (
+    choice,
+    fraction,
+    nearest_multiples,
+    nonzero,
+    positive_integer,
+    scale_of,
+    switch,
+)
 from jlora.methods._common.initializers import Initializer
 from jlora.methods._common.matrices import in_out
 from jlora.methods._common.networks import add_matrix, add_network
@@ -63,8 +71,7 @@ class Hadamard(Method):
         if self.of == "sigmoid":
             object.__setattr__(self, "offset", True)
         if self.rank % self.k:
-            low = self.rank // self.k * self.k
-            would = ", ".join(str(r) for r in (low, low + self.k) if r)
+            would = nearest_multiples(self.rank, self.k)
             raise ValueError(f"Hadamard's k = {self.k} does not divide its rank {self.rank}; rank {would} would do.")
 
     @property

@@ -13,7 +13,7 @@ from jlora.methods._common.division import split_group, splits_evenly
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import fraction, nonzero, positive_integer, scale_of, switch
 from jlora.methods._common.initializers import kaiming, zeros
-from jlora.methods._common.matrices import rank_too_high
+from jlora.methods._common.matrices import nearest, rank_too_high
 from jlora.methods._common.networks import add_network, group_labels
 
 
@@ -65,8 +65,10 @@ class QALoRA(Method):
         axes = WeightAxes.of(site)
         if axes.axes("*window"):
             return "it is the kernel of a convolution, whose window has no groups of inputs; LoRA adapts it"
-        if axes.count("*in") % self.group or not splits_evenly(axes.sizes("*in"), self.group):
-            return f"group {self.group} does not divide its in axes {axes.sizes('*in')} into equal groups"
+        n_in, sizes = axes.count("*in"), axes.sizes("*in")
+        if n_in % self.group or not splits_evenly(sizes, self.group):
+            would = nearest(self.group, n_in, lambda n: n_in % n == 0 and splits_evenly(sizes, n))
+            return f"group {self.group} does not divide its in axes {sizes} into equal groups; {would} would do"
         return rank_too_high(site, self.rank)
 
     def sizes(self, axes: WeightAxes) -> Mapping[str, int]:

@@ -14,7 +14,7 @@ from jlora.methods._common.division import split_group, splits_evenly
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import positive_integer
 from jlora.methods._common.initializers import ones, zeros
-from jlora.methods._common.matrices import in_out
+from jlora.methods._common.matrices import in_out, nearest
 from jlora.methods._common.networks import add_map, group_labels, map_axes
 
 
@@ -60,10 +60,10 @@ class RoAd(Method):
         if site.unsupported_reason:
             return site.unsupported_reason
         _, n_out = in_out(site)
-        even = [n for n in range(2, n_out + 1, 2) if n_out % n == 0]
-        nearest = ", ".join(map(str, sorted(sorted(even, key=lambda n: abs(n - self.group))[:4]))) or "none"
-        fits = n_out % self.group == 0
-        return "" if fits else f"group {self.group} does not divide its out size {n_out}; {nearest} would do"
+        if n_out % self.group == 0:
+            return ""
+        would = nearest(self.group, n_out, lambda n: n % 2 == n_out % n == 0)
+        return f"group {self.group} does not divide its out size {n_out}; {would} would do"
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         matrices = self._matrices_of(update)

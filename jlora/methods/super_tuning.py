@@ -93,8 +93,8 @@ class SuperTuning(Method):
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         n_in, n_out = update.axes.count("*in"), update.axes.count("*out")
         structure = Placed(n_in, n_out, self._count(n_in * n_out))
-        options = {"may_round": self.merge_in_16_bits}
-        w = add_structure(w, update, update["s"], structure, update.scale, update["place"], **options)
+        places, rounds = update["place"], self.merge_in_16_bits
+        w = add_structure(w, update, update["s"], structure, update.scale, places, may_round=rounds)
         if self.rank is None:
             return w
         terms = [(update[name], update.declared[name]) for name in "ab"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import operator
 from collections.abc import Sequence
 
@@ -57,6 +58,12 @@ def with_undivided_axes(w: AdaptedWeight, indices: str) -> AdaptedWeight:
     whole = dataclasses.replace(w, axes=axes, indices=kept, networks=(), maps=())
     network = TensorNetwork((difference.reshape([whole.size(index) for index in joined]),), (joined,))
     return dataclasses.replace(whole, networks=(network,))
+
+
+def has_equal_parts(sizes: Sequence[int], parts: int) -> bool:
+    """Whether `split_group` can split the joint axis of indices of these sizes into a number of equal parts."""
+    size = math.prod(sizes)
+    return size % parts == 0 and splits_evenly(sizes, size // parts)
 
 
 def splits_evenly(sizes: Sequence[int], minor: int) -> bool:

@@ -175,6 +175,12 @@ def _default_check(field: "dataclasses.Field[Any]") -> Check | None:
     return dataclasses.replace(check, optional="None" in words)
 
 
+def nearest_multiples(value: int, step: int) -> str:
+    """The multiples of a step next to a value that is none, for errors: "6, 9"."""
+    low = value // step * step
+    return ", ".join(str(n) for n in (low, low + step) if n)
+
+
 def scale_of(alpha: float | None, rank: int, rank_stabilized: bool = False) -> float:
     """alpha / rank, or alpha / sqrt(rank) if stabilised; 1 without alpha."""
     if alpha is None:

@@ -1,7 +1,7 @@
 """A weight as a matrix `(*stack, in, out)`, and checks of hyper-parameters against its size."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,18 @@ def dense_matrix(w: AdaptedWeight, roles: Sequence[Role]) -> jax.Array:
 def in_out(site: Site) -> tuple[int, int]:
     """The product of the sizes of a site's in axes, and that of its out axes."""
     return math.prod(site.sizes("in")), math.prod(site.sizes("out"))
+
+
+def nearest(value: int, limit: int, fits: Callable[[int], bool]) -> str:
+    """The numbers nearest to a value that fit, at most four, for errors: "2, 4, 8".
+
+    Arguments:
+        value: the number that does not fit.
+        limit: the largest number that may fit; the smallest is 1.
+        fits: whether a number does.
+    """
+    fitting = [n for n in range(1, limit + 1) if fits(n)]
+    return ", ".join(map(str, sorted(sorted(fitting, key=lambda n: abs(n - value))[:4]))) or "none"
 
 
 def rank_too_high(site: Site, rank: int) -> str:

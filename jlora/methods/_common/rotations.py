@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.methods._common.linalg import identity_like, inverse
+from jlora.methods._common.matrices import nearest
 
 
 def unsupported_reason(n_in: int, block: int, levels: int = 1) -> str:
@@ -11,10 +12,9 @@ def unsupported_reason(n_in: int, block: int, levels: int = 1) -> str:
     if n_in % (block * 2 ** (levels - 1)) == 0:
         return ""
     step = 1 if levels == 1 else 2
-    sizes = [b for b in range(2, n_in + 1, step) if n_in % (b * 2 ** (levels - 1)) == 0]
-    nearest = ", ".join(map(str, sorted(sorted(sizes, key=lambda b: abs(b - block))[:4]))) or "none"
+    would = nearest(block, n_in, lambda b: b > 1 and b % step == 0 and n_in % (b * 2 ** (levels - 1)) == 0)
     product = f"{block} * {2 ** (levels - 1)}" if levels > 1 else str(block)
-    return f"{product} does not divide its in size {n_in}; blocks that do: {nearest}"
+    return f"{product} does not divide its in size {n_in}; blocks that do: {would}"
 
 
 def angles(block: int) -> int:

@@ -5,7 +5,6 @@ A [I ... I]    repeats the columns of A,    [I; ...; I] B    the rows of B
 
 import functools
 import itertools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jlora._interpreter.site import Site
-from jlora.methods._common.matrices import in_out
+from jlora.methods._common.matrices import in_out, nearest
 
 
 def identities(rank: int, n: int, dtype: DTypeLike) -> jax.Array:
@@ -61,11 +60,10 @@ def every_row(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def unsupported_reason(site: Site, rank: int, name: str, *, both: bool = True) -> str:
     """Why a rank does not divide a site's in (and out) size, with the nearest that do; empty if it divides them."""
-    sizes = dict(zip(("in", "out"), in_out(site), strict=True))
-    for side, size in sizes.items() if both else [("in", sizes["in"])]:
+    n_in, n_out = in_out(site)
+    sizes = {"in": n_in, "out": n_out} if both else {"in": n_in}
+    for side, size in sizes.items():
         if size % rank:
-            common = math.gcd(*sizes.values()) if both else size
-            divisors = [n for n in range(1, common + 1) if common % n == 0]
-            nearest = ", ".join(map(str, sorted(sorted(divisors, key=lambda n: abs(n - rank))[:4])))
-            return f"{name} {rank} does not divide its {side} size {size}; {nearest} would do"
+            would = nearest(rank, size, lambda n: not any(other % n for other in sizes.values()))
+            return f"{name} {rank} does not divide its {side} size {size}; {would} would do"
     return ""
