@@ -123,7 +123,7 @@ class RandLoRA(Method):
         structure = _RandomProduct(n_in, n_out, self.rank, self.seed, n_in < n_out + is_shared)
         d, b = update["d"].astype(jnp.float32), update["b"].astype(jnp.float32)
         if is_shared:
-            small = update["small"][:, None, : structure.smaller]
+            small = update["small"][:, None, : structure.smaller].astype(jnp.float32)
             scaled = d.mT[..., None] * b[..., None, :, :]
             matrices = [update["large"][: structure.larger, : structure.terms].reshape(structure.larger, -1)]
         else:
@@ -199,7 +199,8 @@ class _RandomProduct(Structure):
         return random_matrices.rows(key, self.larger, self.terms * self.rank)
 
     def matrix(self, theta: jax.Array, *constants: jax.Array) -> jax.Array:
-        product = jnp.matmul(self.large_matrices(*constants), theta, precision=jax.lax.Precision.HIGHEST)
+        large = self.large_matrices(*constants).astype(theta.dtype)
+        product = jnp.matmul(large, theta, precision=jax.lax.Precision.HIGHEST)
         return product.T if self.is_transposed else product
 
     def apply(self, x: jax.Array, theta: jax.Array, *constants: jax.Array) -> jax.Array:

@@ -93,7 +93,7 @@ def test_factors_of_a_weight_in_numpy_are_placed_on_the_default_device():
 LAYERS, IN, OUT = 12, 20, 28
 # Axes that have the length of one side, but are neither side: of the shorter side, and of the basis of FRoD.
 FROD = {"l": -1, "l0": -1, "u": -2, "v": -1}
-NEITHER = {("randlora", "b"): -1}
+NEITHER = {("randlora", "b"): -1, ("randlora_shared", "b"): -1}
 NEITHER |= {(f"frod{kind}", name): axis for kind in ("", "_apart") for name, axis in FROD.items()}
 DIVIDED = {"bd_lora": OUT, "bd_lora_in": IN}
 STACK = {"up": PartitionSpec("x", "y", None), "down": PartitionSpec(None, "y", "x"), "mix": PartitionSpec("y", "x")}

@@ -147,3 +147,39 @@ def test_shared_matrices_are_large_enough():
 
 def test_all_new_types_were_recorded():
     assert {"hira", "delora", "miss", "glora", "randlora"} <= set(GOLDEN["adapter"]) & set(GOLDEN["export"])
+
+
+def series(params, x):
+    return jax.lax.conv_general_dilated(x, params["w"], (1,), "SAME", dimension_numbers=("NCH", "HIO", "NCH"))
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_lokr_of_a_series_is_refused_if_peft_permutes_it(window, tmp_path):
+    """As kron((a, c), (b, d, window)), whose result PEFT reshapes; with a second factor of low rank it does not."""
+    params = {"w": jnp.zeros((window, 8, 12))}
+    sites = jlora.trace(series, params, jnp.zeros((1, 8, 5)))
+    names = {"w": jlora.peft.Module("conv", "conv")}
+    for rank, notes in ((1, 0), (4, 1)):
+        adapter = jlora.init(jax.random.key(0), sites, jlora.LoKr(rank, 3.0))
+        adapter = jax.tree.map(lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size).reshape(a.shape)), adapter)
+        folder = tmp_path / str(rank)
+        assert len(jlora.peft.save(folder, adapter, names)) == notes
+        loaded = jlora.peft.load(folder, sites, names)
+        np.testing.assert_allclose(jlora.merge(params, loaded)["w"], jlora.merge(params, adapter)["w"], atol=1e-5)
+
+
+def test_a_permuted_lokr_is_not_read(tmp_path):
+    params = {"w": jnp.zeros((3, 8, 12))}
+    sites = jlora.trace(series, params, jnp.zeros((1, 8, 5)))
+    adapter = jlora.init(jax.random.key(0), sites, jlora.LoKr(1, 3.0))
+    names = {"w": jlora.peft.Module("conv", "conv")}
+    jlora.peft.save(tmp_path / "a", adapter, names)
+    change_tensors(
+        tmp_path / "a",
+        lambda t: {
+            "base_model.model.conv.lokr_w1": t["base_model.model.conv.lokr_w1"],
+            "base_model.model.conv.lokr_w2": np.zeros((4, 4, 3), np.float32),
+        },
+    )
+    with pytest.raises(ValueError, match=r"conv: PEFT 0\.21\.2 permutes the Kronecker product"):
+        jlora.peft.load(tmp_path / "a", sites, names)

@@ -13,6 +13,24 @@ from jlora.methods.lokr import split_size
 _AXES = (("in_major", "in_minor"), ("out_major", "out_minor"))
 
 
+SCRAMBLED = (
+    "PEFT 0.21.2 permutes the Kronecker product of a convolution along one axis if its second factor is a whole "
+    "matrix, so no LoKr equals it: merge it with PEFT."
+)
+
+
+def is_scrambled(kernel: tuple[int, ...], has_matrix: bool) -> bool:
+    """Whether PEFT permutes the Kronecker product of a module.
+
+    For such a convolution it multiplies w1 (a, c) and w2 (b, d, window) as if w1 had the axes (1, a, c).
+
+    Arguments:
+        kernel: the in sizes of torch's weight: the channels and every spatial axis.
+        has_matrix: whether the second factor is a whole matrix, and no product of low rank.
+    """
+    return len(kernel) == 2 and has_matrix
+
+
 def with_usual_split(method: LoKr, location: WeightLocation) -> LoKr:
     """The LoKr with the rule of LyCORIS, jlora's default, if that splits a weight in the same way."""
     usual, axes = dataclasses.replace(method, split="lycoris"), WeightAxes(*location.weight)

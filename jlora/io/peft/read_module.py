@@ -15,7 +15,7 @@ from jlora.io.peft.forms import shared_name
 from jlora.io.peft.from_base import PURPOSE, arrays_from_base
 from jlora.io.peft.full_weights import base_matrix
 from jlora.io.peft.layouts import layout_of
-from jlora.io.peft.lokr import with_usual_split
+from jlora.io.peft.lokr import SCRAMBLED, is_scrambled, with_usual_split
 from jlora.io.peft.lora_variants import with_pooling_of_peft
 from jlora.io.peft.maps import is_map, method_and_tensors
 from jlora.io.peft.method_fields import is_unscaled, method_of
@@ -108,6 +108,8 @@ class ModuleReader:
             method = with_usual_split(method, location)
         if isinstance(method, OSF) and _OSF_VALUES in by_suffix:  # the configuration has how many are not trained
             method = dataclasses.replace(method, rank=max(by_suffix[_OSF_VALUES].size, 1))
+        if isinstance(method, LoKr) and is_scrambled(location.kernel, "lokr_w2" in by_suffix):
+            raise ValueError(f"{name}: {SCRAMBLED}")
         return method, by_suffix
 
     def _sizes(self, name: str) -> dict[str, int]:

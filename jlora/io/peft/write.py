@@ -15,6 +15,7 @@ from jlora.io.peft.from_base import checked_against_base
 from jlora.io.peft.full_weights import add_tokens, add_trained, only_tokens, rows_as_full
 from jlora.io.peft.glora import glora_fields, with_one_form
 from jlora.io.peft.layouts import ADAPTERS
+from jlora.io.peft.lokr import is_scrambled
 from jlora.io.peft.lora_variants import variant_fields
 from jlora.io.peft.maps import add_maps, has_map
 from jlora.io.peft.method_fields import ia3_fields, is_flipped, rank_fields
@@ -48,6 +49,7 @@ from jlora.methods import (
     GraLoRA,
     GroupedLoRA,
     HiRA,
+    LoKr,
     LoRA,
     MiSS,
     MonteCLoRA,
@@ -157,6 +159,8 @@ def _saved_class(update: Update, location: WeightLocation | None, params: Any) -
         return None
     if isinstance(update.method, GroupedLoRA):  # a LoRA for each module
         return LoRA
+    if method_class is LoKr and location is not None and is_scrambled(location.kernel, "d" in update.factors):
+        return None
     if location is not None and location.module.kind not in ADAPTERS.get(method_class, {}):
         return None
     if method_class in WHOLE_MODULES:  # their blocks or singular vectors are those of a whole module
