@@ -143,7 +143,7 @@ def run_forms(
 ) -> None:
     """Measures and prints every form that the options name, and saves the figures.
 
-    Without timed rounds they are saved in a file of the user's choice alone, so that no result loses its times.
+    Without timed rounds they replace no file that has them, so that no result loses its times.
 
     Arguments:
         options: with `forms`, `rounds` and `out`; all but `out` are recorded in the result file.
@@ -157,8 +157,13 @@ def run_forms(
         rows, bars = measure(form, options)
         show(form, rows, bars)
         result[form] = {key: rows, "bars": [asdict(bar) | {"passed": bar.passed} for bar in bars]}
-        if options.rounds or options.out.parent.resolve() != RESULTS.resolve():
+        if options.rounds or not _has_times(options.out):
             save(options.out, result)
+
+
+def _has_times(file: Path) -> bool:
+    """Whether a result file is there and has timed rounds."""
+    return file.exists() and json.loads(file.read_text()).get("options", {}).get("rounds", 0) > 0
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import _plan_report
+from benchmarks import _plan_report, _training_tables
 from benchmarks._plan_rows import SMALLEST, slice_name
-from benchmarks._result_tables import result
+from benchmarks._result_tables import exists, result
 
 ROOT = Path(__file__).parents[1]
 _FIGURE = r"[-+]?\d+(?:[.,]\d+)*(?:e-?\d+)?[%M]?"
@@ -229,3 +229,15 @@ SENTENCES = (
     Sentence(_METHODS, "All learn better than the frozen encoder with a head ({}).", _frozen_encoder),
     Sentence("jlora/_adapter/starts/README.md", "Such an adapter costs [{} more FLOPs]", _offset),
 )  # fmt: skip
+
+# The same of programs that take long: a page has figures of an earlier run until there is a result file, by its name.
+LATER = (
+    ("finetune_reviews", Sentence(_README, "{} trained parameters ({} of the encoder); the saved adapter takes {} MB "
+     "on disk, the encoder {} MB. A run took {} to {} s", _training_tables.reviews_sizes)),
+    ("finetune_reviews", Sentence("README.md", "{} of the test set correct, {} with a head alone",
+     _training_tables.reviews_means)),
+    ("finetune_smollm", Sentence(_README, "The merged model writes {} tokens a second, the base {}.",
+     _training_tables.writing_speed)),
+    ("evolution", Sentence(_MANY, "correct points rises from {} to {} in {} generations", _training_tables.evolution)),
+)  # fmt: skip
+SENTENCES += tuple(sentence for file, sentence in LATER if exists(file))

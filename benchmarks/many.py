@@ -177,7 +177,9 @@ def jobs(rounds: int) -> tuple[dict[str, Any], list[Bar]]:
     }
     seconds = _measure.interleave(calls, rounds)
     speed = _measure.ratio(seconds, "in turn", "together")
-    rows = {name: {"milliseconds": 1e3 * (_measure.median(times) or 0)} for name, times in seconds.items()}
+    rows = {
+        name: {"milliseconds": 1e3 * (_measure.median(times) or 0), "rounds": times} for name, times in seconds.items()
+    }
     return {"jobs": rows | {"speed-up": speed}}, [Bar("jobs: 1.46 / speed-up of eight together", 1.46 / speed, 1.0)]
 
 
@@ -209,7 +211,10 @@ def serving(decoder: Decoder, rounds: int, adapters: int, slots: int) -> tuple[d
     }
     seconds = _measure.interleave(calls, rounds)
     names = list(calls)
-    rates = {name: {"tokens/s": ROWS * STEPS / (_measure.median(times) or 1)} for name, times in seconds.items()}
+    rates = {
+        name: {"tokens/s": ROWS * STEPS / (_measure.median(times) or 1), "rounds": times}
+        for name, times in seconds.items()
+    }
     thousands = _measure.ratio(seconds, names[1], names[0])
     mixed = _measure.ratio(seconds, names[0], names[3])
     swap, compilation = swap_and_compilation(decoder, pools[adapters])

@@ -1,7 +1,7 @@
 """Time and memory of `jlora.peft.infer_names` on a checkpoint of 1 GB, for several layouts of the program.
 
     python -m benchmarks.names
-    python -m benchmarks.names --gigabytes 0.1 --layouts stacked
+    python -m benchmarks.names --gigabytes 0.1 --layouts stacked --out names.json
 
 A new process makes the parameters from the file for each layout, and measures the names alone: seconds, and how far the
 resident memory rises above that of the parameters.
@@ -10,6 +10,8 @@ resident memory rises above that of the parameters.
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,13 +25,20 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import jlora
+from benchmarks import _measure
 
 WIDTH, HIDDEN, WORDS = 1024, 2816, 32000
 SHAPES = {
     **{f"self_attn.{name}_proj": (size, WIDTH) for name, size in (("q", WIDTH), ("k", 256), ("v", 256), ("o", WIDTH))},
     **{"mlp.gate_proj": (HIDDEN, WIDTH), "mlp.up_proj": (HIDDEN, WIDTH), "mlp.down_proj": (WIDTH, HIDDEN)},
 }
-LAYOUTS = ("plain", "stacked", "fused", "rounded", "other")
+LAYOUTS = {
+    "plain": "a transposed kernel for each tensor",
+    "stacked": "the same with all layers in one array",
+    "fused": "query, key and value in one kernel, gate and up in one, all layers in one array",
+    "rounded": "rounded to bfloat16",
+    "other": "another model",
+}
 
 
 def write_checkpoint(path: Path, gigabytes: float) -> None:
@@ -75,7 +84,7 @@ def resident() -> float:
 
 
 def measure(path: Path, layout: str) -> None:
-    """Prints one row."""
+    """Prints the figures of one layout as JSON."""
     params = parameters(load_file(path), layout)
     before, peak, is_done = resident(), [0.0], threading.Event()
 
@@ -94,35 +103,47 @@ def measure(path: Path, layout: str) -> None:
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     is_done.set()
     watcher.join()
-    extra = (peak[0] - before) / 1e6
-    print(
-        f"| {layout} | {path.stat().st_size / 1e9:.2f} | {seconds:.1f} | {cpu:.1f} | {extra:.0f} | {outcome} |",
-        flush=True,
-    )
+    figures = {"bytes": path.stat().st_size, "seconds": seconds, "cpu_seconds": cpu, "outcome": outcome}
+    print(json.dumps(figures | {"peak_bytes": peak[0] - before}), flush=True)
+
+
+def table() -> str:
+    """The rows of the saved results."""
+    rows = json.loads((_measure.RESULTS / "names.json").read_text())["layouts"]
+    body = []
+    for layout, runs in rows.items():
+        seconds = [run["cpu_seconds"] for run in runs]
+        memory = f"{max(run['peak_bytes'] for run in runs) / 1e6:.0f} MB"
+        spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
+        body.append([LAYOUTS[layout], f"{statistics.median(seconds):.1f}", spread, memory, runs[0]["outcome"]])
+    header = ["layout of the program", "CPU seconds", "lowest to highest", "memory above that of the parameters"]
+    return _measure.table([*header, "names"], body)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Makes the checkpoint, measures each layout in a process of its own, prints and writes."""
+    parser = _measure.parser(__doc__, "names.json")
+    parser.add_argument("--rounds", type=int, default=3, help="processes for each layout (default: 3)")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the checkpoint")
     parser.add_argument(
-        "--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS, help="how the program holds the weights"
+        "--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS, help="how the program holds the weights"
     )
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.file:
         measure(options.file, options.layouts[0])
         return
-    print(
-        "| layout | GB | seconds | CPU seconds | MB above the parameters | result |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
-        sep="\n",
-    )
+    layouts: dict[str, list[dict[str, Any]]] = {layout: [] for layout in options.layouts}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         write_checkpoint(path, options.gigabytes)
-        for layout in options.layouts:
+        for layout in options.rounds * options.layouts:
             command = [sys.executable, "-m", "benchmarks.names", "--file", str(path), "--layouts", layout]
-            subprocess.run(command, check=True)
+            run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            print(layout, run.stdout, flush=True)
+            layouts[layout].append(json.loads(run.stdout))
+    recorded = {"gigabytes": options.gigabytes, "rounds": options.rounds}
+    _measure.save(options.out, {"environment": _measure.environment(), "options": recorded, "layouts": layouts})
 
 
 if __name__ == "__main__":

@@ -19,9 +19,11 @@ from benchmarks import (
     _result_tables,
     _sentences,
     _subspaces_report,
+    _training_tables,
     features,
     features_peft,
     methods,
+    names,
     peers,
 )
 
@@ -126,6 +128,16 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "genres": (MANY_PAGE, _result_tables.genres),
     "rates": (MANY_PAGE, _result_tables.rates),
 }
+
+# The same of programs that take long: a page has figures of an earlier run until there is a result file, by its name.
+LATER: dict[str, tuple[str, Path, Callable[[], str]]] = {
+    "compiled steps": ("step_costs", PAGE, _training_tables.variants),
+    "reviews": ("finetune_reviews", PAGE, _training_tables.reviews),
+    "reviews, quantised": ("finetune_reviews", PAGE, _training_tables.reviews_bases),
+    "language model": ("finetune_smollm", PAGE, _training_tables.perplexity),
+    "names": ("names", ROOT / "jlora" / "io" / "peft" / "README.md", names.table),
+}
+TABLES |= {name: (page, make) for name, (file, page, make) in LATER.items() if _result_tables.exists(file)}
 
 
 def with_table(text: str, name: str, table: str) -> str:

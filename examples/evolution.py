@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -229,6 +230,14 @@ def main() -> None:
         print(f"cosine with the gradient, {members:4} members: rank 1 {low:.3f}, full rank {full:.3f}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     draw(options.out, accuracies, directions)
+    result = {
+        "environment": report.environment(),
+        "settings": {name: value for name, value in vars(options).items() if name != "out"},
+        "accuracies": list(map(float, accuracies)),
+        "FLOPs / base": ratio,
+        "cosines": {members: {"rank 1": low, "full rank": full} for members, (low, full) in directions.items()},
+    }
+    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"Written to {options.out}")
 
 

@@ -50,6 +50,7 @@ def arguments() -> argparse.Namespace:
         help="format of the encoder's kernels (default: float32; int8 needs the package qwix)",
     )
     parser.add_argument("--steps", type=int, help=f"training steps of {BATCH} sentences (default: {EPOCHS} epochs)")
+    parser.add_argument("--results", type=Path, help="a JSON file of many runs, into which this one is also written")
     parser.add_argument("--full", action="store_true", help="also run full fine-tuning, for comparison")
     parser.add_argument(
         "--out",
@@ -177,6 +178,8 @@ def main() -> int:
 
     result["seconds"] = time.perf_counter() - started
     print("\n" + report.write(options.out, result, runs))
+    if options.results:
+        report.record(options.results, (options.base, str(options.seed)), result)
     return 0
 
 

@@ -44,6 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of adapter, data order and samples (default: 0)")
     parser.add_argument("--rank", type=int, default=8, help="of the LoRA factors; the scale is always 2 (default: 8)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: 1e-3)")
+    parser.add_argument("--results", type=Path, help="a JSON file of many runs, into which this one is also written")
     parser.add_argument("--steps", type=int, default=150, help=f"of {BATCH} sentences (default: 150)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/smollm"), metavar="FOLDER", help="must not exist (default: runs/smollm)"
@@ -195,7 +196,8 @@ def main() -> int:
     )
 
     result = {
-        "settings": {k: v for k, v in vars(options).items() if k != "out"} | {"batch": BATCH, "targets": TARGETS},
+        "settings": {k: v for k, v in vars(options).items() if k not in ("out", "results")}
+        | {"batch": BATCH, "targets": TARGETS},
         "sentences": {"train": len(rest.ids), "held out": len(held_out.ids)},
         "parameters": {"base": report.size(params), "LoRA": report.size(adapter)},
         "bytes": {name: report.bytes_on_disk(options.out / name) for name in ("adapter", "peft")},
@@ -204,8 +206,11 @@ def main() -> int:
         "samples": {when: {"praise": texts[True], "pan": texts[False]} for when, texts in samples.items()},
         "losses": losses,
         "seconds": time.perf_counter() - started,
+        "environment": report.environment(),
     }
     (options.out / "report.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    if options.results:
+        report.record(options.results, (str(options.seed),), result)
     text = markdown(result)
     draw(options.out / "curves.png", result)
     (options.out / "report.md").write_text(text + "\n\n![loss and perplexity](curves.png)\n")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,30 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
+
+
+def environment() -> dict[str, Any]:
+    """What times and numbers of a run depend on besides the code: versions, device, cores and load."""
+    device = jax.devices()[0]
+    return {
+        "jax": jax.__version__,
+        "platform": device.platform,
+        "device": device.device_kind,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def record(file: Path, keys: tuple[str, ...], result: dict[str, Any]) -> None:
+    """Writes the result of one run into a file that holds those of many, `{"runs": {key: {key: result}}}`."""
+    results = json.loads(file.read_text()) if file.exists() else {"runs": {}}
+    place = results["runs"]
+    for key in keys[:-1]:
+        place = place.setdefault(key, {})
+    place[keys[-1]] = result
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results | {"environment": environment()}, indent=1, ensure_ascii=False) + "\n")
 
 
 def size(tree: Any) -> int:
@@ -54,6 +80,7 @@ def write(folder: Path, result: dict[str, Any], runs: dict[str, History]) -> str
         }
         for name, history in runs.items()
     }
+    result["environment"] = environment()
     (folder / "report.json").write_text(json.dumps(result | {"runs": curves}, indent=1) + "\n")
     draw(folder / "curves.png", result, runs)
     text = markdown(result, runs)

@@ -106,13 +106,14 @@ class Measured:
         self.rates.append(sum(len(reply.tokens) for reply in replies) / (time.perf_counter() - begin))
         self.replies += replies
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         """The median rate of the rounds, and times in seconds and swaps of all replies."""
         first, whole = ([reply.seconds[k] for reply in self.replies] for k in (0, -1))
         return {
             "adapters": self.adapters,
             "megabytes": self.megabytes,
             "tokens/s": statistics.median(self.rates),
+            "rounds": self.rates,
             "first token p50": float(np.percentile(first, 50)),
             "first token p95": float(np.percentile(first, 95)),
             "reply p50": float(np.percentile(whole, 50)),
@@ -262,6 +263,7 @@ def main() -> int:
     result = {name: value for name, value in vars(options).items() if name not in ("out", "adapters")}
     result["servers"] = {name: measured.figures() for name, measured in servers.items()}
     result["swap"] = swap_seconds(params, like)
+    result["environment"] = report.environment()
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "serve_many.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result, options.out / "serve_many.png")

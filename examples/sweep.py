@@ -29,6 +29,7 @@ import optax
 from tqdm import tqdm
 
 import assets
+import report
 import sweep_report
 from sweep_runs import ALPHA, CLASSES, HELD_OUT, LENGTH, SHARPNESS, TRAIN, TRAINED_LAYERS, Run, Trainer, film_reviews
 
@@ -143,7 +144,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
-    result: dict[str, Any] = {"settings": SETTINGS, "jax": jax.__version__, "runs": []}
+    result: dict[str, Any] = {"settings": SETTINGS, "environment": report.environment(), "runs": []}
     if options.out.exists():
         result = json.loads(options.out.read_text())
         if result.get("settings") != SETTINGS:

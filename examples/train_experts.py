@@ -33,7 +33,7 @@ import training
 from finetune_reviews import unused
 from jlora.peft import Module, Names
 from moe import MixtureOfExperts
-from report import bytes_on_disk
+from report import bytes_on_disk, environment
 from reviews import Split
 
 # Stated for the dense dispatch: its einsum of all experts on all tokens does not show that the first axis is a stack.
@@ -269,6 +269,7 @@ def main() -> int:
         return 1
     result = run(job, options)
     options.out.mkdir(parents=True, exist_ok=True)
+    result["environment"] = environment()
     (options.out / "results.json").write_text(json.dumps(result) + "\n")
     print(experts_report.write(options.out, result))
     return 0

@@ -30,6 +30,7 @@ import assets
 import jlora
 import many_report
 import minilm
+import report
 import reviews
 import training
 from finetune_reviews import TARGETS, unused
@@ -272,6 +273,7 @@ def main() -> int:
         "settings": {name: value for name, value in vars(options).items() if name != "out"},
         "test texts": len(next(iter(job.test.values())).labels),
         "frozen encoder": frozen_accuracies(job),
+        "environment": report.environment(),
         "runs": {},
     }
     for seed in options.seeds:
