@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks import (
     _device_table,
+    _latency_report,
     _measure,
     _plan_report,
     _plan_tables,
@@ -105,6 +106,8 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "outcomes": (PEERS_PAGE, features.counts),
     "kinds of weight": (PEERS_PAGE, functools.partial(features.table, "weights")),
     "kinds of program": (PEERS_PAGE, functools.partial(features.table, "programs")),
+    "latency": (PAPER_PAGE, _latency_report.times_table),
+    "costs of latency": (PAPER_PAGE, _latency_report.costs_table),
     "subspaces": (PAPER_PAGE, _subspaces_report.similarity_table),
     "amplification": (PAPER_PAGE, _subspaces_report.amplification_table),
     "smallest numbers of GPUs": (GPU_PAGE, plans(_plan_report.gpu_table)),

@@ -59,14 +59,17 @@ def test_merged_is_the_program_of_the_base_and_adapter_layers_are_not(name: str)
         assert np.abs(a - c).max() > 1e-4, "the adapter changes nothing"
 
 
-def test_numbers_that_each_form_adds() -> None:
-    encoder = small("encoder")
-    width, layers = 32, 2
-    assert encoder.forms[MERGED].added == encoder.forms[BASE].added == 0
-    assert encoder.forms[UNMERGED].added == layers * 2 * 8 * 2 * width  # query and value, rank 8
-    for name, (kind, size) in ADAPTERS.items():
+@pytest.mark.parametrize(
+    ("name", "width", "layers", "values"),
+    [("encoder", 32, 2, 32), pytest.param("decoder", 24, 3, 8, marks=pytest.mark.nightly)],
+)
+def test_numbers_that_each_form_adds(name: str, width: int, layers: int, values: int) -> None:
+    forms = small(name).forms
+    assert forms[MERGED].added == forms[BASE].added == 0
+    assert forms[UNMERGED].added == layers * 8 * (width + width + width + values)  # query and value, rank 8
+    for form, (kind, size) in ADAPTERS.items():
         places = {"H": 2, "L": 1}[kind]
-        assert encoder.forms[name].added == layers * places * (2 * width * size + size + width)
+        assert forms[form].added == layers * places * (2 * width * size + size + width)
 
 
 def test_bottlenecks_follow_the_last_products_of_both_sublayers() -> None:
@@ -98,3 +101,24 @@ def test_a_bottleneck_is_its_formula() -> None:
     np.testing.assert_allclose(
         _adapter_layers.bottleneck(layer, jnp.asarray(y)), y + gelu @ layer["up"] + np.arange(6.0), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.nightly
+def test_bottlenecks_that_add_nothing_leave_the_decoder_as_it_is() -> None:
+    decoder = small("decoder")
+
+    (base,), form = decoder.forms[BASE].params, decoder.forms[HOULSBY]
+
+    def with_up(factor: float) -> Any:
+        """The parameters with the last kernel of each bottleneck multiplied."""
+
+        def scaled(path: Any, leaf: jax.Array) -> jax.Array:
+            return factor * leaf if "['layer']['up']" in jax.tree_util.keystr(path) else leaf
+
+        return jax.tree.map_with_path(scaled, form.params[0])
+
+    runs = [(form.function, with_up(0)), (decoder.forms[BASE].function, base), (form.function, with_up(1000))]
+    got, expected, changed = (jax.jit(function)(params, *decoder.inputs(2, 8))[1] for function, params in runs)
+    for a, b, c in zip(*map(jax.tree.leaves, (got, expected, changed)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+        assert np.abs(c - b).max() > 1e-4
