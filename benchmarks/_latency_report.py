@@ -16,8 +16,9 @@ def over(quartiles: Sequence[float]) -> str:
 
 
 def times_table() -> str:
-    """Milliseconds of the base, and what each form adds, for every cell."""
-    rows, models = [], json.loads(RESULT.read_text())["models"]
+    """Milliseconds of the base, and what each form adds, for every cell; and how loaded the machine was."""
+    result = json.loads(RESULT.read_text())
+    rows, models = [], result["models"]
     forms = [form for form in next(iter(models.values()))["costs"] if form != BASE]
     for name, model in models.items():
         for cell in model["cells"].values():
@@ -25,7 +26,9 @@ def times_table() -> str:
             added = [over(times[form]["percent over base"]) for form in forms]
             milliseconds = _measure.number(times[BASE]["milliseconds"], 1)
             rows.append([name, cell["batch"], cell["length"], milliseconds, *added])
-    return _measure.table(["model", "batch", "tokens", "base, ms", *forms], rows)
+    table = _measure.table(["model", "batch", "length", "base, ms", *forms], rows)
+    cores, load = (result["environment"][key] for key in ("cores", "load"))
+    return f"{table}\n\n{result['rounds']} rounds, four times as many at batch 1; {cores} cores with a load of {load:.1f}."
 
 
 def costs_table() -> str:

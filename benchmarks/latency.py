@@ -115,7 +115,7 @@ def measure(model: Model, cells: Sequence[Cell], rounds: int) -> tuple[dict[str,
 def main() -> None:
     """Measures both models, prints, and saves."""
     parser = _measure.parser(__doc__, "latency.json")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds, 4 times as many at batch 1 (default: 9)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds, 4 times as many at batch 1 (default: 7)")
     parser.add_argument("--quick", action="store_true", help="small models, no times")
     options = parser.parse_args()
     rounds = 0 if options.quick else options.rounds
