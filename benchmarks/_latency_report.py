@@ -28,7 +28,8 @@ def times_table() -> str:
             rows.append([name, cell["batch"], cell["length"], milliseconds, *added])
     table = _measure.table(["model", "batch", "length", "base, ms", *forms], rows)
     cores, load = (result["environment"][key] for key in ("cores", "load"))
-    return f"{table}\n\n{result['rounds']} rounds, four times as many at batch 1; {cores} cores with a load of {load:.1f}."
+    rounds = f"{result['rounds']} rounds, four times as many at batch 1"
+    return f"{table}\n\n{rounds}; {cores} cores with a load of {load:.0f}."
 
 
 def costs_table() -> str:
