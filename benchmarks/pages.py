@@ -25,8 +25,8 @@ from benchmarks import (
     features_peft,
     methods,
     names,
-    peers,
 )
+from benchmarks._peers import report
 
 ROOT = Path(__file__).parents[1]
 METHODS_PAGES = ROOT / "jlora" / "methods"
@@ -101,7 +101,13 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "costs": (METHODS_PAGES / "costs.md", costs),
     "beside PEFT": (METHODS_PAGES / "costs.md", beside_peft),
     "features": (METHODS_PAGES / "scope.md", features_peft.table),
-    "steps": (PEERS_PAGE, peers.table),
+    "steps": (PEERS_PAGE, report.table),
+    "limits of steps": (PEERS_PAGE, report.all_missed),
+    "seconds of steps": (PEERS_PAGE, functools.partial(report.by_size, "of_by_hand", 1.0, 2)),
+    "GFLOPs of steps": (PEERS_PAGE, functools.partial(report.by_size, "flops", 1e9, 2)),
+    "temporaries of steps": (PEERS_PAGE, functools.partial(report.by_size, "temp_bytes", 1e6, 1)),
+    "compile seconds of steps": (PEERS_PAGE, functools.partial(report.by_size, "compile_seconds", 1.0, 1)),
+    "memory of steps": (PEERS_PAGE, functools.partial(report.by_size, "peak_bytes", 1e6, 0)),
     "libraries": (PEERS_PAGE, features.versions),
     "outcomes": (PEERS_PAGE, features.counts),
     "kinds of weight": (PEERS_PAGE, functools.partial(features.table, "weights")),
@@ -168,9 +174,10 @@ def generated() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Writes all tables and sentences."""
+    """Writes all tables and sentences, and the picture of the comparison of steps."""
     for page, text in generated().items():
         page.write_text(text)
+    report.draw(report.RESULT)
 
 
 if __name__ == "__main__":

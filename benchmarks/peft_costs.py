@@ -1,6 +1,6 @@
 """One training step of PEFT's methods against PEFT's LoRA of the same rank, on the transformer of `benchmarks.methods`.
 
-    python -m benchmarks.peft_costs                # about twenty minutes on two cores
+    python -m benchmarks.peft_costs                # about six minutes on two cores
 
 It needs torch and PEFT: `pip install -e ".[references]"`. The model, its sizes, the batch and AdamW are those of
 `benchmarks.methods`, in torch's own layers. All steps run in turns; every ratio is the median over rounds of the ratios
@@ -9,12 +9,15 @@ of one round. The names are those of `benchmarks.methods`.
 
 import functools
 import importlib
+import os
 import platform
 from collections.abc import Callable
 from typing import Any
 
 from benchmarks import _measure, _transformer
 
+# torch's threads spin 300,000 times before they sleep: on a busy machine they keep the core from one another.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 torch: Any = importlib.import_module("torch")
 peft: Any = importlib.import_module("peft")
 nn, functional = torch.nn, torch.nn.functional
@@ -55,7 +58,7 @@ class Block(nn.Module):
         super().__init__()
         width, hidden = sizes.width, sizes.hidden
         self.heads = sizes.heads
-        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.norm1, self.norm2 = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
         linear = functools.partial(nn.Linear, bias=sizes.biases)
         self.wq, self.wk, self.wv, self.wo = (linear(width, width) for _ in range(4))
         self.w1, self.w2 = linear(width, hidden), linear(hidden, width)
@@ -76,7 +79,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(sizes.vocabulary, sizes.width)
         self.position = nn.Parameter(0.1 * torch.randn(sizes.length, sizes.width))
         self.layers = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
-        self.norm, self.head = nn.RMSNorm(sizes.width), nn.Linear(sizes.width, sizes.vocabulary, bias=False)
+        self.norm, self.head = nn.RMSNorm(sizes.width, eps=1e-6), nn.Linear(sizes.width, sizes.vocabulary, bias=False)
 
     def forward(self, tokens: Any) -> Any:
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
@@ -85,13 +88,18 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
 
-def step(name: str, sizes: _transformer.Sizes, tokens: Any) -> tuple[Callable[[], float], int]:
-    """A training step with one method, and the number of its trained parameters."""
+def adapted(name: str, sizes: _transformer.Sizes) -> Any:
+    """The model with one method."""
     torch.manual_seed(0)
     model = peft.get_peft_model(Transformer(sizes), METHODS[name]())
     if name == "LoRA-FA":
         for parameter in (p for n, p in model.named_parameters() if "lora_A" in n):
             parameter.requires_grad_(False)
+    return model
+
+
+def training(model: Any, tokens: Any) -> tuple[Callable[[], float], int]:
+    """A training step of a model's parameters that require gradients, and their number."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4)
     following = torch.roll(tokens, -1, 1).flatten()
@@ -109,7 +117,7 @@ def step(name: str, sizes: _transformer.Sizes, tokens: Any) -> tuple[Callable[[]
 def main() -> None:
     """Reads the options, measures, prints and writes."""
     parser = _measure.parser(__doc__, "peft_costs.json")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--batch", type=int, default=8, help="sequences (default: 8)")
     parser.add_argument("--methods", nargs="+", metavar="NAME", choices=METHODS, help="beside LoRA (default: all)")
     options = parser.parse_args()
@@ -117,9 +125,10 @@ def main() -> None:
         parser.error("the result file holds all methods: with --methods pass --out with another file.")
     sizes = _transformer.Sizes()
     torch.manual_seed(1)
+    torch.set_num_threads(_measure.environment()["cores"])
     tokens = torch.randint(sizes.vocabulary, (options.batch, sizes.length))
     names = [name for name in METHODS if name == "LoRA" or name in (options.methods or METHODS)]
-    steps = {name: step(name, sizes, tokens) for name in names}
+    steps = {name: training(adapted(name, sizes), tokens) for name in names}
     seconds = _measure.interleave({name: run for name, (run, _) in steps.items()}, options.rounds)
     rows = {
         name: {

@@ -47,6 +47,9 @@ PEERS = (
         ("jax==0.4.25", "jaxlib==0.4.25", "numpy<2", "scipy<1.13", "plum-dispatch==2.2.2", "jax-lorax==0.3.1"),
     ),
 )
+# Not a library for JAX: it has a row among the steps alone. JAX is there to check its loss.
+REFERENCES = ("torch==2.13.0", "peft==0.21.2", "transformers==5.23.0")
+TORCH = Peer("PEFT, torch", "with_torch", (JAX, "optax==0.2.8", *REFERENCES))
 
 
 class NotInstalledError(RuntimeError):
