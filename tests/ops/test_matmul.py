@@ -213,3 +213,15 @@ def test_small_members_have_gradients():
     want = gradient(lambda adapter: fun(jlora.merge(params, adapter), x))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "turned"), [(64, True), (9, True), (8, False), (3, False)])
+def test_a_gradient_is_turned_if_many_tokens_are_summed(tokens: int, turned: bool):
+    """The gradient of a tall factor (16, 4). Few tokens are no reason to hand the optimiser a transposed gradient."""
+
+    def gradient(x, g):
+        return rank_matmul(x, g, ((0,), (0,)), precision=None, dtype=jnp.dtype(jnp.float32))
+
+    x, g = jax.random.normal(jax.random.key(0), (tokens, 16)), jax.random.normal(jax.random.key(1), (tokens, 4))
+    assert ("optimization_barrier" in jax.jit(gradient).lower(x, g).as_text()) == turned
+    close(jax.jit(gradient)(x, g), np.asarray(x, np.float64).T @ np.asarray(g, np.float64), 1e-5)
