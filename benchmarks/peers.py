@@ -79,11 +79,12 @@ def main() -> None:
     chosen = [peer for peer in COMPARED if peer in COMPARED[:2] or peer.name in (options.peers or peers)]
     saved = json.loads(options.out.read_text())["rows"] if options.out.exists() else {}
     kept = {name: row for name, row in saved.items() if options.resume or name not in options.sizes}
-    versions = {peer.name: [*peer.packages, *peer.alone] for peer in chosen}
+    packages = {peer.name: [*peer.packages, *peer.alone] for peer in chosen}
+    given = {"environment": _measure.environment(), "packages": packages, "seeds": {"parameters": 0, "factors": 1}}
     for name in _measure.progress([name for name in options.sizes if name not in kept], "sizes"):
         kept[name] = measured(SIZES[name], chosen, options.rounds)
         rows = {name: kept[name] for name in SIZES if name in kept}
-        _measure.save(options.out, {"packages": versions, "seeds": {"parameters": 0, "factors": 1}, "rows": rows})
+        _measure.save(options.out, given | {"rows": rows})
         print(f"\n## {name}\n\n{report.of_one_size(kept[name])}\n\n{report.missed(kept[name])}", flush=True)
     if options.out == parser.get_default("out"):
         pages.main()

@@ -10,7 +10,6 @@ of one round. The names are those of `benchmarks.methods`.
 import functools
 import importlib
 import os
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -138,11 +137,9 @@ def main() -> None:
         }
         for name in names
     }
-    environment = {
+    environment = _measure.environment() | {
         **{name: module.__version__ for name, module in (("peft", peft), ("torch", torch))},
-        "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "load": _measure.environment()["load"],
     }
     recorded = {name: value for name, value in vars(options).items() if name != "out"}
     _measure.save(options.out, {"environment": environment, "options": recorded, "methods": rows})

@@ -6,9 +6,9 @@ simulated devices, the tokens divided by two and the kernels by four. No figure 
 
 import json
 import platform
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -24,8 +24,9 @@ from jlora._plan.kernels import kernels
 
 RESULT = _measure.RESULTS / "costs.json"
 SIZES = _transformer.Sizes(layers=2, vocabulary=512, length=64)
-BATCH, OPTIONS = 4, SimpleNamespace(rank=16, alpha=32.0)
+BATCH, OPTIONS = 4, Namespace(rank=16, alpha=32.0)
 JLORA, BY_HAND, FULL = "jlora", "by hand, flattened", "full fine-tuning"
+DEPENDS = ("jax", "machine")
 # Of the committed figure; all others have to be equal or lower.
 TOLERANCE = {"flops": 1.001, "temp_bytes": 1.01}
 
@@ -133,9 +134,9 @@ def growth(costs: Costs, committed: Costs) -> list[Bar]:
     ]
 
 
-def environment() -> dict[str, str]:
-    """What the committed figures depend on."""
-    return {"jax": jax.__version__, "machine": platform.machine()}
+def environment() -> dict[str, Any]:
+    """What the benchmark ran on; the figures depend on `DEPENDS` of it."""
+    return _measure.environment() | {"machine": platform.machine()}
 
 
 def check(costs: Costs, saved: Mapping[str, Any]) -> int:
@@ -143,10 +144,11 @@ def check(costs: Costs, saved: Mapping[str, Any]) -> int:
     header = ["program", *next(iter(costs.values()))]
     print(_measure.table(header, [[name, *map(_plain, row.values())] for name, row in costs.items()]))
     bars = limits(costs)
-    if saved["environment"] == environment():
+    committed, here = ({key: each[key] for key in DEPENDS} for each in (saved["environment"], environment()))
+    if committed == here:
         bars += growth(costs, saved["programs"])
     else:
-        print(f"The committed figures are of {saved['environment']}, not compared here.")
+        print(f"The committed figures are of {committed}, and are not compared on {here}.")
     missed = [bar for bar in bars if not bar.passed]
     print("\n".join(f"FAIL {bar.name}: {_plain(bar.value)}, at most {_plain(bar.limit)}" for bar in missed))
     print(f"{len(bars) - len(missed)} of {len(bars)} limits are kept.")
