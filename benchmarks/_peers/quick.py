@@ -60,7 +60,7 @@ def divided(trained: Any, frozen: Any, tokens: jax.Array) -> tuple[Any, Any, jax
     """The same arrays on eight devices: kernels and their factors by columns or by rows, tokens by sequence."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     rows, columns = PartitionSpec("model", None), PartitionSpec(None, "model")
-    specs = dict.fromkeys(("wo", "w2"), rows) | dict.fromkeys(("wq", "wk", "wv", "w1"), columns)
+    specs = {kernel: rows if kernel in ("wo", "w2") else columns for kernel in _transformer.KERNELS}
 
     def place(path: Any, leaf: jax.Array) -> jax.Array:
         return jax.device_put(leaf, NamedSharding(mesh, specs.get(path[-1].key, PartitionSpec())))
@@ -84,7 +84,7 @@ def figures(function: Any, args: tuple[Any, ...]) -> dict[str, float]:
     """What the compiler makes of a function."""
     traced = jax.jit(function).trace(*args)
     compiled = traced.lower().compile()
-    text = parse(compiled.as_text())
+    text = parse(compiled.as_text() or "")
     costs, memory, sent = compiled.cost_analysis(), compiled.memory_analysis(), cost(text).collectives
     assert costs is not None
     assert memory is not None

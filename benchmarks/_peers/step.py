@@ -170,9 +170,8 @@ def peak() -> int:
 
 def sizes_of(sizes: dict[str, int]) -> _transformer.Sizes:
     """The sizes of the transformer, of those that a row of the benchmark has."""
-    width = sizes["width"]
-    given = {name: sizes[name] for name in ("layers", "width", "vocabulary", "length")}
-    return _transformer.Sizes(hidden=4 * width, heads=max(1, width // 64), **given)
+    layers, width, vocabulary, length = (sizes[name] for name in ("layers", "width", "vocabulary", "length"))
+    return _transformer.Sizes(layers, width, 4 * width, max(1, width // 64), vocabulary, length)
 
 
 def main() -> None:
