@@ -34,7 +34,7 @@ class KaSA(Method):
         dropout: the dropout rate of the branch's input, in [0, 1).
         start: "triples" starts A, e and B at what was taken out, so that the program equals the base. "zero" starts B
             at zero, A and e at random, as the paper does: then the program starts without the last triples, and differs
-            from the base.
+            from the base. Arrays of 16 bits start within their rounding of the base, with `offset=True` at the base.
 
     Raises:
         ValueError: if a hyper-parameter is not valid, and from `jlora.init`, if the rank leaves nothing of the weight.

@@ -183,3 +183,14 @@ def test_a_permuted_lokr_is_not_read(tmp_path):
     )
     with pytest.raises(ValueError, match=r"conv: PEFT 0\.21\.2 permutes the Kronecker product"):
         jlora.peft.load(tmp_path / "a", sites, names)
+
+
+def test_hira_of_an_embedding_and_its_tied_head_is_not_written(tmp_path):
+    """PEFT has a module for each of the two uses of the weight."""
+    params = {"embed": jnp.asarray(np.random.RandomState(0).normal(size=(7, 5)), jnp.float32)}
+    sites = jlora.trace(lambda p, ids: p["embed"][ids] @ p["embed"].T, params, np.zeros(3, np.int32))
+    adapter = jlora.init(jax.random.key(0), sites, jlora.HiRA(2))
+    adapter = jax.tree.map(lambda a: a + 0.1, adapter)
+    embedding = {"embed": jlora.peft.Module("embed_tokens", "embedding", tied="lm_head")}
+    with pytest.raises(ValueError, match=r"embed: the update of HiRA .* Merge it"):
+        jlora.peft.save(tmp_path / "a", adapter, embedding, params=params)

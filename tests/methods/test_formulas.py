@@ -206,3 +206,12 @@ def test_deft_starts_at_the_base_for_factors_of_few_bits() -> None:
     np.testing.assert_allclose(
         np.asarray(update.factors["r"], np.float64), W @ np.linalg.pinv(p), rtol=2**-8, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("method", [jlora.FRoD(), jlora.OSF(3), jlora.KaSA(3, 5.0, offset=True)])
+def test_arrays_of_16_bits_that_come_from_the_weight_start_at_the_base(method):
+    """Although they are rounded: what they add is a difference of equal products."""
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 6))}
+    sites = jlora.trace(lambda p, x: x @ p["w"], params, jnp.ones((2, 8)))
+    adapter = jlora.init(jax.random.key(1), sites, method, params=params, dtype=jnp.bfloat16)
+    np.testing.assert_allclose(jlora.merge(params, adapter)["w"], params["w"], atol=1e-6)

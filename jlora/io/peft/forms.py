@@ -24,6 +24,8 @@ from jlora.methods import OSF, FRoD, GraLoRA, KaSA, PEANuT, SuperTuning, TinyLoR
 from jlora.methods._base import Update
 from jlora.methods._common.digits import count_digits, from_digits, to_digits
 
+METHODS = (FRoD, SuperTuning, TinyLoRA, VBLoRA, UniLoRA, PEANuT)
+
 _ROOT = "base_model."
 _INDICES = re.compile(r"(.*\.unilora_)(indices|scales)(_[AB])")
 _LAYERS = re.compile(r"(.*\.peanut_(?:encoders|decoders))\.(\d+)\.weight")

@@ -25,6 +25,8 @@ from jlora.methods import DeLoRA, HiRA, LoRA, MiSS, RandLoRA
 from jlora.methods._base import Method
 from jlora.methods._common.hyperparameters import scale_of
 
+METHODS = (HiRA, DeLoRA, MiSS, RandLoRA)
+
 MATRICES = ("base_model.randlora_A", "base_model.randlora_B")  # of RandLoRA
 _NORM_TOLERANCE = 1e-5  # of the norms of the base: those of another base, or rounded to 16 bits
 

@@ -1,74 +1,10 @@
-"""What PEFT calls the type of each method."""
+"""What PEFT calls the type of each method: by the name of the method, but for variants of a type."""
 
-from jlora.methods import (
-    BOFT,
-    C3A,
-    DEFT,
-    HRA,
-    IA3,
-    OFT,
-    OSF,
-    BDLoRA,
-    DeLoRA,
-    DoRA,
-    FourierFT,
-    FRoD,
-    GLoRA,
-    GraLoRA,
-    HiRA,
-    KaSA,
-    LoHa,
-    LoKr,
-    LoRA,
-    MiSS,
-    MonteCLoRA,
-    PaRa,
-    PEANuT,
-    PVeRA,
-    RandLoRA,
-    RoAd,
-    SHiRA,
-    SuperTuning,
-    TinyLoRA,
-    UniLoRA,
-    VBLoRA,
-    VeRA,
-    WaveFT,
-)
+from jlora.io.peft.layouts import ADAPTERS
+from jlora.methods import BDLoRA, DoRA, KaSA, MonteCLoRA, PaRa, QALoRA
 from jlora.methods._base import Method
 
-PEFT_TYPES: dict[type[Method], str] = {
-    LoRA: "LORA",
-    DoRA: "LORA",
-    LoHa: "LOHA",
-    LoKr: "LOKR",
-    VeRA: "VERA",
-    IA3: "IA3",
-    TinyLoRA: "TINYLORA",
-    VBLoRA: "VBLORA",
-    UniLoRA: "UNILORA",
-    PEANuT: "PEANUT",
-    PVeRA: "PVERA",
-    SuperTuning: "SUPERTUNING",
-    MonteCLoRA: "LORA",
-    OFT: "OFT",
-    BOFT: "BOFT",
-    HRA: "HRA",
-    RoAd: "ROAD",
-    DEFT: "DEFT",
-    PaRa: "DEFT",
-    BDLoRA: "LORA",
-    KaSA: "LORA",
-    GraLoRA: "GRALORA",
-    OSF: "OSF",
-    C3A: "C3A",
-    FourierFT: "FOURIERFT",
-    WaveFT: "WAVEFT",
-    SHiRA: "SHIRA",
-    FRoD: "FROD",
-    HiRA: "HIRA",
-    DeLoRA: "DELORA",
-    MiSS: "MISS",
-    GLoRA: "GLORA",
-    RandLoRA: "RANDLORA",
-}
+_VARIANTS: dict[type[Method], str] = {DoRA: "LORA", MonteCLoRA: "LORA", BDLoRA: "LORA", KaSA: "LORA", PaRa: "DEFT"}
+
+# PEFT has QALoRA for layers of GPTQ alone.
+PEFT_TYPES = {method: _VARIANTS.get(method, method.__name__.upper()) for method in ADAPTERS if method is not QALoRA}

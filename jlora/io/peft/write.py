@@ -1,11 +1,12 @@
 """From an adapter to PEFT's tensors and configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jlora._adapter.to_lora import to_lora
+from jlora.io.peft import forms, maps, products, structured
 from jlora.io.peft.absent import WHOLE_MODULES, needs_base
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, to_absolute, without_scaled_biases
@@ -33,17 +34,9 @@ from jlora.io.peft.vera import add_vera
 from jlora.io.torch.module_names import Names
 from jlora.io.torch.weight_location import WeightLocation, owners_of
 from jlora.methods import (
-    BOFT,
-    C3A,
-    DEFT,
-    HRA,
     IA3,
-    OFT,
     OSF,
-    DeLoRA,
     DoRA,
-    FourierFT,
-    FRoD,
     Full,
     GLoRA,
     GraLoRA,
@@ -53,23 +46,25 @@ from jlora.methods import (
     LoRA,
     MiSS,
     MonteCLoRA,
-    PaRa,
-    PEANuT,
     PVeRA,
-    RandLoRA,
-    RoAd,
-    SHiRA,
-    SuperTuning,
-    TinyLoRA,
-    UniLoRA,
-    VBLoRA,
     VeRA,
-    WaveFT,
 )
 from jlora.methods._base import Adapter, Method, Update
 
 TARGETS = (None, "vllm")
 Entries = dict[str, ModuleEntry]
+# What gives the tensors of a type PEFT's form, and the fields of its configuration; all others are variants of LoRA.
+_WRITERS: tuple[tuple[tuple[type[Method], ...], Callable[[Entries, Tensors], Config]], ...] = (
+    ((IA3,), lambda modules, tensors: ia3_fields(modules)),
+    ((VeRA,), add_vera),
+    ((PVeRA,), add_pvera),
+    ((GLoRA,), lambda modules, tensors: glora_fields(modules)),
+    ((GraLoRA, OSF), lambda modules, tensors: fields_of_blocks(modules, is_flipped(modules))),
+    (forms.METHODS, add_form),
+    (maps.METHODS, add_maps),
+    (structured.METHODS, add_structured),
+    (products.METHODS, add_products),
+)
 
 
 class Files(NamedTuple):
@@ -159,6 +154,8 @@ def _saved_class(update: Update, location: WeightLocation | None, params: Any) -
         return None
     if isinstance(update.method, GroupedLoRA):  # a LoRA for each module
         return LoRA
+    if method_class is HiRA and location is not None and location.module.tied:  # PEFT would adapt one of the two uses
+        return None
     if method_class is LoKr and location is not None and is_scrambled(location.kernel, "d" in update.factors):
         return None
     if location is not None and location.module.kind not in ADAPTERS.get(method_class, {}):
@@ -215,29 +212,13 @@ def _adapted_modules(adapted: Entries) -> tuple[Config, Tensors]:
         "revision": None,
         "target_modules": sorted(modules),
     }
-    match method:
-        case IA3():
-            config |= ia3_fields(modules)
-        case VeRA():
-            config |= add_vera(modules, tensors)
-        case PVeRA():
-            config |= add_pvera(modules, tensors)
-        case MonteCLoRA():
-            config |= rank_fields(adapted) | add_monteclora(modules, tensors)
-        case FRoD() | SuperTuning() | TinyLoRA() | VBLoRA() | UniLoRA() | PEANuT():
-            config |= add_form(modules, tensors)
-        case OFT() | BOFT() | HRA() | RoAd() | DEFT() | PaRa():
-            config |= add_maps(modules, tensors)
-        case C3A() | FourierFT() | WaveFT() | SHiRA():
-            config |= add_structured(modules, tensors)
-        case HiRA() | DeLoRA() | MiSS() | RandLoRA():
-            config |= add_products(modules, tensors)
-        case GLoRA():
-            config |= glora_fields(modules)
-        case GraLoRA() | OSF():
-            config |= fields_of_blocks(modules, is_flipped(modules))
-        case _:
-            config |= rank_fields(adapted) | variant_fields(adapted)
+    write = next((write for methods, write in _WRITERS if isinstance(method, methods)), None)
+    if write is not None:
+        config |= write(modules, tensors)
+    elif isinstance(method, MonteCLoRA):
+        config |= rank_fields(adapted) | add_monteclora(modules, tensors)
+    else:
+        config |= rank_fields(adapted) | variant_fields(adapted)
     if isinstance(method, (LoRA, DoRA)):
         config["target_parameters"] = sorted(parameters) or None
         config["ensure_weight_tying"] = _add_tied_heads(modules, tensors)
