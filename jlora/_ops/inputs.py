@@ -12,7 +12,8 @@ from jlora._ir.algebra import align_axes
 from jlora._ir.materialize import accumulation_dtype
 from jlora._ir.probe import Probe, by_path, refuse
 from jlora._ir.weight import AdaptedWeight, TensorNetwork
-from jlora._ops.contraction import Groups, apply_network, by_row
+from jlora._ops.contraction import apply_network
+from jlora._ops.pair_products import Groups, by_row
 
 
 @jax.custom_vjp

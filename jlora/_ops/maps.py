@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jlora._ir.algebra import align_axes
+from jlora._ir.sizes import is_static
 from jlora._ir.weight import AxisMap, TensorNetwork
-from jlora._ops.contraction import Groups, by_row, contract_pair
-from jlora._ops.pairs import map_pairs
+from jlora._ops.pair_products import Groups, by_row, contract_pair
+from jlora._ops.rows import by_rows
 
 
 def apply_maps(
@@ -36,10 +38,68 @@ def apply_maps(
         precision: as in `jax.lax.dot_general`.
         groups: of a ragged product.
     """
+    axes = _split(x.shape, labels, sizes)
     for m in reversed(maps) if of_input else maps:
-        split = x.reshape([sizes[c] for c in labels])
-        x = _apply(split, labels, m, of_input, precision, groups).reshape(x.shape)
+        if groups and groups.name in m.indices:
+            split = x.reshape([sizes[c] for c in labels])
+            x = _apply(split, labels, m, of_input, precision, groups).reshape(x.shape)
+            continue
+        rows = [k for k, axis in enumerate(axes) if len(axis) == 1 and axis not in m.indices]
+        row = max(rows, key=lambda k: x.shape[k] if is_static(x.shape[k]) else 0, default=None)
+        fun = _RowMap(axes, tuple(sizes.items()), row, m.indices, m.new, m.old, of_input, precision)
+        if row is None:
+            x = fun(x, m.array)
+        else:
+            over = "y" if of_input else "x"  # the input of a product has other uses, its result has none
+            x = by_rows(fun, x, m.array, axes=(row, row), over=over, is_elementwise=fun.is_elementwise(m.array))
     return x
+
+
+def _split(shape: Sequence[Any], labels: str, sizes: Mapping[str, Any]) -> tuple[str, ...]:
+    """The indices of each axis of an array."""
+    axes = []
+    for size in shape:
+        count, product = 0, 1
+        while count < len(labels) and (product != size or not count):
+            product, count = product * sizes[labels[count]], count + 1
+        axes.append(labels[:count])
+        labels = labels[count:]
+    axes[-1:] = [axes[-1] + labels] if axes else []
+    return tuple(axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowMap:
+    """A map as a function of the rows of an activation.
+
+    Arguments:
+        axes: the indices of each axis of the activation.
+        index_sizes: of all indices.
+        row: the axis of the rows.
+        indices, new, old: as for `AxisMap`.
+        of_input, precision: as for `apply_maps`.
+    """
+
+    axes: tuple[str, ...]
+    index_sizes: tuple[tuple[str, Any], ...]
+    row: int | None
+    indices: str
+    new: str
+    old: str
+    of_input: bool
+    precision: Any
+
+    def __call__(self, x: jax.Array, array: jax.Array) -> jax.Array:
+        sizes = dict(self.index_sizes)
+        if self.row is not None:
+            sizes[self.axes[self.row]] = x.shape[self.row]
+        labels, m = "".join(self.axes), AxisMap(array, self.indices, self.new, self.old)
+        split = x.reshape([sizes[c] for c in labels])
+        return _apply(split, labels, m, self.of_input, self.precision, None).reshape(x.shape)
+
+    def is_elementwise(self, array: jax.Array) -> bool:
+        """Whether there is no product of matrices."""
+        return not self.new or _is_of_pairs(AxisMap(array, self.indices, self.new, self.old))
 
 
 def form_of(before: Sequence[AxisMap], after: Sequence[AxisMap]) -> str:
@@ -82,7 +142,7 @@ def _apply(x: jax.Array, labels: str, m: AxisMap, of_input: bool, precision: Any
     with_old = labels.translate(str.maketrans(m.new, m.old))
     before, after = (labels, with_old) if of_input else (with_old, labels)
     has_groups = groups is not None and groups.name in indices
-    if len(m.new) == 1 and array.shape[indices.index(m.new)] == 2 and not has_groups:
+    if _is_of_pairs(m) and not has_groups:
         summed, reached = (m.new, m.old) if of_input else (m.old, m.new)
         return _map_pairs(x, before, array, indices, summed, reached)
     kept = after + (groups.name if has_groups and groups else "")
@@ -92,10 +152,14 @@ def _apply(x: jax.Array, labels: str, m: AxisMap, of_input: bool, precision: Any
     return align_axes(y, ys, after)
 
 
+def _is_of_pairs(m: AxisMap) -> bool:
+    return len(m.new) == 1 and m.array.shape[m.indices.index(m.new)] == 2
+
+
 def _map_pairs(x: jax.Array, labels: str, array: jax.Array, indices: str, summed: str, reached: str) -> jax.Array:
-    """The same product for pairs of entries, by elementwise products."""
+    """The same product for pairs of entries: elementwise products with the pair, and with the pair reversed."""
     axes, names = (indices.index(reached), indices.index(summed)), indices.replace(summed, "").replace(reached, "")
     after = labels.replace(summed, reached)
     straight, crossed = (jnp.diagonal(a, 0, *axes) for a in (array, jnp.flip(array, axes[1])))
     straight, crossed = (align_axes(a, names + reached, after) for a in (straight, crossed))
-    return map_pairs(x, straight, crossed, labels.index(summed))
+    return x * straight + lax.rev(x, (labels.index(summed),)) * crossed

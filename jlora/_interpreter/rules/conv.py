@@ -23,10 +23,11 @@ from jlora._ir.explicit_mesh import under_auto_axes
 from jlora._ir.materialize import einsum, fold_full_rank
 from jlora._ir.probe import Probe, by_path
 from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork, fresh_indices
-from jlora._ops.contraction import contract_pair, name_intermediate
+from jlora._ops.contraction import name_intermediate
 from jlora._ops.draws import apply_dropout, refuse_latent
 from jlora._ops.inputs import compute_dtype, record_rows
 from jlora._ops.maps import apply_maps, form_of
+from jlora._ops.pair_products import contract_pair
 
 
 @register_rule("conv_general_dilated")

@@ -27,9 +27,10 @@ from jlora._ir.probe import Probe, by_path
 from jlora._ir.structured import StructuredNetwork
 from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork
 from jlora._ops.apart import one_way_barrier, reshape_apart
-from jlora._ops.contraction import Groups, apply_network
+from jlora._ops.contraction import apply_network
 from jlora._ops.inputs import record_product
 from jlora._ops.maps import apply_maps, form_of, maps_of_sum
+from jlora._ops.pair_products import Groups
 from jlora._ops.parts import common_part, product_in_parts
 from jlora._ops.planner import FACTORED
 from jlora._ops.structured_product import apply_structure, merged_product, merged_weight
