@@ -1,5 +1,6 @@
 """Tables of plans for pages: the smallest slices and numbers of cards, and single steps."""
 
+import math
 from typing import Any
 
 from benchmarks import _measure
@@ -16,12 +17,16 @@ def _of(results: Results, key: tuple[str, str], device: str) -> dict[str, Any] |
 
 
 def devices_table(results: Results) -> str:
-    """How many cards or chips hold each model. Devices with equal numbers share a row."""
+    """How many cards or chips hold each model. Devices with equal numbers share a row.
+
+    One card need not be compiled, if a smaller one holds the model.
+    """
     rows: dict[tuple[str, ...], list[str]] = {}
     for device in (*CARDS, *_TPUS):
-        plans = [_of(results, key, device) for key in SMALLEST]
-        if all(plans):
-            rows.setdefault(tuple(str(plan["devices"]) for plan in plans if plan), []).append(device)
+        shapes = {key: (SMALLEST_GPUS if device in CARDS else SMALLEST)[key][device][1] for key in SMALLEST}
+        if all(shape == "1" or _of(results, key, device) for key, shape in shapes.items()):
+            counts = tuple(str(math.prod(map(int, shape.split("x")))) for shape in shapes.values())
+            rows.setdefault(counts, []).append(device)
     header = [f"{model.removeprefix('Llama 3 ')}, {base}" for model, base in SMALLEST]
     return _measure.table(["devices", *header], [[", ".join(names), *counts] for counts, names in rows.items()])
 
