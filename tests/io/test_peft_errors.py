@@ -121,7 +121,7 @@ def test_a_bias_of_b_without_a_bias_of_the_module(tmp_path):
     folder = unpack(golden()["adapter"]["bert output_bias"], tmp_path / "a")
     names = {path: module for path, module in NAMES.items() if not path.endswith("query/bias")}
     written = r"names\['layer_{i}/attention/query/bias'\] = Module\('encoder.layer.{i}.attention.self.query.bias'"
-    with pytest.raises(ValueError, match=rf"bias of B for .*self.query \(lora_bias\).*{written}"):
+    with pytest.raises(ValueError, match=rf"changes the bias of .*self.query \(by lora_bias.*{written}"):
         load_for_bert(folder, names)
     change_configuration(folder, lora_bias=False)
     with pytest.raises(ValueError, match=r"has biases of B for .*lora_bias"):

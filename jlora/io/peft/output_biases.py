@@ -97,7 +97,7 @@ def _no_bias(module: str, names: Names, path: str) -> str:
     """The error for a module whose bias the map does not have."""
     written = bias_hint(f"{path.rpartition('/')[0]}/bias", names)
     return (
-        f"The file has a trained bias of B for {module} (lora_bias), which adds to the bias of the module, and names "
-        f"have none beside {path}. If the program has one, add it: {written}. If not, give the program a bias of zeros "
-        "there, or train with lora_bias=False."
+        f"The file changes the bias of {module} (by lora_bias, or GLoRA's C, D and E), and names have none beside "
+        f"{path}. If the program has one, add it: {written}. If not, give the program a bias of zeros there, or train "
+        "without these."
     )
