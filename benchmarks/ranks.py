@@ -13,7 +13,6 @@ import argparse
 import functools
 import itertools
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,11 +26,10 @@ import optax
 
 import jlora
 import training
-from benchmarks import _measure, quality
+from benchmarks import _measure, _ranks_report, quality
 from reviews import Split
 from train_many import Job
 
-RESULT = _measure.RESULTS / "ranks.json"
 ATTENTION = r"encoder/params/layer_\d+/attention/"
 TARGETS = {
     "Wq": ATTENTION + "query/kernel",
@@ -175,38 +173,9 @@ def train_missing(job: Any, runs: Sequence[Run], result: dict[str, Any], out: Pa
         _measure.save(out, result)
 
 
-def table() -> str:
-    """Accuracies by targets and rank."""
-    if not RESULT.exists():
-        return "Not measured yet."
-    result = json.loads(RESULT.read_text())
-    ranks = list(dict.fromkeys(row["rank"] for row in result["runs"]))
-    lines = []
-    for targets in dict.fromkeys(row["targets"] for row in result["runs"]):
-        rows = [row for row in result["runs"] if row["targets"] == targets]
-        cells = []
-        for rank in ranks:
-            percent = [100 * row["accuracy"] for row in rows if row["rank"] == rank]
-            cells.append(f"{statistics.mean(percent):.1f} ({min(percent):.1f} to {max(percent):.1f})")
-        smallest = min(rows, key=lambda row: row["rank"])
-        lines.append([targets, f"{smallest['parameters'] // smallest['rank']:,}", *cells])
-    return _measure.table(["adapted", "numbers for rank 1", *(f"r = {rank}" for rank in ranks)], lines)
-
-
-def alone_table() -> str:
-    """The run that was trained in the bank and by itself."""
-    if not RESULT.exists():
-        return "Not measured yet."
-    row = json.loads(RESULT.read_text())["alone"]
-    cells = [f"{row['targets']}, r = {row['rank']}, seed {row['seed']}"]
-    cells += [f"{100 * row[key]:.2f}%" for key in ("in the bank", "accuracy")]
-    header = ["run", "member of a bank", "alone", "largest difference of logits"]
-    return _measure.table(header, [[*cells, f"{row['difference of logits']:.1e}"]])
-
-
 def arguments() -> argparse.Namespace:
     """The options."""
-    parser = _measure.parser(__doc__, RESULT.name)
+    parser = _measure.parser(__doc__, _ranks_report.RESULT.name)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="rows (default: all)")
     parser.add_argument("--ranks", nargs="+", type=int, default=RANKS, help="columns (default: 1 2 4 8 64)")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="default: 0 1 2")

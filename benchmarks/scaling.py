@@ -3,7 +3,7 @@
     python -m benchmarks.scaling                                      # about ten minutes on two cores
     python -m benchmarks.scaling --rounds 0 --axes rank --out x.json  # compiled figures and tracing alone
 
-One size of the model is doubled while the others stay at `BASE`: layers, width, tokens, rank, or the number of adapted
+One size of the model changes while the others stay at `BASE`: layers, width, tokens, rank, or the number of adapted
 kernels in a layer. A slope is the exponent of a power law, fitted to the logarithms by least squares, with its standard
 error: 1 is linear. At the end 512 unrolled layers are traced and lowered. Each size is saved at once.
 """

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import train_many
-from benchmarks import ranks
+from benchmarks import _ranks_report, ranks
 from benchmarks.ranks import Run
 
 RUNS = [Run("Wq, Wv", rank, seed) for rank in (1, 3) for seed in (0, 1)]
@@ -60,8 +60,8 @@ def test_a_program_that_was_stopped_continues(tmp_path: Path, monkeypatch: pytes
     assert [Run(row["targets"], row["rank"], row["seed"]) for row in result()["runs"]] == runs
     assert result()["alone"] == vars(runs[1])
 
-    monkeypatch.setattr(ranks, "RESULT", out)
-    assert ranks.table().splitlines()[2:] == [
+    monkeypatch.setattr(_ranks_report, "RESULT", out)
+    assert _ranks_report.table().splitlines()[2:] == [
         "| Wq | 10 | 50.0 (50.0 to 50.0) | 50.0 (50.0 to 50.0) |",
         "| Wk | 10 | 50.0 (50.0 to 50.0) | 50.0 (50.0 to 50.0) |",
     ]
