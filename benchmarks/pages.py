@@ -118,10 +118,6 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "costs of latency": (PAPER_PAGE, _latency_report.costs_table),
     "subspaces": (PAPER_PAGE, _subspaces_report.similarity_table),
     "amplification": (PAPER_PAGE, _subspaces_report.amplification_table),
-    "ranks and targets": (PAPER_PAGE, _ranks_report.table),
-    "in the bank and alone": (PAPER_PAGE, _ranks_report.alone_table),
-    "slopes": (PAPER_PAGE, _scaling_report.slope_table),
-    "deep models": (PAPER_PAGE, _scaling_report.tower_table),
     "smallest numbers of GPUs": (GPU_PAGE, plans(_plan_report.gpu_table)),
     "programs for GPUs": (GPU_PAGE, plans(_plan_report.kernel_table)),
     "real cards": (GPU_PAGE, _device_table.table),
@@ -146,6 +142,10 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
 
 # The same of programs that take long: a page has figures of an earlier run until there is a result file, by its name.
 LATER: dict[str, tuple[str, Path, Callable[[], str]]] = {
+    "ranks and targets": ("ranks", PAPER_PAGE, _ranks_report.table),
+    "in the bank and alone": ("ranks", PAPER_PAGE, _ranks_report.alone_table),
+    "slopes": ("scaling", PAPER_PAGE, _scaling_report.slope_table),
+    "deep models": ("scaling", PAPER_PAGE, _scaling_report.tower_table),
     "compiled steps": ("step_costs", PAGE, _training_tables.variants),
     "reviews": ("finetune_reviews", PAGE, _training_tables.reviews),
     "reviews, quantised": ("finetune_reviews", PAGE, _training_tables.reviews_bases),

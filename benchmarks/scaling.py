@@ -82,7 +82,7 @@ def programs(point: Point, length: int = LENGTH) -> dict[str, tuple[Callable[...
 
     return gradients(
         model,
-        lambda factors, params, *args: model(_byhand.attach(params, factors), *args, flattened),
+        lambda factors, params, *args: model(_byhand.attach(params, factors), *args, product=flattened),
         (adapter, factors, params),
         tokens,
     )
