@@ -37,6 +37,7 @@ MANY_PAGE = Path(__file__).parent / "many.md"
 TPU_PAGE = Path(__file__).parent / "tpus.md"
 GPU_PAGE = Path(__file__).parent / "gpus.md"
 PEERS_PAGE = Path(__file__).parent / "peers.md"
+STEPS_PAGE = Path(__file__).parent / "peers_steps.md"
 PAPER_PAGE = Path(__file__).parent / "paper.md"
 END = "<!-- end of the table -->"
 
@@ -103,13 +104,13 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "costs": (METHODS_PAGES / "costs.md", costs),
     "beside PEFT": (METHODS_PAGES / "costs.md", beside_peft),
     "features": (METHODS_PAGES / "scope.md", features_peft.table),
-    "steps": (PEERS_PAGE, report.table),
-    "limits of steps": (PEERS_PAGE, report.all_missed),
-    "seconds of steps": (PEERS_PAGE, functools.partial(report.by_size, "of_by_hand", 1.0, 2)),
-    "GFLOPs of steps": (PEERS_PAGE, functools.partial(report.by_size, "flops", 1e9, 2)),
-    "temporaries of steps": (PEERS_PAGE, functools.partial(report.by_size, "temp_bytes", 1e6, 1)),
-    "compile seconds of steps": (PEERS_PAGE, functools.partial(report.by_size, "compile_seconds", 1.0, 1)),
-    "memory of steps": (PEERS_PAGE, functools.partial(report.by_size, "peak_bytes", 1e6, 0)),
+    "steps": (STEPS_PAGE, report.table),
+    "limits of steps": (STEPS_PAGE, report.all_missed),
+    "seconds of steps": (STEPS_PAGE, functools.partial(report.by_size, "of_by_hand", 1.0, 2)),
+    "GFLOPs of steps": (STEPS_PAGE, functools.partial(report.by_size, "flops", 1e9, 2)),
+    "temporaries of steps": (STEPS_PAGE, functools.partial(report.by_size, "temp_bytes", 1e6, 1)),
+    "compile seconds of steps": (STEPS_PAGE, functools.partial(report.by_size, "compile_seconds", 1.0, 1)),
+    "memory of steps": (STEPS_PAGE, functools.partial(report.by_size, "peak_bytes", 1e6, 0)),
     "libraries": (PEERS_PAGE, features.versions),
     "outcomes": (PEERS_PAGE, features.counts),
     "kinds of weight": (PEERS_PAGE, functools.partial(features.table, "weights")),

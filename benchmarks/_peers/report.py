@@ -149,13 +149,16 @@ def draw(file: Path) -> None:
     rows = json.loads(file.read_text())["rows"]
     figure, axes = pyplot.subplots(1, 3, figsize=(10.5, 3.2), layout="constrained", sharey=True)
     names = [name for name in rows["default"]["libraries"] if name != BY_HAND]
+    styles: dict[str, Any] = {
+        JLORA.name: {"color": "tab:blue", "linewidth": 2.5, "zorder": 3},
+        FULL: {"color": "black", "linestyle": ":"},
+    }
     for axis, (title, sizes) in zip(axes, PANELS.items(), strict=True):
         axis.axhline(1, color="black", linewidth=0.8)
         for name in names:
             measured = [rows[size] for size in sizes if name in rows.get(size, {}).get("libraries", {})]
             points = [(_place(title, row["sizes"]), row["libraries"][name]["of_by_hand"]) for row in measured]
-            style = {"color": "tab:blue", "linewidth": 2.5, "zorder": 3} if name == JLORA.name else {"linewidth": 1}
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **styles.get(name, {}))
         axis.set(xscale="log", xlabel=title)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("seconds of a step, of by hand's")

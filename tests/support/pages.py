@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("[a-z]*/**/*.md")])
+# Folders of pages; `build` may hold environments with the pages of other packages.
+FOLDERS = ("benchmarks", "examples", "jlora", "tests")
+PAGES = sorted([ROOT / "README.md", *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 
 # A comment on the line above a block: `<!-- nightly: reason -->`, `keras` or `syntax only`.
 _MARK = re.compile(r"<!-- (nightly|keras|syntax only): \S.* -->")
