@@ -76,18 +76,18 @@ def one_way_barrier(x: jax.Array, *, of_cotangent: bool) -> jax.Array:
     `jax.lax.optimization_barrier` is in both places. Then a product whose result, or whose cotangent, is added to that
     of another product is not added in the kernel of the product.
     """
-    return one_way_p.bind(x, of_cotangent=of_cotangent)
+    return _before_cotangent(x) if of_cotangent else _before_value(x)
 
 
-def _one_way(x: Any, *, of_cotangent: bool) -> Any:
-    return x if of_cotangent else lax.optimization_barrier(x)
+@jax.custom_jvp
+def _before_value(x: Any) -> Any:
+    return lax.optimization_barrier(x)
 
 
-one_way_p = Primitive("jlora_one_way_barrier")
-one_way_p.def_impl(lambda x, *, of_cotangent: x)
-one_way_p.def_abstract_eval(lambda x, *, of_cotangent: x)
-ad.deflinear2(
-    one_way_p, lambda cotangent, _, *, of_cotangent: [one_way_p.bind(cotangent, of_cotangent=not of_cotangent)]
-)
-batching.defvectorized(one_way_p)
-mlir.register_lowering(one_way_p, mlir.lower_fun(_one_way, multiple_results=False))
+@jax.custom_jvp
+def _before_cotangent(x: Any) -> Any:
+    return x
+
+
+_before_value.defjvp(lambda primals, tangents: (_before_value(*primals), *tangents))
+_before_cotangent.defjvp(lambda primals, tangents: (_before_cotangent(*primals), lax.optimization_barrier(*tangents)))
