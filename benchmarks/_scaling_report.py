@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks import _measure
 
 matplotlib.use("agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 RESULT = _measure.RESULTS / "scaling.json"
 PROGRAMS = ("jlora", "by hand", "full fine-tuning")
@@ -82,6 +82,10 @@ def draw(result: Mapping[str, Any]) -> None:
                 cell.loglog([int(n) for n in axes[axis]], values, "o-", label=f"{name}: {exponent:.2f}", markersize=3)
             cell.legend(fontsize=5)
             cell.tick_params(labelsize=6, which="both")
+            cell.xaxis.set_minor_locator(ticker.NullLocator())
+            cell.set_xticks([int(n) for n in axes[axis]], list(axes[axis]))
+            if cell.get_ylim()[1] < 10 * cell.get_ylim()[0]:  # no power of ten: label the values between
+                cell.yaxis.set_minor_locator(ticker.LogLocator(subs=(1, 2, 5)))
         column[0].set_title(axis, fontsize=8)
     for cell, measure in zip(grid[:, 0], measures, strict=True):
         cell.set_ylabel(MEASURES[measure], fontsize=7)
