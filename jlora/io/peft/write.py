@@ -65,6 +65,8 @@ _WRITERS: tuple[tuple[tuple[type[Method], ...], Callable[[Entries, Tensors], Con
     (structured.METHODS, add_structured),
     (products.METHODS, add_products),
 )
+# Of a kind of module that PEFT has not for these, the equal LoRA is written.
+_HAVE_LORAS = (*products.METHODS, GLoRA)
 
 
 class Files(NamedTuple):
@@ -158,7 +160,7 @@ def _saved_class(update: Update, location: WeightLocation | None, params: Any) -
         return None
     if method_class is LoKr and location is not None and is_scrambled(location.kernel, "d" in update.factors):
         return None
-    if location is not None and location.module.kind not in ADAPTERS.get(method_class, {}):
+    if method_class in _HAVE_LORAS and location is not None and location.module.kind not in ADAPTERS[method_class]:
         return None
     if method_class in WHOLE_MODULES:  # their blocks or singular vectors are those of a whole module
         if location is None or location.num_joined != 1 or location.module.part is not None:
