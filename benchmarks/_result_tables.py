@@ -57,8 +57,9 @@ def quality() -> str:
     for name in sorted(percent, key=lambda name: -statistics.mean(percent[name])):
         parameters = next(iter(methods[name].values()))["parameters"]
         spread = f"{min(percent[name]):.1f} to {max(percent[name]):.1f}"
-        body.append([name, f"{parameters:,}", f"{statistics.mean(percent[name]):.1f}%", spread])
-    return _measure.table(["method", "trained parameters", "test accuracy, mean", "lowest to highest"], body)
+        seeds = len(percent[name])
+        body.append([name, f"{parameters:,}", f"{statistics.mean(percent[name]):.1f}%", spread, seeds])
+    return _measure.table(["method", "trained parameters", "test accuracy, mean", "lowest to highest", "seeds"], body)
 
 
 def loading() -> str:
@@ -202,7 +203,7 @@ def files() -> str:
     for file in sorted(_measure.RESULTS.glob("*.json")):
         data = result(file.stem)
         machine = data.get("environment", {})
-        versions = [data[key] for key in ("jax", "peft") if key in data]
+        versions = [f"{word}{data[key]}" for key, word in {"jax": "", "peft": "PEFT "}.items() if key in data]
         if file.stem == "plan":
             rows = [plan.get("versions", {}).get("jax") for plans in data.values() for plan in plans.values()]
             versions = [f"{sum(map(bool, rows))} of {len(rows)} programs state theirs"]

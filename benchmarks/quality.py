@@ -64,7 +64,7 @@ METHODS: dict[str, tuple[jlora.Method, float]] = {
     "PVeRA": (jlora.PVeRA(256), 1e-2),
     "PEANuT": (jlora.PEANuT(8), 2e-3),
     "BD-LoRA": (jlora.BDLoRA(8, 4, alpha=16.0), 2e-3),
-    "QA-LoRA": (jlora.QALoRA(16, 32, 32.0), 2e-3),
+    "QA-LoRA": (jlora.QALoRA(16, 32, 2.0), 2e-3),
     "KaSA": (jlora.KaSA(8), 2e-3),
     "PSOFT": (jlora.PSOFT(96), 5e-3),
     "OSF": (jlora.OSF(8), 2e-3),
@@ -77,7 +77,7 @@ METHODS: dict[str, tuple[jlora.Method, float]] = {
     "PaRa": (jlora.PaRa(16), 1e-3),
     "HiRA": (jlora.HiRA(8, 16.0), 1e-2),
     "FourierFT": (jlora.FourierFT(9216), 3e-3),
-    "WaveFT": (jlora.WaveFT(9216), 1e-2),
+    "WaveFT": (jlora.WaveFT(9216), 4e-4),
     "C3A": (jlora.C3A(32), 1e-1),
     "RandLoRA": (jlora.RandLoRA(24, 48.0), 2e-3),
     "FRoD": (jlora.FRoD(0.06), 5e-3),
@@ -201,6 +201,7 @@ def main() -> None:
     make_task = functools.cache(Task)  # made by the first run: it downloads and encodes
     for name, seed in tqdm(missing, "runs", disable=not missing):
         result["methods"].setdefault(name, {})[str(seed)] = make_task().run(name, seed, options.steps)
+        result["environment"] = _measure.environment()  # of the last run
         _measure.save(options.out, result)
     show({name: runs for name, runs in result["methods"].items() if runs}, options.out)
 
