@@ -11,8 +11,10 @@ steps when it is their turn; each ratio is the median over rounds of the ratios 
 at a time: parameters, tokens, rank. The result file is written after each size.
 """
 
+import argparse
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -61,9 +63,8 @@ def measured(sizes: dict[str, int], peers: list[Peer], rounds: int) -> dict[str,
     }
 
 
-def main() -> None:
-    """Reads the options, measures, saves each size at once, and prints the bars that are missed."""
-    peers = {peer.name: peer for peer in COMPARED}
+def parse(peers: Collection[str]) -> tuple[argparse.Namespace, bool]:
+    """The options, and whether the result is that of the pages."""
     parser = _measure.parser(__doc__, "peers.json")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="default: all")
     parser.add_argument("--peers", nargs="+", choices=peers, help="beside jlora and by hand (default: all)")
@@ -72,10 +73,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the compiled costs against those of results/costs.json")
     parser.add_argument("--write", action="store_true", help="with --quick: write results/costs.json")
     options = parser.parse_args()
+    is_of_pages = options.out == parser.get_default("out")
+    if (options.peers or not options.rounds) and is_of_pages and not options.quick:
+        parser.error("the result file holds the times of all: with --peers or --rounds 0 pass --out with another file.")
+    return options, is_of_pages
+
+
+def main() -> None:
+    """Reads the options, measures, saves each size at once, and prints the bars that are missed."""
+    peers = {peer.name: peer for peer in COMPARED}
+    options, is_of_pages = parse(peers)
     if options.quick:
         sys.exit(quick.main(options.write))
-    if (options.peers or not options.rounds) and options.out == parser.get_default("out"):
-        parser.error("the result file holds the times of all: with --peers or --rounds 0 pass --out with another file.")
     chosen = [peer for peer in COMPARED if peer in COMPARED[:2] or peer.name in (options.peers or peers)]
     saved = json.loads(options.out.read_text())["rows"] if options.out.exists() else {}
     kept = {name: row for name, row in saved.items() if options.resume or name not in options.sizes}
@@ -86,7 +95,7 @@ def main() -> None:
         rows = {name: kept[name] for name in SIZES if name in kept}
         _measure.save(options.out, given | {"rows": rows})
         print(f"\n## {name}\n\n{report.of_one_size(kept[name])}\n\n{report.missed(kept[name])}", flush=True)
-    if options.out == parser.get_default("out"):
+    if is_of_pages:
         pages.main()
 
 

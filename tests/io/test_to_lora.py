@@ -19,20 +19,8 @@ def wide(p: dict, x: jax.Array) -> jax.Array:
 # Methods without a low rank, or with one that no factors of theirs show.
 DENSE = {
     *("dora", "full", "glora", "glora_lora", "hadamard_sigmoid", "hadamard_tanh", "hira", "ia3", "ia3_in", "oft"),
-    *(
-        "boft",
-        "randlora",
-        "randlora_shared",
-        "shira",
-        "c3a",
-        "road",
-        "road_4",
-        "oft_shared",
-        "frod",
-        "frod_apart",
-        "rows",
-        "rows_out",
-    ),
+    *("boft", "randlora", "randlora_shared", "shira", "c3a", "road", "road_4"),
+    *("oft_shared", "frod", "frod_apart", "rows", "rows_out"),
 }
 
 

@@ -156,11 +156,7 @@ def _saved_class(update: Update, location: WeightLocation | None, params: Any) -
         return None
     if isinstance(update.method, GroupedLoRA):  # a LoRA for each module
         return LoRA
-    if method_class is HiRA and location is not None and location.module.tied:  # PEFT would adapt one of the two uses
-        return None
-    if method_class is LoKr and location is not None and is_scrambled(location.kernel, "d" in update.factors):
-        return None
-    if method_class in _HAVE_LORAS and location is not None and location.module.kind not in ADAPTERS[method_class]:
+    if location is not None and not _is_stored_at(update, location):
         return None
     if method_class in WHOLE_MODULES:  # their blocks or singular vectors are those of a whole module
         if location is None or location.num_joined != 1 or location.module.part is not None:
@@ -168,6 +164,16 @@ def _saved_class(update: Update, location: WeightLocation | None, params: Any) -
         if params is None and needs_base(update.method):
             return None
     return method_class if method_class in PEFT_TYPES else None
+
+
+def _is_stored_at(update: Update, location: WeightLocation) -> bool:
+    """Whether PEFT's form of the method holds an update of this module."""
+    method_class = type(update.method)
+    if method_class is HiRA and location.module.tied:  # PEFT would adapt one of the two uses
+        return False
+    if method_class is LoKr and is_scrambled(location.kernel, "d" in update.factors):
+        return False
+    return method_class not in _HAVE_LORAS or location.module.kind in ADAPTERS[method_class]
 
 
 def _for_target(adapted: Entries, trained: Entries, target: str | None, notes: list[str]) -> Entries:
