@@ -63,6 +63,7 @@ METHODS: dict[str, tuple[jlora.Method, float]] = {
     "MonteCLoRA": (jlora.MonteCLoRA(8, 16.0), 2e-3),
     "PVeRA": (jlora.PVeRA(256), 1e-2),
     "PEANuT": (jlora.PEANuT(8), 2e-3),
+    "GraLoRA": (jlora.GraLoRA(8, 2, 16.0), 2e-3),
     "BD-LoRA": (jlora.BDLoRA(8, 4, alpha=16.0), 2e-3),
     "QA-LoRA": (jlora.QALoRA(16, 32, 2.0), 2e-3),
     "KaSA": (jlora.KaSA(8), 2e-3),

@@ -106,6 +106,7 @@ def stack(p, x):
     return jax.lax.scan(layer, x, {name: p[name] for name in ("up", "down")})[0] @ p["mix"]
 
 
+@pytest.mark.drawn(3)
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_an_axis_as_long_as_one_of_the_weight_is_sharded_as_that_axis(name):
     """And every other axis, of ranks, blocks and coefficients, is replicated, but for the blocks of BD-LoRA."""

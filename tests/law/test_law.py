@@ -83,11 +83,11 @@ def case(*values: Any, default: bool) -> Any:
 def in_default_run(program: Program, kind: Kind) -> bool:
     """Every kind of weight on its own, and one kind in every program.
 
-    Of the others one in three of four kinds and one in 32 of the rest, drawn daily.
+    Of the others one in four of four kinds and one in 48 of the rest, drawn daily.
     """
     if program.name == "bare" or program.name in VARIANTS:
         return program.name == "bare"
-    return kind.name == ALWAYS or drawn(program.name, kind.name, one_in=3 if kind.name in FEW else 32)
+    return kind.name == ALWAYS or drawn(program.name, kind.name, one_in=4 if kind.name in FEW else 48)
 
 
 PAIRS = [case(program, kind, default=in_default_run(program, kind)) for program in PROGRAMS for kind in KINDS]
@@ -102,11 +102,11 @@ def test_law(program: Program, kind: Kind) -> None:
 def of_methods() -> list[Any]:
     """Every method on every kind of weight, and, for one kind, in every program.
 
-    By default a method of a form of its own takes a few kinds; of all other cases one in 60 is drawn daily.
+    By default a method of a form of its own takes a few kinds; of all other cases one in 100 is drawn daily.
     """
     bare, mlp = PROGRAMS[0], next(kind for kind in KINDS if kind.name == "mlp")
     return [
-        case(name, bare, kind, default=(name in FORMS and kind.name in FEW) or drawn(name, kind.name, one_in=60))
+        case(name, bare, kind, default=(name in FORMS and kind.name in FEW) or drawn(name, kind.name, one_in=100))
         for name in METHODS
         for kind in KINDS
     ] + [case(name, program, mlp, default=False) for name in METHODS for program in PROGRAMS[1:]]

@@ -35,7 +35,7 @@ def cases(names: Iterable[str]) -> list[Any]:
 
 
 def drawn_cases(label: str) -> list[Any]:
-    marks = {name: [] if name in FORMS or drawn(label, name, one_in=6) else [pytest.mark.nightly] for name in NAMES}
+    marks = {name: [] if name in FORMS or drawn(label, name, one_in=9) else [pytest.mark.nightly] for name in NAMES}
     return [pytest.param(name, marks=marks[name]) for name in NAMES]
 
 
