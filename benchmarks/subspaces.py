@@ -53,7 +53,7 @@ PAIRS: dict[str, tuple[Run, Run | None]] = {
 
 
 def similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """How much of the span of the first i columns of U lies in that of the first j columns of V, for all i and j.
+    """The share that the spans of the first i columns of U and the first j columns of V have in common, for all i, j.
 
         phi(i, j) = ||U_i^T V_j||_F^2 / min(i, j)
 

@@ -37,7 +37,7 @@ class Step(NamedTuple):
     Arguments:
         run: runs it, and returns what `block_until_ready` waits for.
         row: what is known of it: compiled costs, the loss, how many numbers it trains.
-        change: `change() -> {path: s A B}` at its factors, written by hand; empty if there are none.
+        change: `change() -> {path: s A B}` at its factors, written by hand; empty for a step without factors.
     """
 
     run: Callable[[], Any]

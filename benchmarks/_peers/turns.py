@@ -41,7 +41,7 @@ class Process:
         """The next line of the process.
 
         Raises:
-            StoppedError: if there is none.
+            StoppedError: if no process answers.
         """
         assert self.pipe.stdout is not None
         line = self.pipe.stdout.readline()

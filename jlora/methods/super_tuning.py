@@ -67,7 +67,8 @@ class SuperTuning(Method):
         n_in, n_out = (0, 0) if reason else in_out(site)
         if reason or self._count(n_in * n_out):
             return reason
-        return f"of its {n_in} x {n_out} entries a share of {1 - self.sparsity:.3g} is none; lower the sparsity"
+        share = f"{1 - self.sparsity:.3g} of its {n_in} x {n_out} entries"
+        return f"{share} is less than one entry; lower the sparsity"
 
     def _count(self, size: int) -> int:
         return int(size * (1 - self.sparsity) + 1e-9)

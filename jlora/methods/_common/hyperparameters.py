@@ -176,7 +176,7 @@ def _default_check(field: "dataclasses.Field[Any]") -> Check | None:
 
 
 def nearest_multiples(value: int, step: int) -> str:
-    """The multiples of a step next to a value that is none, for errors: "6, 9"."""
+    """The multiples of a step next to a value that is not one, for errors: "6, 9"."""
     low = value // step * step
     return ", ".join(str(n) for n in (low, low + step) if n)
 
