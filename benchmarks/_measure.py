@@ -157,27 +157,27 @@ def run_forms(
 ) -> None:
     """Measures and prints every form that the options name, and saves the figures.
 
-    Without timed rounds they replace no file that has them, so that no result loses its times.
+    Other forms in the result file are kept. Without timed rounds a form replaces none that has times. Nothing is saved
+    if `out` is None.
 
     Arguments:
-        options: with `forms`, `rounds` and `out`; all but `out` are recorded in the result file.
+        options: with `forms`, `rounds` and `out`; all but these are recorded in the result file.
         key: the name of a form's rows in the result file.
         measure: gives the rows and the bars of one form.
         show: prints them.
     """
-    recorded = {name: value for name, value in vars(options).items() if name != "out"}
-    result: dict[str, Any] = {"environment": environment(), "options": recorded}
+    recorded = {name: value for name, value in vars(options).items() if name not in ("forms", "out", "rounds")}
+    has_file = options.out is not None and options.out.exists()
+    result: dict[str, Any] = json.loads(options.out.read_text()) if has_file else {}
     for form in options.forms:
+        machine = environment()  # before the load that this makes
         rows, bars = measure(form, options)
         show(form, rows, bars)
-        result[form] = {key: rows, "bars": [asdict(bar) | {"passed": bar.passed} for bar in bars]}
-        if options.rounds or not _has_times(options.out):
+        if options.out is not None and (options.rounds or not result.get(form, {}).get("rounds")):
+            verdicts = [asdict(bar) | {"passed": bar.passed} for bar in bars]
+            result |= {"environment": machine, "options": recorded}
+            result[form] = {key: rows, "bars": verdicts, "rounds": options.rounds, "environment": machine}
             save(options.out, result)
-
-
-def _has_times(file: Path) -> bool:
-    """Whether a result file is there and has timed rounds."""
-    return file.exists() and json.loads(file.read_text()).get("options", {}).get("rounds", 0) > 0
 
 
 def number(value: float | None, digits: int = 3) -> str:

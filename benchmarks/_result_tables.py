@@ -18,6 +18,14 @@ _STEPS = {
     "merge in the step": "merge in the step",
     "full fine-tuning": "full fine-tuning",
 }
+_MODELS = {
+    "unrolled": "unrolled",
+    "unrolled_biased": "unrolled, biases",
+    "unrolled_swiglu": "unrolled, SwiGLU",
+    "scanned": "scanned",
+    "scanned_biased": "scanned, biases",
+    "scanned_swiglu": "scanned, SwiGLU",
+}
 
 
 @functools.cache
@@ -42,6 +50,19 @@ def steps() -> str:
             times = [_measure.number(row[name]) for name in ("seconds", "of_full", "lower_seconds")]
             body.append([prefix + label, *sizes, *times, _spread(row["rounds"])])
     header = ["step", "GFLOPs", "temporary MB", "seconds", "of full", "lowering s", "lowest to highest s"]
+    return _measure.table(header, body)
+
+
+def compiled_steps() -> str:
+    """A step of every form of the transformer: jlora, and both programs by hand."""
+    body = []
+    for form, label in _MODELS.items():
+        rows = result("step")[form]["steps"]
+        memory = [f"{rows[name]['temp_bytes'] / 1e6:.1f}" for name in ("jlora", "by hand, flattened", "by hand")]
+        seconds = {name: rows[name]["rounds"] for name in ("jlora", "by hand, flattened", "by hand")}
+        times = [f"{_measure.ratio(seconds, 'jlora', name):.3f}" for name in ("by hand, flattened", "by hand")]
+        body.append([label, f"{rows['jlora']['flops'] / 1e9:.2f}", *memory, *times])
+    header = ["model", "GFLOPs", "temporary MB", "by hand, flattened", "by hand", "time / flattened", "time / by hand"]
     return _measure.table(header, body)
 
 

@@ -195,8 +195,16 @@ def _io_load() -> tuple[str, ...]:
     return (f"{result('io')['environment']['load']:.0f}",)
 
 
+def _nf4_bits() -> tuple[str, ...]:
+    return (f"{result('merging')['rows']['NF4']['bits of a weight']:.2f}",)
+
+
+def _loss_before() -> tuple[str, ...]:
+    return (f"{result('merging')['rows']['NF4']['before']:.1f}",)
+
+
 _README, _MANY, _TPUS = "benchmarks/README.md", "benchmarks/many.md", "benchmarks/tpus.md"
-_METHODS = "jlora/methods/README.md"
+_METHODS, _IO = "jlora/methods/README.md", "jlora/io/README.md"
 
 SENTENCES = (
     Sentence(_TPUS, "Temporaries are {} to {} of those of the same LoRA written into the model. "
@@ -227,6 +235,9 @@ SENTENCES = (
     Sentence(_METHODS, "beat attention alone at equal parameters ({} against {}, within the spread of the seeds)",
              _attention),
     Sentence(_METHODS, "All learn better than the frozen encoder with a head ({}).", _frozen_encoder),
+    Sentence(_README, "NF4 (`jlora.quantize`) takes {} bits a weight", _nf4_bits),
+    Sentence(_IO, "with its block scales in 8 bits ({} bits a weight)", _nf4_bits),
+    Sentence(_IO, "before training the loss is {})", _loss_before),
     Sentence("jlora/_adapter/starts/README.md", "Such an adapter costs [{} more FLOPs]", _offset),
 )  # fmt: skip
 
@@ -236,6 +247,12 @@ LATER = (
      "on disk, the encoder {} MB. A run took {} to {} s", _training_tables.reviews_sizes)),
     ("finetune_reviews", Sentence("README.md", "{} of the test set correct, {} with a head alone",
      _training_tables.reviews_means)),
+    ("finetune_reviews", Sentence("README.md", "fine-tunes a real {}-parameter encoder",
+     _training_tables.reviews_encoder)),
+    ("finetune_reviews", Sentence(_README, "an ordinary Linen encoder of {} parameters",
+     _training_tables.reviews_encoder)),
+    ("finetune_reviews", Sentence("examples/README.md", "fine-tunes a {}-parameter encoder",
+     _training_tables.reviews_encoder)),
     ("finetune_smollm", Sentence(_README, "The merged model writes {} tokens a second, the base {}.",
      _training_tables.writing_speed)),
     ("evolution", Sentence(_MANY, "correct points rises from {} to {} in {} generations", _training_tables.evolution)),

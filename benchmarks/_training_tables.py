@@ -1,29 +1,10 @@
-"""Tables of runs that train a real model, and of programs as they are compiled now, from their result files."""
+"""Tables of runs that train a real model, from their result files."""
 
 import statistics
 from typing import Any
 
 from benchmarks import _measure
 from benchmarks._result_tables import result
-
-_VARIANTS = {
-    "unrolled": "unrolled",
-    "unrolled_biased": "unrolled, biases",
-    "unrolled_swiglu": "unrolled, SwiGLU",
-    "scanned": "scanned",
-    "scanned_biased": "scanned, biases",
-    "scanned_swiglu": "scanned, SwiGLU",
-}
-
-
-def variants() -> str:
-    """Compiled costs of a step of jlora against the better and the usual program by hand."""
-    body = []
-    for form, label in _VARIANTS.items():
-        steps = result("step_costs")[form]["steps"]
-        memory = [f"{steps[name]['temp_bytes'] / 1e6:.1f}" for name in ("jlora", "by hand, flattened", "by hand")]
-        body.append([label, f"{steps['jlora']['flops'] / 1e9:.2f}", *memory])
-    return _measure.table(["model", "GFLOPs", "temporary MB", "by hand, flattened", "by hand"], body)
 
 
 def _reviews(base: str) -> dict[str, dict[str, Any]]:
@@ -62,6 +43,11 @@ def reviews_sizes() -> tuple[str, ...]:
     share = f"{sizes['LoRA'] / sizes['base']:.2%}"
     megabytes = f"{stored['adapter'] / 1e6:.1f}", f"{stored['base'] / 1e6:.0f}"
     return f"{sizes['LoRA']:,}", share, *megabytes, f"{min(seconds):.0f}", f"{max(seconds):.0f}"
+
+
+def reviews_encoder() -> tuple[str, ...]:
+    """The number of parameters of the encoder."""
+    return (f"{next(iter(_reviews('float32').values()))['parameters']['base'] / 1e6:.1f}M",)
 
 
 def reviews_means() -> tuple[str, ...]:

@@ -292,6 +292,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.methods and options.rounds and options.out == parser.get_default("out"):
         parser.error("the result file holds all methods: with --methods pass --rounds 0, or --out with another file.")
+    if options.methods and options.out == parser.get_default("out"):
+        options.out = None
     _measure.run_forms(options, "methods", measure, show)
 
 

@@ -25,6 +25,7 @@ from benchmarks import (
     _training_tables,
     features,
     features_peft,
+    merging,
     methods,
     names,
 )
@@ -32,6 +33,7 @@ from benchmarks._peers import report
 
 ROOT = Path(__file__).parents[1]
 METHODS_PAGES = ROOT / "jlora" / "methods"
+IO_PAGES = ROOT / "jlora" / "io"
 PAGE = Path(__file__).parent / "README.md"
 MANY_PAGE = Path(__file__).parent / "many.md"
 TPU_PAGE = Path(__file__).parent / "tpus.md"
@@ -119,6 +121,11 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "costs of latency": (PAPER_PAGE, _latency_report.costs_table),
     "subspaces": (PAPER_PAGE, _subspaces_report.similarity_table),
     "amplification": (PAPER_PAGE, _subspaces_report.amplification_table),
+    "ranks and targets": (PAPER_PAGE, _ranks_report.table),
+    "in the bank and alone": (PAPER_PAGE, _ranks_report.alone_table),
+    "slopes": (PAPER_PAGE, _scaling_report.slope_table),
+    "deep models": (PAPER_PAGE, _scaling_report.tower_table),
+    "merging": (IO_PAGES / "README.md", lambda: merging.table(_result_tables.result("merging")["rows"])),
     "smallest numbers of GPUs": (GPU_PAGE, plans(_plan_report.gpu_table)),
     "programs for GPUs": (GPU_PAGE, plans(_plan_report.kernel_table)),
     "real cards": (GPU_PAGE, _device_table.table),
@@ -130,6 +137,7 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "GPT-3": (TPU_PAGE, plans(_plan_tables.gpt3_table)),
     "result files": (PAGE, _result_tables.files),
     "training step": (PAGE, _result_tables.steps),
+    "compiled steps": (PAGE, _result_tables.compiled_steps),
     "quality": (PAGE, _result_tables.quality),
     "loading": (PAGE, _result_tables.loading),
     "experts": (PAGE, _result_tables.experts),
@@ -143,15 +151,10 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
 
 # The same of programs that take long: a page has figures of an earlier run until there is a result file, by its name.
 LATER: dict[str, tuple[str, Path, Callable[[], str]]] = {
-    "ranks and targets": ("ranks", PAPER_PAGE, _ranks_report.table),
-    "in the bank and alone": ("ranks", PAPER_PAGE, _ranks_report.alone_table),
-    "slopes": ("scaling", PAPER_PAGE, _scaling_report.slope_table),
-    "deep models": ("scaling", PAPER_PAGE, _scaling_report.tower_table),
-    "compiled steps": ("step_costs", PAGE, _training_tables.variants),
     "reviews": ("finetune_reviews", PAGE, _training_tables.reviews),
     "reviews, quantised": ("finetune_reviews", PAGE, _training_tables.reviews_bases),
     "language model": ("finetune_smollm", PAGE, _training_tables.perplexity),
-    "names": ("names", ROOT / "jlora" / "io" / "peft" / "README.md", names.table),
+    "names": ("names", IO_PAGES / "peft" / "README.md", names.table),
 }
 TABLES |= {name: (page, make) for name, (file, page, make) in LATER.items() if _result_tables.exists(file)}
 

@@ -11,6 +11,7 @@ from benchmarks._peers import environments
 from benchmarks._peers.environments import Peer
 
 TURN_SECONDS = 0.2  # a turn is of as many steps as the first library runs in this time
+SHORT_SECONDS, MORE_ROUNDS = 0.05, 3  # steps shorter than this get so many times the rounds, since they vary more
 
 
 class StoppedError(RuntimeError):
@@ -110,6 +111,7 @@ def timed(processes: dict[str, Process], rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     first = float(processes[names[0]].ask(1)) if rounds else 0.0
     steps = max(1, round(TURN_SECONDS / first)) if first else 1
+    rounds *= MORE_ROUNDS if first < SHORT_SECONDS else 1
     for number in range(-1, rounds) if rounds else ():
         start = number % len(names)
         for name in names[start:] + names[:start]:

@@ -11,7 +11,7 @@ from tests.support.campaign.run import Campaign
 from tests.support.draw import SEED
 
 MINUTES = "JLORA_CAMPAIGN_MINUTES"  # how long the nightly run takes
-PROGRAMS = 12  # of the default run
+PROGRAMS = 8  # of the default run
 
 
 def verdict_of(campaign: Campaign) -> None:

@@ -13,8 +13,8 @@ import jlora
 from tests.support.agreement import F32, adapter_for, check_law, random
 
 _HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-FIXED = settings(deadline=None, derandomize=True, database=None, max_examples=30, suppress_health_check=_HEALTH)
-CHAINS = settings(FIXED, max_examples=40)
+FIXED = settings(deadline=None, derandomize=True, database=None, max_examples=20, suppress_health_check=_HEALTH)
+CHAINS = settings(FIXED, max_examples=25)
 FRESH = settings(FIXED, derandomize=False, max_examples=1500, print_blob=True)
 DTYPES = ("float32", "float32", "bfloat16", "float16")
 
