@@ -34,7 +34,8 @@ def with_sentence(text: str, sentence: Sentence) -> str:
     Raises:
         ValueError: if the page does not have the sentence exactly once.
     """
-    pattern = _FIGURE.join(re.escape(words) for words in sentence.text.split("{}"))
+    # No digit may follow: else the pattern would end within a figure.
+    pattern = _FIGURE.join(re.escape(words) for words in sentence.text.split("{}")) + r"(?!\d)"
     out, count = re.subn(pattern, lambda _: sentence.text.format(*sentence.figures()), text)
     if count != 1:
         raise ValueError(f"{sentence.page} has {count} times, not once: {sentence.text!r}. Change SENTENCES, too.")

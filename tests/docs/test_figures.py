@@ -35,7 +35,7 @@ def test_figures_that_differ_are_replaced():
     assert with_sentence("It takes 2,000.25 ms, and 3% of it. End 5.", sentence).endswith(
         "1.5 ms, and 20% of it. End 4e-6."
     )
-    for text in ("It takes no time.", 2 * "takes 1 ms, and 2 of it. End 3."):
+    for text in ("It takes no time.", "It takes 1 ms, and 2 of it. End 3.4x.", 2 * "takes 1 ms, and 2 of it. End 3."):
         with pytest.raises(ValueError, match="not once"):
             with_sentence(text, sentence)
 
