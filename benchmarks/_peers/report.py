@@ -149,7 +149,7 @@ def draw(file: Path) -> None:
     rows = json.loads(file.read_text())["rows"]
     figure, axes = pyplot.subplots(1, 3, figsize=(10.5, 3.2), layout="constrained", sharey=True)
     names = [name for name in rows["default"]["libraries"] if name != BY_HAND]
-    styles: dict[str, Any] = {
+    styles: dict[str, Any] = {name: {"color": f"C{k}"} for k, name in enumerate(names)} | {  # C0 is jlora's
         JLORA.name: {"color": "tab:blue", "linewidth": 2.5, "zorder": 3},
         FULL: {"color": "black", "linestyle": ":"},
     }
