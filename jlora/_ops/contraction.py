@@ -1,6 +1,7 @@
 """Products of an activation with a network, one factor at a time: the order that never materialises the weight."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -65,6 +66,24 @@ def apply_network(
             x, labels = contract_pair(x, labels, *factors[0], later, **now, **options)
         factors, is_first = factors[count or 1 :], False
     return align_axes(x.astype(dtype), labels, out)
+
+
+def network_flops(labels: str, network: TensorNetwork, out: str, sizes: Mapping[str, Any]) -> Any:
+    """The FLOPs of `apply_network` in products, in the order that it takes.
+
+    Arguments:
+        labels, network, out: as there; of a ragged product both have the index of the groups, of which a row meets one.
+        sizes: of all indices that the network does not have alone.
+    """
+    pairs = list(zip(network.factors, network.terms, strict=True))
+    sizes = {c: size for factor, term in pairs for c, size in zip(term, factor.shape, strict=True)} | dict(sizes)
+    ordered = _order([pair for pair in pairs if not any(set(pair[1]) < set(term) for _, term in pairs)], labels, out)
+    present, flops = set(labels), 0
+    for k, (_, term) in enumerate(ordered):
+        present |= set(term)
+        flops += 2 * math.prod(sizes[c] for c in present)
+        present &= set(out).union(*(later for _, later in ordered[k + 1 :]))
+    return flops
 
 
 def _cast_and_scale(factors: list[Factor], scale: float, dtype: jnp.dtype) -> list[Factor]:

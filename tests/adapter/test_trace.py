@@ -1,5 +1,7 @@
 """What `trace` and `explain` say, and how they show it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,3 +143,36 @@ def test_uses_in_a_loop_that_is_traced_again_are_those_of_the_last_trace():
     adapter = jlora.init(jax.random.key(0), jlora.trace(f, params, x), {"w": jlora.LoRA(2)})
     uses = jlora.explain(f, params, adapter, x).uses
     assert [(use.primitive, use.factored) for use in uses] == [("dot_general", True), ("scan", False)]
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "added"),
+    [
+        (jlora.LoRA(2), jnp.float32, 2 * 3 * 5 * (8 * 2 + 2 * 16)),  # the batch axis of the factors is that of x
+        (jlora.SharedLoRA(2), jnp.float32, 2 * 3 * 5 * (8 * 2 + 2 * 16)),  # one factor has no such axis
+        (jlora.OFT(4), jnp.float32, 2 * 3 * 5 * 2 * 4 * 4),  # two blocks of 4 x 4
+        (jlora.LoKr(2), jnp.float32, 2 * 3 * 5 * (2 * 4 * 4 + 2 * 4 * 4)),  # x (2, 4) with (4, 4), then with (2, 4)
+        (jlora.SHiRA(1), jnp.bfloat16, 2 * 3 * 5 * (8 + 16)),  # 24 entries, beside the base
+    ],
+    ids=str,
+)
+def test_added_flops_are_those_of_the_products(method: jlora.Method, dtype: Any, added: int):
+    params, x = {"w": jnp.ones((3, 8, 16), dtype)}, jnp.ones((3, 5, 8), dtype)
+
+    def f(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.einsum("bti,bio->bto", x, params["w"])
+
+    adapter = jlora.init(jax.random.key(0), jlora.trace(f, params, x), method)
+    (use,) = jlora.explain(f, params, adapter, x).uses
+    assert use.added == added
+
+
+def test_added_flops_of_experts_are_those_of_one_expert_for_each_row():
+    params, x, sizes = {"w": jnp.ones((3, 8, 16))}, jnp.ones((5, 8)), jnp.array([1, 2, 2])
+
+    def f(params: Any, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(x, params["w"], sizes)
+
+    adapter = jlora.init(jax.random.key(0), jlora.trace(f, params, x, sizes), jlora.LoRA(2))
+    (use,) = jlora.explain(f, params, adapter, x, sizes).uses
+    assert use.added == 2 * 5 * (8 * 2 + 2 * 16)

@@ -8,7 +8,7 @@ The product of an activation x with an adapted weight is that with its base, plu
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from jlora._ir.probe import Probe, by_path
 from jlora._ir.structured import StructuredNetwork
 from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork
 from jlora._ops.apart import one_way_barrier, reshape_apart
-from jlora._ops.contraction import apply_network
+from jlora._ops.contraction import apply_network, network_flops
 from jlora._ops.inputs import record_product
 from jlora._ops.maps import apply_maps, form_of, maps_of_sum
 from jlora._ops.pair_products import Groups
@@ -60,10 +60,7 @@ def multiply(
         group_sizes: of a ragged product.
     """
     ctx.refuse_parts(f, labels.contracted)
-    factors = [a for n in f.networks for a in n.factors] + [m.array for m in f.maps if m.new]
-    rank_flops = sum(a.size for a in factors) // max(f.size(labels.group), 1)
-    rows = math.prod(labels.sizes[c] for c in labels.x if c not in labels.contracted)
-    added = 2 * rows * rank_flops + plan.added
+    added = plan.added + sum(_added_flops(n, labels) for n in f.networks) + _map_flops(maps, labels)
     name = form_of(*maps) if plan.form == FACTORED else plan.form
     ctx.record(eqn, f, labels.roles, factored=not plan.is_dense, added=added, form=name, why=plan.why)
     form = _Form(
@@ -82,6 +79,34 @@ def multiply(
     if group_sizes is None and _is_plain(x, f, form):
         return [_traced_once(*operands, form=form, eqn=_compat.Equation.of(eqn))]
     return [_evaluate(*operands, form=form, product=functools.partial(lazy.consume, eqn))]
+
+
+def _added_flops(n: TensorNetwork, labels: ProductLabels) -> Any:
+    """The FLOPs of the product with a network."""
+    if isinstance(n, Probe):
+        return 0
+    sizes = labels.sizes | dict.fromkeys(labels.group, 1)  # a row meets one group
+    if not isinstance(n, StructuredNetwork):
+        return network_flops(labels.x + labels.group, n, labels.out + labels.group, sizes)
+    assert n.structure is not None
+    stack = {c for c in labels.x if c not in labels.contracted and any(c in term for term in n.terms)}
+    rows = math.prod(sizes[c] for c in labels.x if c not in labels.contracted and c not in stack)
+    return n.structure.apply_flops(rows) * math.prod(sizes[c] for c in stack)
+
+
+def _map_flops(maps: Sequence[list[AxisMap]], labels: ProductLabels) -> Any:
+    """The FLOPs of those maps of the activation and of the result that are products."""
+    sizes = labels.sizes | dict.fromkeys(labels.group, 1)
+    return sum(
+        2 * math.prod(size for c, size in _map_sizes(m, sizes).items() if c in m.indices or c in names)
+        for names, of_side in zip((labels.x, labels.out), maps, strict=True)
+        for m in of_side
+        if m.new
+    )
+
+
+def _map_sizes(m: AxisMap, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(zip(m.indices, m.array.shape, strict=True)) | dict(sizes)
 
 
 @dataclasses.dataclass(frozen=True)
