@@ -167,17 +167,17 @@ def run_forms(
         show: prints them.
     """
     recorded = {name: value for name, value in vars(options).items() if name not in ("forms", "out", "rounds")}
-    has_file = options.out is not None and options.out.exists()
-    result: dict[str, Any] = json.loads(options.out.read_text()) if has_file else {}
+    out: Path | None = options.out
+    result: dict[str, Any] = json.loads(out.read_text()) if out and out.exists() else {}
     for form in options.forms:
         machine = environment()  # before the load that this makes
         rows, bars = measure(form, options)
         show(form, rows, bars)
-        if options.out is not None and (options.rounds or not result.get(form, {}).get("rounds")):
+        if out and (options.rounds or not result.get(form, {}).get("rounds")):
             verdicts = [asdict(bar) | {"passed": bar.passed} for bar in bars]
             result |= {"environment": machine, "options": recorded}
             result[form] = {key: rows, "bars": verdicts, "rounds": options.rounds, "environment": machine}
-            save(options.out, result)
+            save(out, result)
 
 
 def number(value: float | None, digits: int = 3) -> str:
