@@ -113,6 +113,7 @@ class UniLoRA(Method):
         method = dataclasses.replace(self, seed=None)
         return dataclasses.replace(update, method=method, frozen={"norm": update.frozen["norm"], **frozen})
 
+    @random_matrices.drawn_alike
     def _indices(self, update: Update) -> tuple[jax.Array, jax.Array]:
         """The places in theta of the entries of A `(*stack, in, rank)` and of B `(*stack, rank, out)`."""
         if self.seed is None:
@@ -124,5 +125,5 @@ class UniLoRA(Method):
         axes = update.axes
         stack, n_in, n_out = axes.sizes("*stack"), axes.count("*in"), axes.count("*out")
         shapes = (*stack, n_in, self.rank), (*stack, self.rank, n_out)
-        a, b = (jax.random.randint(k, s, 0, self.length) for k, s in zip(jax.random.split(key), shapes, strict=True))
+        a, b = (random_matrices.integers(k, s, self.length) for k, s in zip(jax.random.split(key), shapes, strict=True))
         return a, b

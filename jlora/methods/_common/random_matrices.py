@@ -1,4 +1,11 @@
-"""Random numbers that are generated from a seed in every use, and not stored."""
+"""Random numbers that are generated from a seed in every use, and not stored.
+
+They are the same under all settings of JAX, because adapters outlive the program that trained them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +14,34 @@ from jax import lax
 
 _DRAWN_AT_ONCE = 2**20  # numbers
 
+P, T = ParamSpec("P"), TypeVar("T")
 
+
+def drawn_alike(fun: Callable[P, T]) -> Callable[P, T]:
+    """A function that draws the same numbers whether `jax_threefry_partitionable` is set or not."""
+
+    @functools.wraps(fun)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with jax.threefry_partitionable(True):
+            return fun(*args, **kwargs)
+
+    return run
+
+
+@drawn_alike
 def keys(seed: int, count: int) -> jax.Array:
     """Keys of the generator threefry2x32, also if the default generator is another one."""
-    return jax.random.split(jax.random.key(seed, impl="threefry2x32"), count)
+    low = np.uint32(seed % 2**32)  # all that JAX reads of a seed, unless 64 bits are enabled
+    return jax.random.split(jax.random.key(low, impl="threefry2x32"), count)
 
 
+@drawn_alike
+def integers(key: jax.Array, shape: tuple[int, ...], limit: jax.Array | int) -> jax.Array:
+    """Random integers of 32 bits from 0 to below a limit: JAX draws others of 64 bits, if these are enabled."""
+    return jax.random.randint(key, shape, 0, limit, jnp.int32)
+
+
+@drawn_alike
 def rows(key: jax.Array, count: int, width: int) -> jax.Array:
     """Uniform numbers in [-1, 1), `(count, width)`. Each row has its own key, so it does not depend on `count`.
 
@@ -45,5 +74,4 @@ def scattered(key: jax.Array, count: int, total: int) -> jax.Array:
     """The same positions from a key."""
     borders = np.arange(count + 1, dtype=np.int64) * total // max(count, 1)
     length = jnp.asarray(np.diff(borders), jnp.int32)
-    offsets = jax.random.randint(key, (count,), 0, length)
-    return jnp.asarray(borders[:-1], jnp.int32) + offsets
+    return jnp.asarray(borders[:-1], jnp.int32) + integers(key, (count,), length)

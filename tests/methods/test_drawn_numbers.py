@@ -1,0 +1,44 @@
+"""Numbers that a method draws in every use are the same under all settings of JAX: adapters outlive a program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from tests.support.agreement import adapter_for
+
+DRAWING = [
+    jlora.FourierFT(3, 1.0),
+    jlora.RandLoRA(2),
+    jlora.SHiRA(1),
+    jlora.SHiRA(1, seed=-1),
+    jlora.SHiRA(1, seed=2**33 + 5),
+    jlora.UniLoRA(2, 7),
+    jlora.VeRA(2),
+    jlora.WaveFT(3, 1.0),
+]
+SETTINGS = {
+    "64 bits": lambda: jax.enable_x64(True),
+    "threefry not partitionable": lambda: jax.threefry_partitionable(False),
+    "another generator": lambda: jax.default_prng_impl("rbg"),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_an_adapter_is_the_same_under_other_settings(setting: Callable[[], Any]) -> None:
+    shapes = {str(k): jax.ShapeDtypeStruct((4, 6), jnp.float32) for k in range(len(DRAWING))}
+    x = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+    sites = jlora.trace(lambda p, x: [x @ w for w in p.values()], shapes, x)
+    adapter = adapter_for(sites, {str(k): m for k, m in enumerate(DRAWING)}, np.random.default_rng(0))
+    params = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
+    merged = jlora.merge(params, adapter)
+    with setting():
+        under_other_settings = jlora.merge(params, adapter)
+    for path, expected in merged.items():
+        np.testing.assert_allclose(under_other_settings[path], expected, atol=1e-6, err_msg=str(adapter[path].method))
