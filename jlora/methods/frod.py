@@ -18,7 +18,7 @@ from jlora.methods._common.digits import traced_digits
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import choice, fraction, nonzero, text
 from jlora.methods._common.linalg import inverse
-from jlora.methods._common.matrices import as_matrix, in_out
+from jlora.methods._common.matrices import as_matrix, in_out, too_large_to_number
 from jlora.methods._common.networks import add_matrix
 from jlora.methods._common.sparse_structures import Placed
 
@@ -83,8 +83,10 @@ class FRoD(Method):
         return True
 
     def unsupported_reason(self, site: Site) -> str:
-        reason = site.unsupported_reason
-        return reason or ("" if in_out(site)[0] > 1 else "it has one input, and so no entries off the diagonal")
+        n_in = 0 if site.unsupported_reason else in_out(site)[0]
+        if site.unsupported_reason or n_in > 1:
+            return site.unsupported_reason or too_large_to_number(n_in, n_in)
+        return "it has one input, and so no entries off the diagonal"
 
     def factors_for(self, axes: WeightAxes) -> Mapping[str, str]:
         stack = "*stack " if self.shared == "none" else ""

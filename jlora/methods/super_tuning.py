@@ -15,7 +15,7 @@ from jlora.methods._base import Method, Update
 from jlora.methods._common.digits import traced_digits
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import fraction, nonzero, positive_integer, scale_of, switch
-from jlora.methods._common.matrices import as_matrix, in_out, rank_too_high
+from jlora.methods._common.matrices import as_matrix, in_out, rank_too_high, too_large_to_number
 from jlora.methods._common.networks import add_network, add_structure
 from jlora.methods._common.sparse_structures import Placed
 from jlora.methods.lora import LoRA
@@ -65,6 +65,7 @@ class SuperTuning(Method):
     def unsupported_reason(self, site: Site) -> str:
         reason = site.unsupported_reason or ("" if self.rank is None else rank_too_high(site, self.rank))
         n_in, n_out = (0, 0) if reason else in_out(site)
+        reason = reason or too_large_to_number(n_in, n_out)
         if reason or self._count(n_in * n_out):
             return reason
         share = f"{1 - self.sparsity:.3g} of its {n_in} x {n_out} entries"

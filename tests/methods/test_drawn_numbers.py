@@ -1,4 +1,4 @@
-"""Numbers that a method draws in every use are the same under all settings of JAX: adapters outlive a program."""
+"""What methods draw: the same numbers under all settings of JAX, for weights that are not too large."""
 
 from __future__ import annotations
 
@@ -42,3 +42,16 @@ def test_an_adapter_is_the_same_under_other_settings(setting: Callable[[], Any])
         under_other_settings = jlora.merge(params, adapter)
     for path, expected in merged.items():
         np.testing.assert_allclose(under_other_settings[path], expected, atol=1e-6, err_msg=str(adapter[path].method))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [jlora.FourierFT(3), jlora.FRoD(0.2), jlora.SHiRA(1), jlora.SuperTuning(0.5), jlora.WaveFT(3, places="torch")],
+    ids=str,
+)
+def test_entries_that_32_bits_cannot_number_are_refused(method: jlora.Method) -> None:
+    side = 46_341  # the least whose square is above 2**31
+    params = {"w": jax.ShapeDtypeStruct((side, side), jnp.bfloat16)}
+    sites = jlora.trace(lambda p, x: x @ p["w"], params, jax.ShapeDtypeStruct((2, side), jnp.bfloat16))
+    with pytest.raises(ValueError, match="46341 x 46341 entries are more than integers of 32 bits can number"):
+        jax.eval_shape(lambda params: jlora.init(jax.random.key(0), sites, method, params=params), params)

@@ -61,9 +61,18 @@ def rank_too_high(site: Site, rank: int) -> str:
     return f"rank {rank} is above the smaller of its in size {n_in} and out size {n_out}; lower the rank"
 
 
+def too_large_to_number(n_in: int, n_out: int) -> str:
+    """Why the entries of a matrix cannot be numbered by integers of 32 bits; empty if they can."""
+    if n_in * n_out < 2**31:
+        return ""
+    return f"{n_in} x {n_out} entries are more than integers of 32 bits can number; choose another method for it"
+
+
 def too_many_entries(site: Site, count: int) -> str:
-    """Why a number of entries is too high for a site; empty if it is not."""
+    """Why entries of a site cannot be drawn: there are too few of them, or too many to number; empty if they can."""
     n_in, n_out = in_out(site)
+    if reason := too_large_to_number(n_in, n_out):
+        return reason
     return "" if count <= n_in * n_out else f"{count} entries are more than its {n_in} x {n_out}; lower their number"
 
 
