@@ -14,7 +14,8 @@ from jax import lax
 
 _DRAWN_AT_ONCE = 2**20  # numbers
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def drawn_alike(fun: Callable[P, T]) -> Callable[P, T]:
