@@ -8,7 +8,7 @@ import numpy as np
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.method_fields import is_flipped
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
-from jlora.io.peft.targets import exact_patterns
+from jlora.io.peft.targets import exact_endings, exact_patterns
 from jlora.io.peft.tensors import Tensors
 from jlora.methods import C3A, FourierFT, RandLoRA, SHiRA, WaveFT
 from jlora.methods._base import Method, Update
@@ -132,7 +132,7 @@ def _fields(method: Method, entries: Mapping[str, ModuleEntry]) -> dict[str, Any
     size = "block" if isinstance(method, C3A) else "n"
     sizes = {name: getattr(entry.factors.method, size) for name, entry in entries.items()}
     default = next(iter(sizes.values()))
-    patterns = exact_patterns(sizes, default)
+    patterns = (exact_patterns if isinstance(method, WaveFT) else exact_endings)(sizes, default)
     if isinstance(method, C3A):
         return {"bias": "none", "block_size": default, "block_size_pattern": patterns}
     fields = {

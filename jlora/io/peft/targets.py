@@ -29,6 +29,21 @@ def exact_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     return dict(sorted(patterns.items()))
 
 
+def exact_endings(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    r"""The pattern of C3A and FourierFT, which PEFT matches by `.*\.(pattern)$`, and else compares with the name.
+
+    A look-behind matches what is before the last dot. A name without a dot is itself the pattern; it would match the
+    ends of others, so these have patterns of their own, and a file has patterns in alphabetical order: "(" is first.
+    """
+    patterns = {}
+    for name, value in values.items():
+        before, dot, last = name.rpartition(".")
+        is_ending = any("." not in other and values[other] != default and last == other for other in values)
+        if value != default or (dot and is_ending):
+            patterns[rf"(?<=^{re.escape(before)}\.){re.escape(last)}" if dot else name] = value
+    return dict(sorted(patterns.items()))
+
+
 def is_target(config: Config, name: str) -> bool:
     """Whether the configuration adapts a module; False if that depends on torch's classes ("all-linear")."""
     targets = config["target_modules"]
