@@ -216,7 +216,7 @@ def test_a_folder_that_exists_and_files_that_are_damaged(given_files):
         (
             "bert",
             {".*/up/kernel": jlora.LoHa(2), ".*/up/bias": jlora.Full()},
-            "with LoRA alone, and the adapter has LOHA",
+            "no biases beside LOHA, and the adapter has",
         ),
         ("llama", {".*/up/kernel": jlora.LoRA(2), ".*/down/kernel": jlora.LoRA(2, dropout=0.5)}, "one dropout"),
         ("bert", {".*/query/kernel": jlora.IA3()}, "attention/query/kernel alone: .*attention/query/bias would change"),

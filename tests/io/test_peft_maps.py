@@ -94,6 +94,7 @@ def test_a_scale_is_written_with_the_factors(method, tmp_path):
 CHANGES: dict[str, tuple[str, dict[str, Any], str]] = {
     "two terms": ("oft_neumann", {"num_cayley_neumann_terms": 2}, "gives no rotation"),
     "no switch": ("oft", {"use_cayley_neumann": None}, "lacks use_cayley_neumann"),
+    "old series": ("oft_neumann", {"peft_version": "0.17.1"}, "before 0.18 computes another rotation"),
     "variant": ("road_1", {"variant": "road_3"}, "must be one of road_1, road_2, road_4"),
     "group": ("road_1", {"group_size": 5}, "4 or 6 would do"),
 }
@@ -105,6 +106,18 @@ def test_refused(case, tmp_path):
     config = {key: value for key, value in (config_of(name) | changes).items() if value is not None}
     with pytest.raises(ValueError, match=message):
         load(write(tmp_path / "peft", config, tensors_of(name)))
+
+
+def test_blocks_of_several_sizes_are_written_by_their_number(tmp_path):
+    params = {"x": jnp.ones((6, 4)), "y": jnp.ones((12, 4))}
+    sites = jlora.trace(lambda p, x: jnp.concatenate([x[:, :6] @ p["x"], x @ p["y"]]), params, jnp.ones((2, 12)))
+    names = {"x": "x", "y": "y"}
+    for size, written in ((4, {"r": 3, "oft_block_size": 0}), (2, {"r": 0, "oft_block_size": 2})):
+        adapter = jlora.init(jax.random.key(0), sites, {"x": jlora.OFT(2), "y": jlora.OFT(size)})
+        jlora.peft.save(tmp_path / str(size), adapter, names)
+        config = json.loads((tmp_path / str(size) / "adapter_config.json").read_text())
+        assert written.items() <= config.items()
+        assert jlora.peft.load(tmp_path / str(size), sites, names)["y"].method.block == size
 
 
 def test_levels_that_peft_joins_otherwise_are_refused(tmp_path):

@@ -24,9 +24,12 @@ PARAMS = peft_types.params_of(STATE)
 SITES = peft_types.sites_of(PARAMS)
 FOURIER = [-0.09185072, 1.3775651]
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-# Files that are written again in another form: PEFT copies RandLoRA's matrices to every module, GLoRA's C, D and E
-# become the bias, and a MiSS whose matrix is cut off or repeated is the LoRA or the MiSS that it equals.
-OTHER_FORM = ("randlora", "glora", "glora_vector", "glora_constant", "glora_bias", "miss_of_another_size", "miss_mini")
+# Files that are written again in another form: GLoRA's C, D and E become the bias, a MiSS whose matrix is cut off or
+# repeated is the LoRA or the MiSS that it equals, and arrays that train nothing are left out.
+OTHER_FORM = (
+    *("glora", "glora_vector", "glora_constant", "glora_bias", "miss_of_another_size", "miss_mini"),
+    *("osf_of_no_rank", "all_biases"),
+)
 
 
 def unpack(section: str, name: str, folder: Path) -> np.ndarray:
@@ -38,7 +41,7 @@ def unpack(section: str, name: str, folder: Path) -> np.ndarray:
 
 
 def some(section: str) -> list:
-    default = ("tinylora", "unilora", "kasa", "randlora", "glora")
+    default = ("tinylora_wide", "unilora", "kasa", "randlora", "glora", "c3a_blocks", "osf_of_no_rank", "all_biases")
     return [pytest.param(name, marks=[] if name in default else [pytest.mark.nightly]) for name in GOLDEN[section]]
 
 

@@ -37,6 +37,16 @@ EXPORTS: dict[str, jlora.Method | dict[str, jlora.Method]] = {
     "kasa": jlora.KaSA(2, 6.0),
     "osf": jlora.OSF(3),
     "c3a": jlora.C3A(4),
+    "c3a_blocks": {"layers/kernel": jlora.C3A(2), "out/kernel": jlora.C3A(4)},
+    "fourierft_counts": {
+        "layers/kernel": jlora.FourierFT(12, 30.0, 3, places="torch"),
+        "out/kernel": jlora.FourierFT(5, 30.0, 3, places="torch"),
+    },
+    "hra_biases": {"(layers|out)/kernel": jlora.HRA(2), "(layers|out)/bias": jlora.Full()},
+    "fourierft_biases": {
+        "layers/kernel": jlora.FourierFT(12, 30.0, 3, places="torch"),
+        "(layers|out)/bias": jlora.Full(),
+    },
     "fourierft": jlora.FourierFT(12, 30.0, 3, places="torch"),
     "waveft": jlora.WaveFT(13, 2.0, 3, places="torch"),
     "shira": jlora.SHiRA(1),

@@ -1,5 +1,9 @@
 """Which arrays of a method PEFT's files do not hold for each module."""
 
+from collections.abc import Mapping
+
+import numpy as np
+
 from jlora.methods import C3A, OSF, BDLoRA, DeLoRA, FourierFT, FRoD, GraLoRA, KaSA, RandLoRA, SHiRA, WaveFT
 from jlora.methods._base import Method
 
@@ -13,6 +17,19 @@ _FROM_BASE: dict[type[Method], tuple[str, ...]] = {
 WHOLE_MODULES: tuple[type[Method], ...] = (
     *(BDLoRA, GraLoRA, KaSA, OSF, FRoD, C3A, FourierFT, WaveFT, SHiRA, DeLoRA, RandLoRA),
 )
+
+# The tensors of a module whose rank is 0: all pruned by AdaLoRA, or kept by OSF.
+_EMPTY = {
+    "ADALORA": {"lora_A", "lora_B", "lora_E"},
+    "OSF": {"osf_svd_params.U_low", "osf_svd_params.S_low", "osf_svd_params.V_low"},
+}
+
+
+def check_empty(peft_type: str, name: str, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises unless a module of rank 0 has the tensors of its type, all of them empty."""
+    missing, shapes = _EMPTY[peft_type] - set(tensors), {suffix: tensor.shape for suffix, tensor in tensors.items()}
+    if missing or set(tensors) - _EMPTY[peft_type] or any(tensor.size for tensor in tensors.values()):
+        raise ValueError(f"{name} has rank 0 by the rank_pattern: missing {sorted(missing)}, in the file {shapes}.")
 
 
 def has_arrays_from_base(method: Method) -> bool:

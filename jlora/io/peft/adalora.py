@@ -1,14 +1,10 @@
 """AdaLoRA in PEFT's files: `B diag(e) A` with a rank for each module, and a scale that the first rank determines."""
 
-from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from jlora.io.peft.config import Config
 from jlora.methods import LoRA
 
-_SUFFIXES = {"lora_A", "lora_B", "lora_E"}
 _EPSILON = 1e-5  # PEFT adds it to the rank that it divides by
 
 
@@ -32,13 +28,6 @@ def adalora_method(config: Config, name: str) -> LoRA | None:
     scale = (alpha if alpha > 0 else first) / (first + _EPSILON)
     dropout = _number(config, "lora_dropout") if "lora_dropout" in config else 0.0
     return LoRA(rank, scale * rank, dropout=dropout) if rank else None
-
-
-def check_empty(name: str, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises unless a module of rank 0 has the three tensors of AdaLoRA, all of them empty."""
-    missing, shapes = _SUFFIXES - set(tensors), {suffix: tensor.shape for suffix, tensor in tensors.items()}
-    if missing or set(tensors) - _SUFFIXES or any(tensor.size for tensor in tensors.values()):
-        raise ValueError(f"{name} has rank 0 by the rank_pattern: missing {sorted(missing)}, in the file {shapes}.")
 
 
 def _number(config: Config, field: str) -> float:

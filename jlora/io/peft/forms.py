@@ -5,6 +5,7 @@ all modules share the names of `shared_name`; then the table of layouts applies,
 """
 
 import collections
+import itertools
 import re
 from collections.abc import Callable, Mapping
 
@@ -27,6 +28,8 @@ from jlora.methods._common.digits import count_digits, from_digits, to_digits
 METHODS = (FRoD, SuperTuning, TinyLoRA, VBLoRA, UniLoRA, PEANuT)
 
 _ROOT = "base_model."
+# The axes of TinyLoRA's arrays that are ranks. PEFT's are at most the sides of the weight; in jlora zeros fill them up.
+_TINY_RANKS = {"A": (0,), "B": (1,), "P": (1, 2)}
 _INDICES = re.compile(r"(.*\.unilora_)(indices|scales)(_[AB])")
 _LAYERS = re.compile(r"(.*\.peanut_(?:encoders|decoders))\.(\d+)\.weight")
 
@@ -76,6 +79,12 @@ def _read_tinylora(config: Config, tensors: Tensors) -> Tensors:
             f"{len(modules)} modules. jlora reads one vector, of weight_tying=1.0, or of one module, because the file "
             "does not say which module has which, and saved projections, save_projection=True."
         )
+    for module, factor in itertools.product(modules, _TINY_RANKS):
+        name, axes = f"{module}.tinylora_{factor}", _TINY_RANKS[factor]
+        if name in tensors:
+            sizes = enumerate(tensors[name].shape)
+            pads = [(0, max(config["r"] - size, 0) if axis in axes else 0) for axis, size in sizes]
+            tensors[name] = np.pad(tensors[name], pads)
     return tensors | {shared_name("v"): tensors.pop(vectors[0])}
 
 
@@ -170,16 +179,19 @@ def add_form(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
     if isinstance(first.method, FRoD):
         return add_frod(entries, tensors)
     method, shared = first.method, {name: first.arrays[name] for name in first.method.shared_arrays}
-    fields: Config = {"init_weights": True, "modules_to_save": None, "r": shared_field(entries, "rank")}
-    if isinstance(method, SuperTuning):
-        return fields | _write_super_tuning(method, entries, tensors)
-    fields["bias"] = "none"
-    flipped = {"fan_in_fan_out": is_flipped(entries)}
+    fields: Config = {"modules_to_save": None, "r": shared_field(entries, "rank")}
+    initialised, flipped = {"init_weights": True}, {"bias": "none", "fan_in_fan_out": is_flipped(entries)}
     match method:
+        case SuperTuning():
+            return fields | initialised | _write_super_tuning(method, entries, tensors)
+        case PEANuT():
+            return fields | initialised | _write_peanut(entries, tensors)
         case TinyLoRA():
             tensors[f"{_ROOT}tinylora_v.0"] = shared["v"]
+            _cut_tinylora(entries, tensors)
             return (
                 fields
+                | initialised
                 | flipped
                 | {
                     "save_projection": True,
@@ -204,6 +216,7 @@ def add_form(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
             _write_unilora(tensors, shared)
             return (
                 fields
+                | initialised
                 | flipped
                 | {
                     "save_indices": True,
@@ -211,9 +224,16 @@ def add_form(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
                     "unilora_dropout": method.dropout,
                 }
             )
-        case PEANuT():
-            return fields | _write_peanut(entries, tensors)
     raise TypeError(f"{type(method).__name__} has no form of its own.")
+
+
+def _cut_tinylora(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> None:
+    """Cuts off the ranks above the sides of the weight, which are zeros, in place."""
+    for name, factor in itertools.product(entries, _TINY_RANKS):
+        key, factors = f"{PREFIX}{name}.tinylora_{factor}", entries[name].factors
+        most = min(factors.size("in") or 0, factors.size("out") or 0)
+        parts = [slice(most) if axis in _TINY_RANKS[factor] else slice(None) for axis in range(tensors[key].ndim)]
+        tensors[key] = np.ascontiguousarray(tensors[key][tuple(parts)])
 
 
 def _write_super_tuning(method: SuperTuning, entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:

@@ -139,7 +139,11 @@ def add_tokens(config: Config, tensors: Tensors, embeddings: Mapping[str, Module
     """Adds the trained rows of embeddings beside a LoRA."""
     if not embeddings:
         return
-    _check_is_lora(config, list(embeddings))
+    if config["peft_type"] != "LORA":
+        raise ValueError(
+            f"PEFT trains rows of {sorted(embeddings)} with LoRA alone, and the adapter has {config['peft_type']}. "
+            "Leave them out, or adapt all weights by LoRA."
+        )
     changed = {name: _changed_rows(name, entry, base) for name, entry in embeddings.items()}
     changed = {name: (rows, value) for name, (rows, value) in changed.items() if rows}
     config["trainable_token_indices"] = {name: rows for name, (rows, _) in sorted(changed.items())} or None
@@ -192,18 +196,14 @@ def _saved_modules(trained: Mapping[str, ModuleEntry]) -> set[str]:
 
 def _set_bias(config: Config, biases: Mapping[str, bool]) -> None:
     """Sets `bias`, given for each trained bias whether its module is adapted."""
-    own_biases = {"VERA": "vera_only", "GLORA": "glora_only"}.get(config["peft_type"], "lora_only")
-    if own_biases == "lora_only":
-        _check_is_lora(config, list(biases))
-    config["bias"] = own_biases if all(biases.values()) else "all"
-
-
-def _check_is_lora(config: Config, names: list[str]) -> None:
-    if config["peft_type"] != "LORA":
+    peft_type = config["peft_type"]
+    if "bias" not in config:
         raise ValueError(
-            f"PEFT trains {sorted(names)} with LoRA alone, and the adapter has {config['peft_type']}. Leave them "
-            "out, or adapt all weights by LoRA."
+            f"PEFT trains no biases beside {peft_type}, and the adapter has {sorted(biases)}. Leave them out, or adapt "
+            "all weights by LoRA."
         )
+    own_biases = {"FOURIERFT": "fourier_only", "MISS": "MiSS_only"}.get(peft_type, f"{peft_type.lower()}_only")
+    config["bias"] = own_biases if all(biases.values()) else "all"
 
 
 def rows_as_full(path: str, update: Update, location: WeightLocation) -> Update:

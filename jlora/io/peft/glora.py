@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jlora.io.peft.config import Config
+from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.deltas import BaseParams
 from jlora.io.peft.full_weights import base_matrix
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
@@ -131,8 +131,12 @@ def _converted(entry: ModuleEntry, old: GLoRA, new: GLoRA) -> ModuleFactors:
     return ModuleFactors(new, 1.0, arrays, {name: axes[name] for name in arrays})
 
 
-def glora_fields(entries: Mapping[str, ModuleEntry]) -> Config:
-    """The fields of the configuration; what trains the bias is in `bias`."""
+def add_glora(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
+    """Adds the zeros that PEFT has for C, D and E, and gives the fields; what trains the bias is in `bias`."""
+    for name, entry in entries.items():
+        n_in, n_out = entry.location.count("in"), entry.factors.size("out") or entry.location.count("out")
+        for suffix, shape in zip(BIAS_SUFFIXES, ((n_in, 1), (n_out,), (n_out,)), strict=True):
+            tensors[f"{PREFIX}{name}.{suffix}.zeros"] = np.zeros(shape, np.float32)
     return {
         "bias": "none",
         "config_A_B": shared_field(entries, "gain"),

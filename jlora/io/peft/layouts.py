@@ -254,6 +254,6 @@ def layout_of(method: Method, kind: Kind, axes: Mapping[str, FlatAxes], name: st
         if layout.keys() == axes.keys() and all(set(flat_names(layout[f].axes)) == set(axes[f]) for f in layout):
             return layout
     raise ValueError(
-        f"{type(method).__name__} of {name}, {kind}, has no form in PEFT's files that jlora knows. An update of low "
-        "rank becomes a LoRA by jlora.to_lora."
+        f"{type(method).__name__} of {name}, {kind}, has no form in PEFT's files that jlora knows. Convert an update "
+        "of low rank by jlora.to_lora before you save it; merge one that PEFT has trained with PEFT."
     )

@@ -1,5 +1,6 @@
 """PEFT's rotations and projections: OFT, BOFT, HRA, RoAd, DEFT and PaRa."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,9 +52,21 @@ def _read_oft(config: Config, sizes: Mapping[str, int], tensors: Tensors) -> tup
     terms = config.get("num_cayley_neumann_terms", 5) if config["use_cayley_neumann"] else 0
     if config["use_cayley_neumann"] and terms < 3:
         raise ValueError(f"num_cayley_neumann_terms = {terms} gives no rotation: 3 or more are needed.")
+    is_of_peft = {"peft_version", "layers_to_transform"} & config.keys()
+    if terms and is_of_peft and _is_before(config.get("peft_version"), 0, 18):
+        raise ValueError(
+            "use_cayley_neumann = True, and PEFT before 0.18 computes another rotation from it than later ones do: "
+            "merge the adapter with the PEFT that trained it; if that was 0.18 or later, set peft_version in the file."
+        )
     eps = config.get("eps") if config.get("coft") else None
     method = OFT(block, bool(config.get("block_share")), eps, max(terms, 4) if terms else 0)  # PEFT's 3 are its 4
     return method, {"oft_R.weight": -weight if terms else weight}  # PEFT's series is of the inverse rotation
+
+
+def _is_before(version: Any, *release: int) -> bool:
+    """Whether a version is before a release. PEFT records its version since 0.18; jlora's files have few fields."""
+    numbers = re.match(r"(\d+)\.(\d+)", str(version))
+    return numbers is None or tuple(map(int, numbers.groups())) < release
 
 
 def _read_boft(config: Config, sizes: Mapping[str, int], tensors: Tensors) -> tuple[Method, Tensors]:
@@ -126,17 +139,21 @@ def add_maps(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
     method = next(iter(entries.values())).factors.method
     for name, entry in entries.items():
         _write_module(f"{PREFIX}{name}.", entry, tensors)
-    fields: Config = {"bias": "none", "init_weights": True, "modules_to_save": None}
-    return fields | _fields(method, entries)
+    fields: Config = {"init_weights": True, "modules_to_save": None} | _fields(method, entries)
+    return fields if isinstance(method, RoAd) else fields | {"bias": "none"}
 
 
 def _fields(method: Method, entries: Mapping[str, ModuleEntry]) -> dict[str, Any]:
-    shared = {field: shared_field(entries, field) for field in vars(method) if field != "offset"}
+    counts = {entry.location.count("in") / getattr(entry.factors.method, "block", 1) for entry in entries.values()}
+    blocks = {getattr(entry.factors.method, "block", 1) for entry in entries.values()}
+    by_count = isinstance(method, OFT) and len(blocks) > len(counts) == 1  # PEFT has one size, or one number, of blocks
+    others = ("offset", "block") if by_count else ("offset",)
+    shared = {field: shared_field(entries, field) for field in vars(method) if field not in others}
     match method:
         case OFT():
             return {
-                "r": 0,
-                "oft_block_size": shared["block"],
+                "r": int(counts.pop()) if by_count else 0,
+                "oft_block_size": shared.get("block", 0),
                 "block_share": shared["shared"],
                 "coft": shared["eps"] is not None,
                 "eps": shared["eps"] or 6e-5,
@@ -144,6 +161,7 @@ def _fields(method: Method, entries: Mapping[str, ModuleEntry]) -> dict[str, Any
                 "num_cayley_neumann_terms": shared["neumann_terms"] or 5,
                 "module_dropout": 0.0,
                 "fan_in_fan_out": False,
+                "peft_version": "0.21.2",  # by which PEFT knows that it has this series
             }
         case BOFT():
             factors = shared["levels"]

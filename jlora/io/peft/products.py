@@ -205,7 +205,9 @@ def _fields(method: Method, entries: Mapping[str, ModuleEntry], tensors: Tensors
             return shared | {"bias": "none", "mini_r": 1}
     assert isinstance(method, RandLoRA)
     arrays = next(iter(entries.values())).factors.arrays
-    tensors |= zip(MATRICES, (arrays["small"][:, None], arrays["large"]), strict=True)
+    for matrix, array in zip(MATRICES, (arrays["small"][:, None], arrays["large"]), strict=True):
+        modules = [f"{PREFIX}{name}{matrix.removeprefix('base_model')}" for name in entries]
+        tensors |= dict.fromkeys((matrix, *modules), array)  # PEFT expects a copy in every module
     return {
         "bias": "none",
         "fan_in_fan_out": is_flipped(entries),

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jlora.io.peft.absent import absent_arrays, has_arrays_from_base, stored_axes
-from jlora.io.peft.adalora import check_empty
+from jlora.io.peft.absent import absent_arrays, check_empty, has_arrays_from_base, stored_axes
 from jlora.io.peft.changed_base import FROM_BASE, minus_start, start_of
 from jlora.io.peft.config import Config
 from jlora.io.peft.deltas import BaseParams
@@ -73,7 +72,7 @@ class ModuleReader:
         if not location.is_matrix:
             raise ValueError(f"The file adapts {name}, and {location.path} {location.weight.shape} is not a matrix.")
         if method is None:
-            check_empty(name, by_suffix)
+            check_empty(self.config["peft_type"], name, by_suffix)
             return None
         by_suffix = plain(self.config, name, by_suffix, location.module.kind, location.kernel)
         axes, kind = flat_axes(method, location) | stored_axes(method), location.module.kind
@@ -107,7 +106,8 @@ class ModuleReader:
         if isinstance(method, LoKr) and location.is_matrix:
             method = with_usual_split(method, location)
         if isinstance(method, OSF) and _OSF_VALUES in by_suffix:  # the configuration has how many are not trained
-            method = dataclasses.replace(method, rank=max(by_suffix[_OSF_VALUES].size, 1))
+            rank = by_suffix[_OSF_VALUES].size
+            method = dataclasses.replace(method, rank=rank) if rank else None
         if isinstance(method, LoKr) and is_scrambled(location.kernel, "lokr_w2" in by_suffix):
             raise ValueError(f"{name}: {SCRAMBLED}")
         return method, by_suffix

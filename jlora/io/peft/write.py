@@ -14,7 +14,7 @@ from jlora.io.peft.form_methods import fields_of_blocks
 from jlora.io.peft.forms import add_form, has_form, with_indices
 from jlora.io.peft.from_base import checked_against_base
 from jlora.io.peft.full_weights import add_tokens, add_trained, only_tokens, rows_as_full
-from jlora.io.peft.glora import glora_fields, with_one_form
+from jlora.io.peft.glora import add_glora, with_one_form
 from jlora.io.peft.layouts import ADAPTERS
 from jlora.io.peft.lokr import is_scrambled
 from jlora.io.peft.lora_variants import variant_fields
@@ -47,6 +47,7 @@ from jlora.methods import (
     MiSS,
     MonteCLoRA,
     PVeRA,
+    TinyLoRA,
     VeRA,
 )
 from jlora.methods._base import Adapter, Method, Update
@@ -58,7 +59,7 @@ _WRITERS: tuple[tuple[tuple[type[Method], ...], Callable[[Entries, Tensors], Con
     ((IA3,), lambda modules, tensors: ia3_fields(modules)),
     ((VeRA,), add_vera),
     ((PVeRA,), add_pvera),
-    ((GLoRA,), lambda modules, tensors: glora_fields(modules)),
+    ((GLoRA,), add_glora),
     ((GraLoRA, OSF), lambda modules, tensors: fields_of_blocks(modules, is_flipped(modules))),
     (forms.METHODS, add_form),
     (maps.METHODS, add_maps),
@@ -170,6 +171,8 @@ def _is_stored_at(update: Update, location: WeightLocation) -> bool:
     """Whether PEFT's form of the method holds an update of this module."""
     method_class = type(update.method)
     if method_class is HiRA and location.module.tied:  # PEFT would adapt one of the two uses
+        return False
+    if isinstance(update.method, TinyLoRA) and location.num_joined > 1 and update.method.rank > min(location.out_sizes):
         return False
     if method_class is LoKr and is_scrambled(location.kernel, "d" in update.factors):
         return False
