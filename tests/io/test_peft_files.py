@@ -246,3 +246,16 @@ def test_ia3_of_a_module_without_a_bias(tmp_path):
     jlora.peft.save(tmp_path / "again", adapter, names, params=params)
     written = load_file(tmp_path / "again" / FILES[1])
     np.testing.assert_array_equal(written["base_model.model.layer.ia3_l"], scale)
+
+
+def test_modules_whose_name_ends_another_are_written_as_one_expression(tmp_path):
+    """PEFT matches a list by endings, so that "out" would adapt "x.out" too, with numbers that the file lacks."""
+    params = {"y": jnp.ones((6, 4)), "z": jnp.ones((6, 4))}
+    sites = jlora.trace(lambda p, x: x @ p["y"] + x @ p["z"], params, jnp.ones((2, 6)))
+    names = {"y": "out", "z": "x.out"}
+    for paths, targets in (("y", "out"), ("z", ["x.out"]), (".", ["out", "x.out"])):
+        adapter = jlora.init(jax.random.key(0), sites, {paths: jlora.DoRA(2)}, params=params)
+        folder = tmp_path / paths.replace(".", "both")
+        jlora.peft.save(folder, adapter, names, params=params)
+        assert json.loads((folder / "adapter_config.json").read_text())["target_modules"] == targets
+        assert jlora.peft.load(folder, sites, names, params=params).keys() == adapter.keys()

@@ -117,7 +117,7 @@ def test_blocks_of_several_sizes_are_written_by_their_number(tmp_path):
         jlora.peft.save(tmp_path / str(size), adapter, names)
         config = json.loads((tmp_path / str(size) / "adapter_config.json").read_text())
         assert written.items() <= config.items()
-        assert jlora.peft.load(tmp_path / str(size), sites, names)["y"].method.block == size
+        assert jlora.peft.load(tmp_path / str(size), sites, names)["y"].method == jlora.OFT(size)
 
 
 def test_levels_that_peft_joins_otherwise_are_refused(tmp_path):

@@ -44,6 +44,17 @@ def exact_endings(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     return dict(sorted(patterns.items()))
 
 
+def exact_targets(modules: list[str], known: Iterable[str]) -> list[str] | str:
+    """Modules as a list, or as one expression for whole names if the list, of endings, matches other modules too.
+
+    Arguments:
+        modules: that are adapted.
+        known: all modules of the map.
+    """
+    is_ambiguous = any(_matches(modules, name) for name in known if name not in modules)
+    return "|".join(map(re.escape, modules)) if is_ambiguous else modules
+
+
 def is_target(config: Config, name: str) -> bool:
     """Whether the configuration adapts a module; False if that depends on torch's classes ("all-linear")."""
     targets = config["target_modules"]

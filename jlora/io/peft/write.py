@@ -26,6 +26,7 @@ from jlora.io.peft.monteclora import add_monteclora
 from jlora.io.peft.products import add_products, with_one_rank
 from jlora.io.peft.pvera import add_pvera
 from jlora.io.peft.structured import add_structured, check_drawn, with_places
+from jlora.io.peft.targets import exact_targets
 from jlora.io.peft.tensors import Tensors, module_tensors
 from jlora.io.peft.trained_vectors import file_of_vectors
 from jlora.io.peft.types import PEFT_TYPES
@@ -110,7 +111,10 @@ def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) 
         return Files(*vectors, tuple(notes))
     adapted = checked_against_base(adapted, owners_of(locations), base)
     adapted = _for_target(with_one_form(with_one_rank(adapted, notes), notes), trained, target, notes)
-    return Files(*_config_and_tensors(adapted, trained, base), tuple(notes))
+    config, tensors = _config_and_tensors(adapted, trained, base)
+    modules = [name for name, parts in owners_of(locations).items() if parts[0].location.module.kind != "parameter"]
+    config["target_modules"] = exact_targets(config["target_modules"], modules)
+    return Files(config, tensors, tuple(notes))
 
 
 def as_one_method(
