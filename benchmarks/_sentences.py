@@ -245,7 +245,7 @@ SENTENCES = (
 # The same of programs that take long: a page has figures of an earlier run until there is a result file, by its name.
 LATER = (
     ("finetune_reviews", Sentence(_README, "{} trained parameters ({} of the encoder); the saved adapter takes {} MB "
-     "on disk, the encoder {} MB. A run took {} to {} s", _training_tables.reviews_sizes)),
+     "on disk, the encoder {} MB. A run took {} to {} s beside other work", _training_tables.reviews_sizes)),
     ("finetune_reviews", Sentence("README.md", "{} of the test set correct, {} with a head alone",
      _training_tables.reviews_means)),
     ("finetune_reviews", Sentence("README.md", "fine-tunes a real {}-parameter encoder",

@@ -58,9 +58,9 @@ def reviews_means() -> tuple[str, ...]:
 
 def reviews_bases() -> str:
     """The same on quantised bases."""
-    bases = result("finetune_reviews")["runs"]
-    seeds = list(_reviews("float32"))
-    body = [[base, *(f"{_reviews(base)[seed]['accuracy']['LoRA']:.1%}" for seed in seeds)] for base in bases]
+    bases = {"float32": _reviews("float32")} | result("finetune_reviews_quantised")["runs"]
+    seeds = list(bases["float32"])
+    body = [[base, *(f"{runs[seed]['accuracy']['LoRA']:.1%}" for seed in seeds)] for base, runs in bases.items()]
     return _measure.table(["base", *(f"seed {seed}" for seed in seeds)], body)
 
 

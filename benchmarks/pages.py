@@ -152,7 +152,7 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
 # The same of programs that take long: a page has figures of an earlier run until there is a result file, by its name.
 LATER: dict[str, tuple[str, Path, Callable[[], str]]] = {
     "reviews": ("finetune_reviews", PAGE, _training_tables.reviews),
-    "reviews, quantised": ("finetune_reviews", PAGE, _training_tables.reviews_bases),
+    "reviews, quantised": ("finetune_reviews_quantised", PAGE, _training_tables.reviews_bases),
     "language model": ("finetune_smollm", PAGE, _training_tables.perplexity),
     "names": ("names", IO_PAGES / "peft" / "README.md", names.table),
 }
