@@ -66,12 +66,13 @@ class SuperTuning(Method):
         reason = site.unsupported_reason or ("" if self.rank is None else rank_too_high(site, self.rank))
         n_in, n_out = (0, 0) if reason else in_out(site)
         reason = reason or too_large_to_number(n_in, n_out)
-        if reason or self._count(n_in * n_out):
+        if reason or self.entries_of(n_in * n_out):
             return reason
         share = f"{1 - self.sparsity:.3g} of its {n_in} x {n_out} entries"
         return f"{share} is less than one entry; lower the sparsity"
 
-    def _count(self, size: int) -> int:
+    def entries_of(self, size: int) -> int:
+        """How many entries of a weight of this size train."""
         return int(size * (1 - self.sparsity) + 1e-9)
 
     def factors_for(self, axes: WeightAxes) -> Mapping[str, str]:
@@ -79,7 +80,7 @@ class SuperTuning(Method):
         return sparse if self.rank is None else {**sparse, **LoRA.factors}
 
     def sizes(self, axes: WeightAxes) -> Mapping[str, int]:
-        return {"entries": self._count(axes.count("*in") * axes.count("*out")), "digits": 4}
+        return {"entries": self.entries_of(axes.count("*in") * axes.count("*out")), "digits": 4}
 
     def init(self, key: jax.Array, site: Site, dtype: DTypeLike, base: jax.Array | None) -> dict[str, jax.Array]:
         assert base is not None
@@ -94,7 +95,7 @@ class SuperTuning(Method):
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         n_in, n_out = update.axes.count("*in"), update.axes.count("*out")
-        structure = Placed(n_in, n_out, self._count(n_in * n_out))
+        structure = Placed(n_in, n_out, self.entries_of(n_in * n_out))
         places, rounds = update["place"], self.merge_in_16_bits
         w = add_structure(w, update, update["s"], structure, update.scale, places, may_round=rounds)
         if self.rank is None:

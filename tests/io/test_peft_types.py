@@ -226,3 +226,36 @@ if importlib.util.find_spec("peft"):
             assert tensors[0].keys() == tensors[1].keys(), key
             for name, tensor in tensors[1].items():
                 np.testing.assert_allclose(tensors[0][name], tensor, atol=2e-5, err_msg=f"{key} {name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("monteclora", {"monteclora_config": {"buffer_size": 3}}, "lacks num_samples: add it"),
+        ("monteclora", {"use_dora": True}, "monteclora_config and use_dora: PEFT takes one"),
+        ("kasa", {"use_dora": True}, "kasa_config, use_dora: PEFT takes one"),
+        ("hra_biases", {"bias": "some"}, "must be none, all or hra_only"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(name, fields, message, tmp_path):
+    unpack("adapter", name, tmp_path / "a")
+    change_configuration(tmp_path / "a", **fields)
+    with pytest.raises(ValueError, match=message):
+        jlora.peft.load(tmp_path / "a", SITES, peft_types.NAMES, params=PARAMS)
+
+
+def test_super_tuning_has_as_many_entries_as_in_peft(tmp_path):
+    """PEFT has 11 of 120 at the sparsity 0.9, because 1 - 0.9 is a little less than 0.1; jlora has 12."""
+    params = {"w": jnp.arange(120.0).reshape(12, 10)}
+    sites = jlora.trace(lambda p, x: x @ p["w"], params, jnp.ones((2, 12)))
+    adapter = jlora.init(jax.random.key(0), sites, {"w": jlora.SuperTuning(0.9)}, params=params)
+    adapter = jax.tree.map(lambda a: a + 1, adapter)
+    jlora.peft.save(tmp_path / "12", adapter, {"w": "w"})
+    config = json.loads((tmp_path / "12" / FILES[0]).read_text())
+    assert int(120 * (1 - config["sparsity"])) == adapter["w"].factors["s"].size == 12
+    change_tensors(tmp_path / "12", lambda tensors: {name: t[:11] for name, t in tensors.items()})
+    change_configuration(tmp_path / "12", sparsity=0.9)
+    loaded = jlora.peft.load(tmp_path / "12", sites, {"w": "w"})
+    assert loaded["w"].factors["s"].size == 11
+    jlora.peft.save(tmp_path / "11", loaded, {"w": "w"})
+    assert int(120 * (1 - json.loads((tmp_path / "11" / FILES[0]).read_text())["sparsity"])) == 11

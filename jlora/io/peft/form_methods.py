@@ -1,5 +1,6 @@
 """The methods of PEFT's configurations whose files have forms of their own: see `forms.py`."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,6 +44,44 @@ def super_tuning(config: Config, number: Callable[[Any, str], float]) -> SuperTu
     alpha = 2.0 * rank if rank and alpha is None else alpha
     sparsity = number(config["sparsity"], "sparsity")
     return SuperTuning(sparsity, config.get("select_top", True), rank, None if rank is None else number(alpha, "alpha"))
+
+
+def _entries_of_peft(size: int, sparsity: float) -> int:
+    """How many entries PEFT trains: 11 of 120 at the sparsity 0.9, because 1 - 0.9 is a little less than 0.1."""
+    return int(size * (1 - sparsity))
+
+
+def with_entries_of_peft(method: SuperTuning, size: int) -> SuperTuning:
+    """The method with a sparsity of which jlora has as many entries as PEFT has of the given one.
+
+    Arguments:
+        method: the method.
+        size: of the weight.
+    """
+    count = _entries_of_peft(size, method.sparsity)
+    return (
+        method if method.entries_of(size) == count else dataclasses.replace(method, sparsity=1 - (count + 0.5) / size)
+    )
+
+
+def sparsity_for_peft(entries: Mapping[str, ModuleEntry]) -> float:
+    """A sparsity of which PEFT has as many entries in every module as these have.
+
+    Raises:
+        ValueError: if there is none, because the sparsities differ.
+    """
+    counts = [
+        (entry.location.count("in") * entry.location.count("out"), entry.factors.arrays["s"].size)
+        for entry in entries.values()
+    ]
+    given = {
+        entry.factors.method.sparsity for entry in entries.values() if isinstance(entry.factors.method, SuperTuning)
+    }
+    least, most = max(n / size for size, n in counts), min((n + 1) / size for size, n in counts)
+    for sparsity in (*sorted(given), 1 - (least + most) / 2):
+        if all(_entries_of_peft(size, sparsity) == n for size, n in counts):
+            return sparsity
+    return shared_field(entries, "sparsity")
 
 
 def method_of_blocks(config: Config, number: Callable[[Any, str], float]) -> Method:

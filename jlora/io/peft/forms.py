@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from jlora.io.peft.config import PREFIX, Config
+from jlora.io.peft.form_methods import sparsity_for_peft
 from jlora.io.peft.frod import add_frod, apart, read_frod
 from jlora.io.peft.glora import read_glora
 from jlora.io.peft.method_fields import is_flipped
@@ -244,7 +245,7 @@ def _write_super_tuning(method: SuperTuning, entries: Mapping[str, ModuleEntry],
         "lora_alpha": method.rank if method.rank and scale is None else scale,
         "save_precomputed_indices": True,
         "select_top": shared_field(entries, "largest"),
-        "sparsity": shared_field(entries, "sparsity"),
+        "sparsity": sparsity_for_peft(entries),
     }
 
 

@@ -7,19 +7,19 @@ from typing import Any
 from jlora.io.peft.config import Config
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
 from jlora.io.torch.factor_layout import ModuleFactors
-from jlora.methods import BDLoRA, KaSA, LoRA, QALoRA
+from jlora.methods import BDLoRA, DoRA, KaSA, LoRA, QALoRA
 from jlora.methods._base import Method
 
 _PATTERNS = {"in": "target_modules_bd_a", "out": "target_modules_bd_b"}
 
 
-def variant_of(config: Config, name: str, lora: LoRA) -> Method:
+def variant_of(config: Config, name: str, lora: LoRA | DoRA) -> Method:
     """The method of a module, by the fields beside those of LoRA.
 
     Arguments:
         config: the configuration.
         name: of the module.
-        lora: the LoRA that it would be without these fields.
+        lora: the LoRA or DoRA that it would be without these fields.
 
     Raises:
         ValueError: if a field holds what PEFT does not write, or two of them are set.
@@ -27,8 +27,9 @@ def variant_of(config: Config, name: str, lora: LoRA) -> Method:
     chosen = [field for field in ("use_bdlora", "use_qalora", "kasa_config") if config.get(field)]
     if not chosen:
         return lora
-    if len(chosen) > 1 or config.get("use_dora"):
-        raise ValueError(f"The configuration sets {', '.join(chosen)} and use_dora: PEFT takes one of them.")
+    if len(chosen) > 1 or not isinstance(lora, LoRA):
+        fields = ", ".join([*chosen, *["use_dora"] * (not isinstance(lora, LoRA))])
+        raise ValueError(f"The configuration sets {fields}: PEFT takes one of them. Remove the others from the file.")
     rank, alpha = lora.rank, lora.alpha or float(lora.rank)
     match chosen[0]:
         case "use_qalora":

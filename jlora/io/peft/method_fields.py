@@ -58,12 +58,14 @@ def method_of(config: Config, name: str) -> Method | None:
         case _:
             rank, alpha = _rank(config, name), _alpha(config, name, "lora_alpha")
             dropout = _number(config.get("lora_dropout", 0.0), "lora_dropout")
+            if config.get("monteclora_config") and config.get("use_dora"):
+                raise ValueError("The configuration sets monteclora_config and use_dora: PEFT takes one of them.")
             if config.get("monteclora_config"):
                 lora = {"rank": rank, "alpha": alpha, "rank_stabilized": bool(config.get("use_rslora"))}
                 return monteclora_method(config, lora | {"dropout": dropout})
             method_class = DoRA if config.get("use_dora") else LoRA
             method = method_class(rank, alpha, bool(config.get("use_rslora")), dropout=dropout)
-            return variant_of(config, name, method) if isinstance(method, LoRA) else method
+            return variant_of(config, name, method)
 
 
 def _rank(config: Config, name: str) -> int:

@@ -27,6 +27,8 @@ def monteclora_method(config: Config, fields: Mapping[str, Any]) -> MonteCLoRA:
         fields: those of the LoRA: rank, alpha, rank_stabilized and dropout.
     """
     options = config["monteclora_config"]
+    if "num_samples" not in options:
+        raise ValueError(f"monteclora_config = {options} lacks num_samples: add it to the file.")
     return MonteCLoRA(**fields, samples=options["num_samples"], sample_scale=options.get("sample_scaler", 1e-4))
 
 
