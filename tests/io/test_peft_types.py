@@ -235,9 +235,11 @@ if importlib.util.find_spec("peft"):
         ("monteclora", {"use_dora": True}, "monteclora_config and use_dora: PEFT takes one"),
         ("kasa", {"use_dora": True}, "kasa_config, use_dora: PEFT takes one"),
         ("hra_biases", {"bias": "some"}, "must be none, all or hra_only"),
+        ("pvera", {"projection_prng_key": "3"}, "projection_prng_key = '3', and it must be an integer"),
+        ("fourierft", {"n_frequency": 12}, "11 coefficients, and n_frequency or n_frequency_pattern gives it .12"),
     ],
 )
-def test_options_that_exclude_each_other_are_refused(name, fields, message, tmp_path):
+def test_options_that_do_not_fit_are_refused(name, fields, message, tmp_path):
     unpack("adapter", name, tmp_path / "a")
     change_configuration(tmp_path / "a", **fields)
     with pytest.raises(ValueError, match=message):
@@ -259,3 +261,26 @@ def test_super_tuning_has_as_many_entries_as_in_peft(tmp_path):
     assert loaded["w"].factors["s"].size == 11
     jlora.peft.save(tmp_path / "11", loaded, {"w": "w"})
     assert int(120 * (1 - json.loads((tmp_path / "11" / FILES[0]).read_text())["sparsity"])) == 11
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "change", "message"),
+    [
+        ("unilora", "layers.0.unilora_scales_A", None, "lacks a tensor, .*unilora_scales_A"),
+        ("unilora", "layers.0.unilora_scales_A", lambda t: 2 * t, "differ from others for one index"),
+        ("unilora", "layers.0.unilora_indices_A", lambda t: t + 900, "out of range"),
+        ("unilora", "layers.0.unilora_indices_A", lambda t: t[:1], "and its scales"),
+        ("pvera", "out.pvera_lambda_d", lambda t: t[1:], "has length 5, and it is two vectors"),
+        ("peanut_deep", "out.peanut_encoders.0.weight", lambda t: t[:1], "several shapes"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(name, tensor, change, message, tmp_path):
+    unpack("adapter", name, tmp_path / "a")
+    key = f"base_model.model.{tensor}"
+
+    def changed(tensors):
+        return {k: change(t) if k == key else t for k, t in tensors.items() if k != key or change is not None}
+
+    change_tensors(tmp_path / "a", changed)
+    with pytest.raises(ValueError, match=message):
+        jlora.peft.load(tmp_path / "a", SITES, peft_types.NAMES, params=PARAMS)

@@ -146,8 +146,10 @@ _FIELD_TYPES: dict[str, tuple[tuple[type, ...], type]] = {
     "trainable_token_indices": ((list, dict), int),
     "rank_pattern": ((dict,), object),  # OSF has fractions of the rank too
     "alpha_pattern": ((dict,), object),
+    "n_frequency_pattern": ((dict,), object),
     "monteclora_config": ((dict,), object),
 }
+_INTEGERS = ("projection_prng_key", "random_loc_seed", "num_cayley_neumann_terms", "qalora_group_size")
 _LISTS_OF_EXPRESSIONS = ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save")
 
 
@@ -271,6 +273,9 @@ def _check_fields(path: str | os.PathLike[str], peft_type: str, config: Config) 
     missing = [field for field in (*_REQUIRED[peft_type], "target_modules") if field not in config]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}, and jlora takes no default for it: add it to the file.")
+    for name in _INTEGERS:
+        if name in config and (isinstance(config[name], bool) or not isinstance(config[name], int)):
+            raise ValueError(f"{path} has {name} = {config[name]!r}, and it must be an integer.")
     readable = {*_IGNORED, *_COMMON, *_READ[peft_type]}
     unknown = [
         f"{name} = {value!r}" + (f" ({_REASONS[name]})" if name in _REASONS else "")

@@ -59,7 +59,12 @@ def one_tensor_each(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
     convert = without_state if config.get("monteclora_config") else _READ.get(config["peft_type"])
     if convert is None:
         return config, tensors
-    converted = convert(config, dict(tensors))
+    try:
+        converted = convert(config, dict(tensors))
+    except (KeyError, IndexError) as error:
+        raise ValueError(
+            f"The file lacks a tensor, or an index in it is out of range, {error}: save it again with PEFT."
+        ) from error
     if integers := [name for name, tensor in converted.items() if np.issubdtype(tensor.dtype, np.integer)]:
         raise ValueError(f"{integers[0]} holds integers, and no factor of {config['peft_type']} does.")
     return config, converted
@@ -113,10 +118,15 @@ def _read_unilora(config: Config, tensors: Tensors) -> Tensors:
             "of torch's modules. Save it with save_indices=True."
         )
     norm = np.zeros_like(theta)
-    for name in indices:
-        places = tensors[name].astype(np.int64)
-        norm[places.reshape(-1)] = tensors.pop(_INDICES.sub(r"\1scales\3", name)).reshape(-1)
+    pairs = {n: (tensors[n].astype(np.int64), tensors.pop(_INDICES.sub(r"\1scales\3", n))) for n in indices}
+    for name, (places, scales) in pairs.items():
+        if places.shape != scales.shape or (places < 0).any():
+            raise ValueError(f"{name} has shape {places.shape} and its scales {scales.shape}, or negative indices.")
+        norm[places] = scales
         tensors[name] = to_digits(places, count_digits(len(theta)))
+    for name, (places, scales) in pairs.items():
+        if (norm[places] != scales).any():
+            raise ValueError(f"The scales of {name} differ from others for one index: the file is damaged.")
     return tensors | {shared_name("theta"): theta, shared_name("norm"): norm}
 
 
@@ -132,6 +142,9 @@ def _read_peanut(config: Config, tensors: Tensors) -> Tensors:
     for name in list(tensors):
         if match := _LAYERS.fullmatch(name):
             layers[match[1]][int(match[2])] = tensors.pop(name)
+    for name, by in layers.items():
+        if len({layer.shape for layer in by.values()}) > 1:
+            raise ValueError(f"The layers of {name} have several shapes: {[by[k].shape for k in sorted(by)]}.")
     return tensors | {name: np.stack([by[k] for k in sorted(by)]) for name, by in layers.items()}
 
 

@@ -26,6 +26,8 @@ def divided(config: Config, tensors: Tensors) -> Tensors:
     if missing and config.get("save_projection", True):
         raise ValueError(f"The file lacks {missing}, which all its modules share. Save it with save_projection=True.")
     for name in [name for name in tensors if name.endswith(".pvera_lambda_d")]:
+        if len(tensors[name]) % 2:
+            raise ValueError(f"{name} has length {len(tensors[name])}, and it is two vectors in one: an even length.")
         tensors[name], tensors[f"{name[:-1]}c"] = np.split(tensors[name], 2)
     return tensors
 

@@ -22,12 +22,12 @@ from jlora.io.peft.method_fields import is_unscaled, method_of
 from jlora.io.peft.plain_forms import parameter_of, plain
 from jlora.io.peft.products import read_delora, with_matrices
 from jlora.io.peft.pvera import read_pvera
-from jlora.io.peft.structured import check_entries
+from jlora.io.peft.structured import check_count, check_entries
 from jlora.io.peft.tensors import Sizes, Tensors, from_file, sizes_of
 from jlora.io.peft.vera import read_vera
 from jlora.io.torch.factor_layout import ModuleFactors, flat_axes, own_sizes
 from jlora.io.torch.weight_location import Owners, WeightLocation
-from jlora.methods import OSF, DeLoRA, LoKr, PVeRA, QALoRA, RandLoRA, SHiRA, SuperTuning, VeRA
+from jlora.methods import OSF, DeLoRA, FourierFT, LoKr, PVeRA, QALoRA, RandLoRA, SHiRA, SuperTuning, VeRA, WaveFT
 from jlora.methods._base import Method
 
 _LAYERS = ("linear", "conv1d")
@@ -128,6 +128,8 @@ class ModuleReader:
         method, arrays = factors.method, factors.arrays
         if isinstance(method, SHiRA):
             check_entries(name, arrays["place"], sizes.axes)
+        if isinstance(method, (FourierFT, WaveFT)):
+            check_count(self.config, name, method.n)
         if isinstance(method, DeLoRA):
             return read_delora(factors, self.owners[name], self.base)
         if isinstance(method, PVeRA):
