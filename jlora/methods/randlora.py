@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jlora._interpreter.site import Site
+from jlora._ir.materialize import accumulation_dtype
 from jlora._ir.structured import Structure
 from jlora._ir.weight import AdaptedWeight
 from jlora.methods._base import Method, Update
@@ -121,13 +122,14 @@ class RandLoRA(Method):
         n_in, n_out = update.axes.count("*in"), update.axes.count("*out")
         is_shared = self.matrices is not None
         structure = _RandomProduct(n_in, n_out, self.rank, self.seed, n_in < n_out + is_shared)
-        d, b = update["d"].astype(jnp.float32), update["b"].astype(jnp.float32)
+        dtype = accumulation_dtype(update["d"].dtype)
+        d, b = update["d"].astype(dtype), update["b"].astype(dtype)
         if is_shared:
-            small = update["small"][:, None, : structure.smaller].astype(jnp.float32)
+            small = update["small"][:, None, : structure.smaller].astype(dtype)
             scaled = d.mT[..., None] * b[..., None, :, :]
             matrices = [update["large"][: structure.larger, : structure.terms].reshape(structure.larger, -1)]
         else:
-            small = structure.small_matrices()
+            small = structure.small_matrices().astype(dtype)
             scaled = d[..., None] * b[..., None, :]
             matrices = []
         scaled = scaled * jnp.expand_dims(small, list(range(scaled.ndim - small.ndim)))

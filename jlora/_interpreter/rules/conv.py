@@ -20,7 +20,7 @@ from jlora._interpreter.sums import add_up
 from jlora._ir import lazy
 from jlora._ir.algebra import align_axes, merge_indices
 from jlora._ir.explicit_mesh import under_auto_axes
-from jlora._ir.materialize import einsum, fold_full_rank
+from jlora._ir.materialize import accumulation_dtype, einsum, fold_full_rank
 from jlora._ir.probe import Probe, by_path
 from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork, fresh_indices
 from jlora._ops.contraction import name_intermediate
@@ -249,7 +249,7 @@ def _contract_factors(n: TensorNetwork, numbers: list[int], f: AdaptedWeight, *a
     axes = tuple(axis if set(axis) & set(carried) else "" for axis in axes)
     labels = "".join(axes)
     present = "".join(c for c in labels if c in carried)
-    value = align_axes(einsum(terms, factors, present, jnp.float32), present, labels)
+    value = align_axes(einsum(terms, factors, present, accumulation_dtype(f.dtype)), present, labels)
     value = jnp.broadcast_to(value, [sizes[c] for c in labels])
     return value.reshape([math.prod(sizes[c] for c in axis) for axis in axes])
 
@@ -258,7 +258,8 @@ def _small_kernel(n: TensorNetwork, kernel: Kernel, stages: _Stages) -> jax.Arra
     """The kernel of the convolution stage, in the weight's layout."""
     f, (out_axis, in_axis, *spatial_axes) = kernel.f, kernel.spec
     axes = [*(f.axes[k] for k in spatial_axes), stages.kernel_in, kernel.group, stages.kernel_out]
-    value = _contract_factors(n, stages.kernel, f, *axes) * jnp.asarray(n.scale, jnp.float32)
+    value = _contract_factors(n, stages.kernel, f, *axes)
+    value = value * jnp.asarray(n.scale, value.dtype)
     shape = [*(f.shape[k] for k in spatial_axes), *value.shape[-3:]]
     shape[-2] = kernel.group_count
     if not stages.before:
