@@ -120,6 +120,17 @@ def test_blocks_of_several_sizes_are_written_by_their_number(tmp_path):
         assert jlora.peft.load(tmp_path / str(size), sites, names)["y"].method == jlora.OFT(size)
 
 
+@pytest.mark.parametrize("scale", [0.5, -2.0])
+def test_the_limit_of_oft_is_scaled_with_its_angles(scale, tmp_path):
+    adapter = jlora.init(jax.random.key(0), SITES, {"w": jlora.OFT(4, eps=0.5)})
+    adapter = jlora.scale(jax.tree.map(lambda q: q + 0.3, adapter), scale)
+    jlora.peft.save(tmp_path / "a", adapter, NAMES)
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["eps"] == abs(scale) * 0.5
+    want = jlora.merge(PARAMS, adapter)["w"]
+    np.testing.assert_allclose(jlora.merge(PARAMS, load(tmp_path / "a"))["w"], want, atol=1e-5)
+    assert np.abs(want - PARAMS["w"]).max() > 0.05
+
+
 def test_levels_that_peft_joins_otherwise_are_refused(tmp_path):
     tensors = tensors_of("boft")
     key = f"{TEMPLATE}boft_R"

@@ -156,7 +156,7 @@ def _fields(method: Method, entries: Mapping[str, ModuleEntry]) -> dict[str, Any
                 "oft_block_size": shared.get("block", 0),
                 "block_share": shared["shared"],
                 "coft": shared["eps"] is not None,
-                "eps": shared["eps"] or 6e-5,
+                "eps": 6e-5 if shared["eps"] is None else shared["eps"] * _shared_scale(entries),
                 "use_cayley_neumann": shared["neumann_terms"] > 0,
                 "num_cayley_neumann_terms": shared["neumann_terms"] or 5,
                 "module_dropout": 0.0,
@@ -185,6 +185,17 @@ def _fields(method: Method, entries: Mapping[str, ModuleEntry]) -> dict[str, Any
         "init_scale": 1.0,
         "fan_in_fan_out": any(entry.location.module.kind == "conv1d" for entry in entries.values()),
     }
+
+
+def _shared_scale(entries: Mapping[str, ModuleEntry]) -> float:
+    """The absolute scale of all modules: PEFT limits the angles after it, and jlora before."""
+    scales = {name: abs(entry.factors.scale) for name, entry in entries.items()}
+    if len(set(scales.values())) > 1:
+        raise ValueError(
+            f"PEFT has one limit (eps) of OFT for all modules, and the scales of the adapter are {scales}: use one "
+            "scale, or save the modules as several adapters."
+        )
+    return next(iter(scales.values()))
 
 
 def _write_module(prefix: str, entry: ModuleEntry, tensors: Tensors) -> None:
