@@ -21,6 +21,7 @@ from benchmarks import (
     _result_tables,
     _scaling_report,
     _sentences,
+    _site,
     _subspaces_report,
     _training_tables,
     features,
@@ -54,19 +55,20 @@ FORMS = {
 def costs() -> str:
     """FLOPs, temporary bytes and time of every method, in units of LoRA's."""
     results = json.loads((_measure.RESULTS / "methods.json").read_text())
-    forms = [form for form in FORMS if form in results]
+    sites = results[methods.SITE]["methods"]
     header = [
         "benchmark's name",
         "method",
         "form",
-        *(part for form in forms for part in (f"{FORMS[form]}: FLOPs", "bytes")),
+        *(part for form in FORMS.values() for part in (f"{form}: FLOPs", "bytes")),
+        *(f"site of {width}" for width in _site.WIDTHS),
     ]
     rows = []
     for name, row in results["transformer"]["methods"].items():
-        figures = [
-            _measure.number(results[form]["methods"][name][key]) for form in forms for key in ("flops", "temp_bytes")
-        ]
-        rows.append([name, f"`{methods.METHODS[name][0]}`", "dense" if row["dense"] else "factored", *figures])
+        figures = [results[form]["methods"][name][key] for form in FORMS for key in ("flops", "temp_bytes")]
+        figures += [sites.get(f"{name}, {width}", {}).get("activations") for width in _site.WIDTHS]
+        form = "dense" if row["dense"] else "factored"
+        rows.append([name, f"`{methods.METHODS[name][0]}`", form, *map(_measure.number, figures)])
     return _measure.table(header, rows)
 
 
