@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,9 +24,21 @@ DRAWING = [
     jlora.VeRA(2),
     jlora.WaveFT(3, 1.0),
 ]
+
+
+@contextlib.contextmanager
+def seed_offset() -> Iterator[None]:
+    jax.config.update("jax_random_seed_offset", 3)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_random_seed_offset", 0)
+
+
 SETTINGS = {
     "64 bits": lambda: jax.enable_x64(True),
     "threefry not partitionable": lambda: jax.threefry_partitionable(False),
+    "offset of seeds": seed_offset,
     "another generator": lambda: jax.default_prng_impl("rbg"),
 }
 
