@@ -33,7 +33,7 @@ def drawn_alike(fun: Callable[P, T]) -> Callable[P, T]:
 def keys(seed: int, count: int) -> jax.Array:
     """Keys of the generator threefry2x32, also if the default generator is another one."""
     # The data of `jax.random.key(seed)`, unless 64 bits or an offset of seeds are set.
-    data = np.array([0, seed % 2**32], np.uint32)
+    data = jnp.asarray(np.array([0, seed % 2**32], np.uint32))
     return jax.random.split(jax.random.wrap_key_data(data, impl="threefry2x32"), count)
 
 
