@@ -57,7 +57,7 @@ def test_a_file_of_peft_computes_what_it_does_there_and_is_written_again(name, t
     if name == "qalora":  # PEFT has it for GPTQ layers alone
         assert len(notes) == 2
         return
-    assert notes == ()
+    assert [note.partition(":")[0] for note in notes] == (["FRoD"] if name == "frod" else [])  # V may be another one
     given, saved = (load_file(tmp_path / folder / FILES[1]) for folder in ("given", "saved"))
     if name == "pvera":  # whose matrices jlora does not draw: it is the LoRA of its mean
         assert {type(update.method) for update in adapter.values()} == {jlora.LoRA}

@@ -19,6 +19,10 @@ from jlora.methods import FRoD
 from jlora.methods._base import Update
 from jlora.methods._common.digits import from_digits, to_digits
 
+OTHER_BASIS = (
+    "FRoD: PEFT computes U from a V that it computes from the base, and not from V in the file. Its outputs are those "
+    "of jlora only if both have the same V, as for an adapter that PEFT has trained: compare them or merge the adapter."
+)
 _ROOT = "base_model."
 _SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
 

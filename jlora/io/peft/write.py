@@ -12,6 +12,7 @@ from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, to_absolute, without_scaled_biases
 from jlora.io.peft.form_methods import fields_of_blocks
 from jlora.io.peft.forms import add_form, has_form, with_indices
+from jlora.io.peft.frod import OTHER_BASIS
 from jlora.io.peft.from_base import checked_against_base
 from jlora.io.peft.full_weights import add_tokens, add_trained, only_tokens, rows_as_full
 from jlora.io.peft.glora import add_glora, with_one_form
@@ -38,6 +39,7 @@ from jlora.methods import (
     IA3,
     OSF,
     DoRA,
+    FRoD,
     Full,
     GLoRA,
     GraLoRA,
@@ -102,6 +104,8 @@ def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) 
     for path, update in adapter.items():
         check_drawn(path, update)
     adapter, notes = as_one_method(adapter, locations, params, target)
+    if any(isinstance(update.method, FRoD) for update in adapter.values()):
+        notes.append(OTHER_BASIS)
     given, adapter = adapter, complete_modules(complete_biases(adapter, locations), locations)
     absolute = {path: to_absolute(path, with_places(with_indices(update)), base) for path, update in adapter.items()}
     entries = module_entries(absolute, locations)
