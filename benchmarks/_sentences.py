@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from benchmarks import _plan_report, _training_tables
 from benchmarks._plan_rows import SMALLEST, slice_name
-from benchmarks._result_tables import exists, result
+from benchmarks._result_tables import result
 
 ROOT = Path(__file__).parents[1]
 _FIGURE = r"[-+]?\d+(?:[.,]\d+)*(?:e-?\d+)?[%M]?"
@@ -240,22 +240,18 @@ SENTENCES = (
     Sentence(_IO, "with its block scales in 8 bits ({} bits a weight)", _nf4_bits),
     Sentence(_IO, "before training the loss is {})", _loss_before),
     Sentence("jlora/_adapter/starts/README.md", "Such an adapter costs [{} more FLOPs]", _offset),
+    Sentence(_README, "{} trained parameters ({} of the encoder); the saved adapter takes {} MB "
+     "on disk, the encoder {} MB. A run took {} to {} s beside other work", _training_tables.reviews_sizes),
+    Sentence("README.md", "{} of the test set correct, {} with a head alone",
+     _training_tables.reviews_means),
+    Sentence("README.md", "fine-tunes a real {}-parameter encoder",
+     _training_tables.reviews_encoder),
+    Sentence(_README, "an ordinary Linen encoder of {} parameters",
+     _training_tables.reviews_encoder),
+    Sentence("examples/README.md", "fine-tunes a {}-parameter encoder",
+     _training_tables.reviews_encoder),
+    Sentence(_README, "The merged model writes {} tokens a second, the base {}.",
+     _training_tables.writing_speed),
+    Sentence(_MANY, "take {} of the FLOPs of the base on as many points", _training_tables.evolution_cost),
+    Sentence(_MANY, "correct points rises from {} to {} in {} generations", _training_tables.evolution),
 )  # fmt: skip
-
-# The same of programs that take long: a page has figures of an earlier run until there is a result file, by its name.
-LATER = (
-    ("finetune_reviews", Sentence(_README, "{} trained parameters ({} of the encoder); the saved adapter takes {} MB "
-     "on disk, the encoder {} MB. A run took {} to {} s beside other work", _training_tables.reviews_sizes)),
-    ("finetune_reviews", Sentence("README.md", "{} of the test set correct, {} with a head alone",
-     _training_tables.reviews_means)),
-    ("finetune_reviews", Sentence("README.md", "fine-tunes a real {}-parameter encoder",
-     _training_tables.reviews_encoder)),
-    ("finetune_reviews", Sentence(_README, "an ordinary Linen encoder of {} parameters",
-     _training_tables.reviews_encoder)),
-    ("finetune_reviews", Sentence("examples/README.md", "fine-tunes a {}-parameter encoder",
-     _training_tables.reviews_encoder)),
-    ("finetune_smollm", Sentence(_README, "The merged model writes {} tokens a second, the base {}.",
-     _training_tables.writing_speed)),
-    ("evolution", Sentence(_MANY, "correct points rises from {} to {} in {} generations", _training_tables.evolution)),
-)  # fmt: skip
-SENTENCES += tuple(sentence for file, sentence in LATER if exists(file))

@@ -96,3 +96,8 @@ def evolution() -> tuple[str, ...]:
     run = result("evolution")
     first, last = (f"{run['accuracies'][k]:.1%}" for k in (0, -1))
     return first, last, str(run["settings"]["generations"])
+
+
+def evolution_cost() -> tuple[str, ...]:
+    """FLOPs of all members, of the base's on as many points."""
+    return (f"{result('evolution')['FLOPs / base']:.3f}",)

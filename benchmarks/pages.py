@@ -141,6 +141,9 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "training step": (PAGE, _result_tables.steps),
     "compiled steps": (PAGE, _result_tables.compiled_steps),
     "quality": (PAGE, _result_tables.quality),
+    "reviews": (PAGE, _training_tables.reviews),
+    "language model": (PAGE, _training_tables.perplexity),
+    "names": (IO_PAGES / "peft" / "README.md", names.table),
     "loading": (PAGE, _result_tables.loading),
     "experts": (PAGE, _result_tables.experts),
     "quantised base": (PAGE, _result_tables.quantised),
@@ -153,10 +156,7 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
 
 # The same of programs that take long: a page has figures of an earlier run until there is a result file, by its name.
 LATER: dict[str, tuple[str, Path, Callable[[], str]]] = {
-    "reviews": ("finetune_reviews", PAGE, _training_tables.reviews),
     "reviews, quantised": ("finetune_reviews_quantised", PAGE, _training_tables.reviews_bases),
-    "language model": ("finetune_smollm", PAGE, _training_tables.perplexity),
-    "names": ("names", IO_PAGES / "peft" / "README.md", names.table),
 }
 TABLES |= {name: (page, make) for name, (file, page, make) in LATER.items() if _result_tables.exists(file)}
 
