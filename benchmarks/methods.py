@@ -1,12 +1,11 @@
 """One training step of every method against LoRA of the same rank: on a transformer, and on a single large kernel.
 
-    python -m benchmarks.methods                  # about fifteen minutes on two cores
+    python -m benchmarks.methods                  # an hour on two cores
     python -m benchmarks.methods --rounds 0       # prints the compiled costs alone
     python -m benchmarks.methods --rounds 0 --methods DoRA "LoRA, offset"
 
 FLOPs and temporary bytes are XLA's own counts. Wall times are from one run in which all steps run in turns; every ratio
-is the median over rounds of the ratios of one round. A method is marked as dense if it materialises a weight.
-`METHODS` has the limits of each.
+is the median over rounds of those of one round. A dense method materialises a weight. `METHODS` has the limits of each.
 """
 
 import argparse
