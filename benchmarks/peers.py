@@ -68,7 +68,7 @@ def parse(peers: Collection[str]) -> tuple[argparse.Namespace, bool]:
     parser = _measure.parser(__doc__, "peers.json")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="default: all")
     parser.add_argument("--peers", nargs="+", choices=peers, help="beside jlora and by hand (default: all)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed (default: 7; three times as many of short steps)")
     parser.add_argument("--resume", action="store_true", help="only the sizes that the result file lacks")
     parser.add_argument("--quick", action="store_true", help="the compiled costs against those of results/costs.json")
     parser.add_argument("--write", action="store_true", help="with --quick: write results/costs.json")

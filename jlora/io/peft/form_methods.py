@@ -68,7 +68,7 @@ def sparsity_for_peft(entries: Mapping[str, ModuleEntry]) -> float:
     """A sparsity of which PEFT has as many entries in every module as these have.
 
     Raises:
-        ValueError: if there is none, because the sparsities differ.
+        ValueError: if the sparsities differ, and no single one gives each module its number of entries.
     """
     counts = [
         (entry.location.count("in") * entry.location.count("out"), entry.factors.arrays["s"].size)
