@@ -118,7 +118,7 @@ def main() -> None:
     """Lists the types of the installed PEFT."""
     peft: Any = importlib.import_module("peft")
     types = [kind.value for kind in peft.PeftType]
-    _measure.save(RESULT, {"peft": peft.__version__, "types": types})
+    _measure.save(RESULT, {"peft": peft.__version__, "types": types, "environment": _measure.environment()})
     print(f"PEFT {peft.__version__}: {len(types)} types")
 
 
