@@ -20,7 +20,7 @@ _INNER_PROGRAMS = ("scan", "while", "jit", "pjit", "closed_call", "core_call", "
 _OF_BASE_ALONE = ("copy", "copy_p", "name", "sharding_constraint", "convert_element_type", "stop_gradient", "transpose")
 _KEEPS_PICKS = {*_INNER_PROGRAMS, *_OF_BASE_ALONE}
 # Equations whose rules know structured networks. All others get these as matrices.
-_KEEPS_STRUCTURE = {*_KEEPS_PICKS, "dot_general"}
+_KEEPS_STRUCTURE = {*_KEEPS_PICKS, "dot_general", "gather", "dynamic_slice"}
 
 # Equations whose rules know maps that sum over indices: they leave them to later equations, apply them to activations,
 # or call `without_maps`. Every other rule gets weights without such maps; what has no rule gets the dense weight.

@@ -176,3 +176,25 @@ def test_added_flops_of_experts_are_those_of_one_expert_for_each_row():
     adapter = jlora.init(jax.random.key(0), jlora.trace(f, params, x, sizes), jlora.LoRA(2))
     (use,) = jlora.explain(f, params, adapter, x, sizes).uses
     assert use.added == 2 * 5 * (8 * 2 + 2 * 16)
+
+
+@pytest.mark.parametrize(
+    ("method", "added", "dense_bytes"),
+    [
+        (jlora.LoRA(2), 2 * 15 * 2 * 16, 0),
+        (jlora.LoHa(2), 2 * 15 * (2 * 2) * 16, 0),
+        (jlora.Full(), 0, 0),
+        (jlora.RandLoRA(2), 2 * 30 * 16 * 16, 30 * 16 * 4),
+        (jlora.SHiRA(2), 0, 30 * 16 * 4),
+    ],
+    ids=str,
+)
+def test_added_flops_and_dense_bytes_of_a_lookup(method: jlora.Method, added: int, dense_bytes: int):
+    params, ids = {"w": jnp.ones((30, 16))}, jnp.zeros((3, 5), int)
+
+    def f(params: Any, ids: jax.Array) -> jax.Array:
+        return params["w"][ids]
+
+    adapter = jlora.init(jax.random.key(0), jlora.trace(f, params, ids), {"w": method})
+    (use,) = jlora.explain(f, params, adapter, ids).uses
+    assert (use.added, use.bytes, use.factored) == (added, dense_bytes, not dense_bytes)

@@ -12,6 +12,7 @@ from jlora._interpreter.rules.registry import register_rule
 from jlora._ir import lazy
 from jlora._ir.algebra import map_index, merge_indices, relabel
 from jlora._ir.materialize import without_maps_along
+from jlora._ir.structured import structured, with_matrices
 from jlora._ir.weight import AdaptedWeight
 
 
@@ -22,8 +23,9 @@ def dynamic_slice(ctx: Context, eqn: Eqn, f: Value, *starts: Value) -> list[Valu
         return None
     sizes = eqn.params["slice_sizes"]
     sliced = [k for k, n in enumerate(f.shape) if sizes[k] != n]
-    without_maps = without_maps_along(f, sliced)
-    factored, f = without_maps is f, merge_indices(without_maps)
+    matrices, f = structured(f), with_matrices(f)
+    changed = without_maps_along(f, sliced)
+    factored, f = changed is f, merge_indices(changed)
     if any(len(f.axes[k]) > 1 for k in sliced):
         return None
     (base,) = lazy.bind(eqn, f.base, *starts)
@@ -31,7 +33,8 @@ def dynamic_slice(ctx: Context, eqn: Eqn, f: Value, *starts: Value) -> list[Valu
     for k in sliced:
         rows = map_index(rows, f.axes[k], functools.partial(_slice_array, start=starts[k], size=sizes[k]), sizes[k])
     indexed = [f.axes[k] for k in sliced if sizes[k] == 1]
-    return [finish_lookup(ctx, eqn, f, relabel(rows, base, f.axes), indexed, [], factored=factored)]
+    rows = relabel(rows, base, f.axes)
+    return [finish_lookup(ctx, eqn, f, rows, indexed, [], matrices=matrices, factored=factored)]
 
 
 def _slice_array(a: jax.Array, axis: int, *, start: jax.Array, size: int) -> jax.Array:

@@ -19,6 +19,7 @@ from jlora._ir import lazy
 from jlora._ir.algebra import merge_indices, relabel
 from jlora._ir.materialize import without_maps, without_maps_along
 from jlora._ir.sizes import is_wide
+from jlora._ir.structured import structured, with_matrices
 from jlora._ir.weight import AdaptedWeight, Index, TensorNetwork, fresh_indices
 from jlora._ops.draws import refuse_latent
 
@@ -28,6 +29,7 @@ def gather(ctx: Context, eqn: Eqn, f: Value, positions: Value) -> list[Value] | 
     """Looks up the rows of every array that has the index of an axis that is looked up."""
     if not isinstance(f, AdaptedWeight) or isinstance(positions, AdaptedWeight):
         return None
+    matrices, f = structured(f), with_matrices(f)
     lookup = _Lookup(f, eqn, positions)
     changed = without_maps(f) if lookup.is_filled_matrix else without_maps_along(f, lookup.cut_axes)
     factored, lookup = changed is f, _Lookup(merge_indices(changed), eqn, positions)
@@ -37,7 +39,7 @@ def gather(ctx: Context, eqn: Eqn, f: Value, positions: Value) -> list[Value] | 
     indexed, batched = ([f.axes[k] for k in axes] for axes in (lookup.indexed_axes, lookup.batching_axes))
     rows = _look_up_weight(lookup)
     in_bounds = (_in_bounds(lookup), lookup.batch_term) if lookup.fills and (f.networks or f.mapped) else None
-    value = finish_lookup(ctx, eqn, f, rows, indexed, batched, in_bounds, factored=factored)
+    value = finish_lookup(ctx, eqn, f, rows, indexed, batched, in_bounds, matrices, factored=factored)
     if isinstance(value, AdaptedWeight) and not lookup.is_single:
         return [mark_gathered(value, f, indexed)]
     return [value]

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ from jlora._ir.algebra import align_axes
 from jlora._ir.explicit_mesh import under_auto_axes
 from jlora._ir.probe import probes
 from jlora._ir.sizes import is_wide
+from jlora._ir.structured import StructuredNetwork
 from jlora._ir.weight import AdaptedWeight, TensorNetwork
-from jlora._ops.contraction import apply_network, name_intermediate
+from jlora._ops.contraction import apply_network, name_intermediate, network_flops
 from jlora._ops.inputs import record_lookup
 from jlora._ops.maps import apply_maps, form_of
 
@@ -31,6 +32,7 @@ def finish_lookup(
     indexed: Sequence[str],
     batched: Sequence[str],
     in_bounds: Bounds | None = None,
+    matrices: Sequence[StructuredNetwork] = (),
     *,
     factored: bool = True,
 ) -> Value:
@@ -44,7 +46,8 @@ def finish_lookup(
         batched: those of the axes that the lookup runs along.
         in_bounds: which rows are within bounds, if the others are filled. The fill value may be NaN, and so may the
             cotangent of such a row: it is masked, so that it does not reach the factors.
-        factored: whether the weight was not materialised before.
+        matrices: the networks whose matrices were computed, as large as the weight.
+        factored: whether no map was computed as a matrix.
     """
     wide_axes = [axis for axis in rows.axes if any(is_wide(rows.index(c).size) and rows.index(c).origins for c in axis)]
     if not indexed or len(wide_axes) > 1:
@@ -52,9 +55,11 @@ def finish_lookup(
     roles: dict[str, Role] = dict.fromkeys(f.labels, "out")
     roles |= dict.fromkeys("".join(indexed), "in")
     roles |= dict.fromkeys("".join(batched), "stack")
-    # A factor may be a scalar: the first one of a Kronecker product of a table with prime sizes.
-    added = 2 * sum(rows.base.size * math.prod(n.factors[0].shape[-1:]) for n in rows.networks if n.factors)
-    ctx.record(eqn, f, roles, factored=factored, added=added, form=form_of((), rows.maps))
+    added = sum(_added_flops(rows, n) for n in rows.networks if n.factors)
+    added += sum(n.structure.matrix_flops for n in matrices if n.structure)
+    factored, form = factored and not matrices, form_of((), rows.maps)
+    why = "" if factored else "the update is computed as a matrix, of which rows are read"
+    ctx.record(eqn, f, roles, factored=factored, added=added, form=form if factored else "dense", why=why)
     mask, mask_term = in_bounds or (None, "")
     return under_auto_axes(functools.partial(_evaluate, mask_term=mask_term), rows.base)(rows, mask)
 
@@ -84,13 +89,23 @@ def _mapped_rows(rows: AdaptedWeight, mask: jax.Array | None, mask_term: str) ->
     return jnp.where(is_within, mapped, split).reshape(value.shape)
 
 
-def _evaluate_network(rows: AdaptedWeight, n: TensorNetwork, dtype: jnp.dtype) -> jax.Array:
-    """The network's rows. The factor that was looked up, which has the rows' new indices, is the activation."""
+def _looked_up(rows: AdaptedWeight, n: TensorNetwork) -> tuple[jax.Array, str, TensorNetwork]:
+    """The factor that was looked up, which has the rows' new indices; its indices; the network of the others."""
     new = {index.name for index in rows.indices if not index.origins}
     first, *others = sorted(zip(n.factors, n.terms, strict=True), key=lambda pair: not new & set(pair[1]))
-    head, term = first
-    rest = TensorNetwork(tuple(a for a, _ in others), tuple(t for _, t in others), n.scale)
-    if not others:
+    return *first, TensorNetwork(tuple(a for a, _ in others), tuple(t for _, t in others), n.scale)
+
+
+def _added_flops(rows: AdaptedWeight, n: TensorNetwork) -> Any:
+    """The FLOPs of the network's rows in products."""
+    _, term, rest = _looked_up(rows, n)
+    return network_flops(term, rest, rows.labels, rows.sizes)
+
+
+def _evaluate_network(rows: AdaptedWeight, n: TensorNetwork, dtype: jnp.dtype) -> jax.Array:
+    """The network's rows. The factor that was looked up is the activation."""
+    head, term, rest = _looked_up(rows, n)
+    if not rest.factors:
         head = head * jnp.asarray(n.scale, head.dtype)
     y = apply_network(name_intermediate(head.astype(dtype)), term, rest, rows.labels, dtype=dtype)
     return jnp.broadcast_to(y, [rows.size(c) for c in rows.labels])
