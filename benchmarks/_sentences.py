@@ -183,6 +183,11 @@ def _less_memory() -> tuple[str, ...]:
     return (f"{1 - max(methods[name]['temp_bytes'] for name in ('LoRA-FA', 'MiSS')):.0%}",)
 
 
+def _gains_of_sites() -> tuple[str, ...]:
+    sites = result("methods")["site"]["methods"]
+    return (f"{max(row['activations'] for name, row in sites.items() if name.startswith('GLoRA')):.1f}",)
+
+
 def _frozen_encoder() -> tuple[str, ...]:
     runs = result("quality")["methods"]["frozen encoder"].values()
     return (f"{statistics.mean(run['accuracy'] for run in runs):.1%}",)
@@ -250,6 +255,8 @@ SENTENCES = (
      _training_tables.reviews_encoder),
     Sentence("examples/README.md", "fine-tunes a {}-parameter encoder",
      _training_tables.reviews_encoder),
+    Sentence(_README, "GLoRA misses it with {}", _gains_of_sites),
+    Sentence(_README, "It trains LoRA (rank 8, {} of the weights)", _training_tables.writing_parameters),
     Sentence(_README, "The merged model writes {} tokens a second, the base {}.",
      _training_tables.writing_speed),
     Sentence(_MANY, "take {} of the FLOPs of the base on as many points", _training_tables.evolution_cost),

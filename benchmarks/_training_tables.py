@@ -85,6 +85,12 @@ def perplexity() -> str:
     return _measure.table(["", "before", "after"], body)
 
 
+def writing_parameters() -> tuple[str, ...]:
+    """The trained share of the language model's numbers."""
+    numbers = _smollm()["parameters"]
+    return (f"{numbers['LoRA'] / numbers['base']:.1%}",)
+
+
 def writing_speed() -> tuple[str, ...]:
     """Tokens a second of the merged model and of the base."""
     speed = _smollm()["tokens_per_second"]
