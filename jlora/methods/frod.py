@@ -16,7 +16,7 @@ from jlora.methods._base import Method, Update
 from jlora.methods._common import random_matrices
 from jlora.methods._common.digits import traced_digits
 from jlora.methods._common.factor_axes import WeightAxes
-from jlora.methods._common.hyperparameters import choice, fraction, nonzero, text
+from jlora.methods._common.hyperparameters import choice, fraction, integer, nonzero, text
 from jlora.methods._common.linalg import inverse
 from jlora.methods._common.matrices import as_matrix, in_out, too_large_to_number
 from jlora.methods._common.networks import add_matrix
@@ -52,9 +52,11 @@ class FRoD(Method):
             "none".
         group: a name: weights whose methods differ in it do not share.
         dropout: the dropout rate of the update's input, in [0, 1).
+        peft_modules: how many modules of torch share V in the file that `jlora.peft.load` has read; 0 if jlora has
+            computed V. PEFT computes V again when it loads a file, so `jlora.peft.save` writes no V of jlora's.
 
     Raises:
-        ValueError: from `jlora.init`, if weights of different in sizes would share V.
+        ValueError: from `jlora.init`, if weights of different in sizes would share V, or if `peft_modules` is set.
 
     Example:
         kinds = ("query", "key", "value")
@@ -69,6 +71,7 @@ class FRoD(Method):
     shared: str = choice("layers", "weights", "none")
     group: str = text("")
     dropout: float = fraction(0.0)
+    peft_modules: int = integer(0)
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -106,6 +109,11 @@ class FRoD(Method):
 
     def init(self, key: jax.Array, site: Site, dtype: DTypeLike, base: jax.Array | None) -> dict[str, jax.Array]:
         assert base is not None
+        if self.peft_modules:
+            raise ValueError(
+                f"{site.path}: {self} is the method of an update that jlora.peft.load has read. Use peft_modules=0 "
+                "for a new one."
+            )
         weight, axes = as_matrix(base, site.roles), WeightAxes.of(site)
         shapes, n_in = self.shapes(axes), weight.shape[-2]
         places = random_places(key, n_in, shapes["place"][-2])

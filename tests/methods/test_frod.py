@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora.methods.frod import joint_basis
@@ -92,28 +94,67 @@ def test_the_basis_is_that_of_peft():
     np.testing.assert_allclose(jnp.abs(v), RECORDED, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "targets",
-    [LAYERS, pytest.param({"up": TOGETHER, "side|narrow": LAYERS}, marks=pytest.mark.nightly)],
-    ids=["layers", "weights"],
-)
-def test_files_of_peft_keep_what_a_new_adapter_computes(targets, tmp_path):
-    """Also of a narrow weight, of whose basis PEFT's U has rows that are rounding errors."""
-    names = {"up": "h.{i}.up", "side": "side", "narrow": "narrow"}
-    adapter = new(targets)
-    (note,) = jlora.peft.save(tmp_path / "a", adapter, names, params=PARAMS)
-    assert "U from a V that it computes from the base" in note
-    loaded = jlora.peft.load(tmp_path / "a", SITES, names, params=PARAMS)
-    assert loaded["up"].method == jlora.FRoD(0.2)
-    for path, weight in jlora.merge(PARAMS, adapter).items():
-        np.testing.assert_allclose(jlora.merge(PARAMS, loaded)[path], weight, atol=2e-4)
-    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    assert sum("frod_V" in name for name in tensors) == 3
+@pytest.mark.parametrize("shared", ["layers", "none", "weights"])
+def test_peft_does_not_compute_a_basis_of_jlora(shared, tmp_path):
+    """Neither of a new adapter nor of one that was saved: PEFT takes U from a basis of its own."""
+    adapter = new({"up": jlora.FRoD(0.2, shared=shared)})
+    jlora.save(tmp_path / "kept", adapter)
+    for one in (adapter, jlora.load(tmp_path / "kept")):
+        with pytest.raises(ValueError, match=r"up: jlora has computed the basis V .* jlora.save, or merge it"):
+            jlora.peft.save(tmp_path / "a", one, {"up": "h.{i}.up"}, params=PARAMS)
+    with pytest.raises(ValueError, match=r"up: .*peft_modules=3.* has read"):
+        new({"up": jlora.FRoD(0.2, shared=shared, peft_modules=3)})
+
+
+def of_peft(folder: Path) -> dict[str, np.ndarray]:
+    """Writes a file as PEFT does, h.0.up to h.2.up with one V, and side with another; returns the merged weights."""
+    tensors, merged, rng = {}, {}, np.random.default_rng(3)
+    for kind, names in (("up", [f"h.{i}.up" for i in range(3)]), ("side", ["side"])):
+        v, (rows, columns) = rng.normal(size=(6, 6)).astype(np.float32), np.array([[0, 1, 4], [3, 5, 2]])
+        places = {"s_indices": np.stack([rows, columns]), "s_size": np.array([6, 6])}
+        tensors |= {f"base_model.frod_{array}.{kind}": value for array, value in {"V": v, **places}.items()}
+        for k, name in enumerate(names):
+            weight = np.asarray(PARAMS[kind][k] if kind == "up" else PARAMS[kind], np.float64).T  # (out, in)
+            u = np.linalg.solve(v, weight.T).T
+            u /= np.linalg.norm(u, axis=0)
+            trained, s = rng.normal(size=6).astype(np.float32), rng.normal(size=3).astype(np.float32)
+            middle = np.diag(trained.astype(float))
+            middle[rows, columns] = s
+            merged[name] = (u @ middle @ v.T).T
+            tensors |= {f"base_model.model.{name}.frod_lambda_{array}": t for array, t in (("l", trained), ("s_values", s))}
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    fields = {"peft_type": "FROD", "target_modules": ["up", "side"], "sparse_rate": 0.1, "save_projection": True}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return merged
+
+
+def test_a_basis_of_peft_is_written_again(tmp_path):
+    """After a checkpoint too, and with all modules that share it alone, since PEFT computes it from all of these."""
+    merged = of_peft(tmp_path / "peft")
+    names = {"up": "h.{i}.up", "side": "side"}
+    adapter = jlora.peft.load(tmp_path / "peft", SITES, names, params=PARAMS)
+    assert adapter["up"].method == jlora.FRoD(0.1, peft_modules=3)
+    result = jlora.merge(PARAMS, adapter)
+    for k in range(3):
+        np.testing.assert_allclose(result["up"][k], merged[f"h.{k}.up"], atol=1e-4)
+    np.testing.assert_allclose(result["side"], merged["side"], atol=1e-4)
+    jlora.save(tmp_path / "kept", adapter)
+    (note,) = jlora.peft.save(tmp_path / "again", jlora.load(tmp_path / "kept"), names, params=PARAMS)
+    assert "PEFT computes V from the base again" in note
+    given, written = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("peft", "again"))
+    assert given.keys() == written.keys()
+    for name, tensor in given.items():
+        np.testing.assert_array_equal(written[name], tensor, err_msg=name)
     with pytest.raises(ValueError, match="singular vectors"):
         jlora.peft.save(tmp_path / "b", adapter, names, params=jax.tree.map(lambda w: w + 0.1, PARAMS))
-
-
-def test_a_category_of_peft_has_one_basis(tmp_path):
-    adapter = new({"up": ALONE})
-    with pytest.raises(ValueError, match=r'another V.* one for all modules of its category, up.*shared="weights"'):
-        jlora.peft.save(tmp_path / "a", adapter, {"up": "h.{i}.up"}, params=PARAMS)
+    apart = {"up": [PARAMS["up"][k] for k in range(3)]}
+    sites = jlora.trace(lambda p, x: [x @ w for w in p["up"]], apart, X)
+    tensors = {name: tensor for name, tensor in given.items() if "side" not in name}
+    save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors")
+    names = {"up/{i}": "h.{i}.up"}
+    adapter = jlora.peft.load(tmp_path / "peft", sites, names, params=apart)
+    assert not jlora.peft.save(tmp_path / "c", adapter, names, params=apart)[1:]
+    del adapter["up/1"]
+    with pytest.raises(ValueError, match=r"up/0 \(h.0.up\) is one of 3 modules .* adapter has 2.*Save all weights"):
+        jlora.peft.save(tmp_path / "d", adapter, names, params=apart)

@@ -6,6 +6,7 @@ The file has l and the entries of every module, and V and the places once for ea
 the base.
 """
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 
@@ -20,8 +21,8 @@ from jlora.methods._base import Update
 from jlora.methods._common.digits import from_digits, to_digits
 
 OTHER_BASIS = (
-    "FRoD: PEFT computes U from a V that it computes from the base, and not from V in the file. Its outputs are those "
-    "of jlora only if both have the same V, as for an adapter that PEFT has trained: compare them or merge the adapter."
+    "FRoD: PEFT computes V from the base again when it loads the file, and U from that V. Its update is the same on a "
+    "machine whose linear algebra gives the V of the file, such as the one that has trained the adapter."
 )
 _ROOT = "base_model."
 _SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
@@ -59,27 +60,29 @@ def read_frod(config: Config, tensors: Tensors) -> Tensors:
     return tensors
 
 
-def apart(update: Update) -> Update:
-    """The same update with V and the places for every layer of a stack, as PEFT's modules have them.
+def with_modules(method: FRoD, name: str, tensors: Mapping[str, np.ndarray]) -> FRoD:
+    """The method with the number of modules that share V with a module.
 
-    Rows of U that are zero have no entries and no singular values, because PEFT's are rounding errors, not zero.
+    Arguments:
+        method: the method.
+        name: of the module.
+        tensors: all of the file, after `read_frod`.
     """
+    modules = [key.removeprefix(PREFIX).removesuffix(".frod_V") for key in tensors if key.endswith(".frod_V")]
+    return dataclasses.replace(method, peft_modules=sum(category(other) == category(name) for other in modules))
+
+
+def apart(update: Update) -> Update:
+    """The same update with V and the places for every layer of a stack, as PEFT's modules have them."""
     assert isinstance(update.method, FRoD)
     method = dataclasses.replace(update.method, shared="none")
-    shapes, frozen = method.shapes(update.axes), {n: np.asarray(a) for n, a in update.frozen.items()}
+    shapes, frozen = method.shapes(update.axes), dict(update.frozen)
     stack = len(update.axes.sizes("*stack"))
     for name in ("v", "place"):
-        layer = frozen[name].reshape(
-            shapes[name] if frozen[name].size == np.prod(shapes[name]) else shapes[name][stack:]
-        )
-        frozen[name] = np.broadcast_to(layer, shapes[name])
-    is_row = (frozen["u"].reshape(*frozen["l0"].shape, -1) != 0).any(-1)
-    columns = np.asarray(from_digits(frozen["place"])) // is_row.shape[-1]
-    factors = {
-        "l": np.where(is_row, update.factors["l"], frozen["l0"]),
-        "s": np.where(np.take_along_axis(is_row, columns, -1), update.factors["s"], 0),
-    }
-    return dataclasses.replace(update, method=method, factors=factors, frozen=frozen)
+        layer = np.asarray(frozen[name])
+        is_shared = layer.size != np.prod(shapes[name])
+        frozen[name] = np.broadcast_to(layer.reshape(shapes[name][stack * is_shared :]), shapes[name])
+    return dataclasses.replace(update, method=method, frozen=frozen)
 
 
 def together(update: Update) -> Update:
@@ -117,19 +120,23 @@ def add_frod(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
     """Moves V and the places from the modules to their categories, and gives the configuration.
 
     Raises:
-        ValueError: if those of a category differ.
+        ValueError: if those of a category differ, or if modules are missing that PEFT's V depends on.
     """
-    for name in entries:
+    sizes = collections.Counter(category(name) for name in entries)
+    for name, (location, factors) in entries.items():
         kind = category(name)
         v, digits = (tensors.pop(f"{PREFIX}{name}.{array}") for array in _SHARED[:2])
         place = np.asarray(from_digits(digits)).astype(np.int64)
         arrays = (v, np.stack([place // len(v), place % len(v)]), np.array([len(v)] * 2, np.int64))
         new = {f"{_ROOT}{array}.{kind}": value for array, value in zip(_SHARED, arrays, strict=True)}
-        if any(key in tensors and not np.array_equal(tensors[key], value) for key, value in new.items()):
+        assert isinstance(factors.method, FRoD)
+        is_another = any(key in tensors and not np.array_equal(tensors[key], value) for key, value in new.items())
+        if is_another or factors.method.peft_modules != sizes[kind]:
             raise ValueError(
-                f"{name} has another V, or other places, than the modules before it, and PEFT has one for all modules "
-                f'of its category, {kind}. Adapt them with jlora.FRoD(shared="weights", group={kind!r}), or merge the '
-                "adapter."
+                f"{location.path} ({name}) is one of {factors.method.peft_modules} modules of the category {kind} that "
+                f"share V in the file that it was read from, and the adapter has {sizes[kind]}"
+                f"{', with another V' if is_another else ''}: PEFT would compute another V from these. Save all weights "
+                "of that file together, or merge the adapter."
             )
         tensors |= new
     return {

@@ -12,6 +12,7 @@ from jlora.io.peft.deltas import BaseParams
 from jlora.io.peft.experts import layout_of_experts
 from jlora.io.peft.form_methods import with_entries_of_peft
 from jlora.io.peft.forms import shared_name
+from jlora.io.peft.frod import with_modules
 from jlora.io.peft.from_base import PURPOSE, arrays_from_base
 from jlora.io.peft.full_weights import base_matrix
 from jlora.io.peft.layouts import layout_of
@@ -27,7 +28,7 @@ from jlora.io.peft.tensors import Sizes, Tensors, from_file, sizes_of
 from jlora.io.peft.vera import read_vera
 from jlora.io.torch.factor_layout import ModuleFactors, flat_axes, own_sizes
 from jlora.io.torch.weight_location import Owners, WeightLocation
-from jlora.methods import OSF, DeLoRA, FourierFT, LoKr, PVeRA, QALoRA, RandLoRA, SHiRA, SuperTuning, VeRA, WaveFT
+from jlora.methods import OSF, DeLoRA, FourierFT, FRoD, LoKr, PVeRA, QALoRA, RandLoRA, SHiRA, SuperTuning, VeRA, WaveFT
 from jlora.methods._base import Method
 
 _LAYERS = ("linear", "conv1d")
@@ -104,6 +105,8 @@ class ModuleReader:
         method = method_of(self.config, parameter_of(self.config, name))
         if isinstance(method, RandLoRA):
             method = with_matrices(method, self.tensors)
+        if isinstance(method, FRoD):
+            method = with_modules(method, name, self.tensors)
         if isinstance(method, SuperTuning) and location.is_matrix:
             method = with_entries_of_peft(method, location.count("in") * location.count("out"))
         if isinstance(method, LoKr) and location.is_matrix:

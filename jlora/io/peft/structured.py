@@ -11,7 +11,7 @@ from jlora.io.peft.method_fields import is_flipped
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
 from jlora.io.peft.targets import by_pattern, exact_endings, exact_patterns
 from jlora.io.peft.tensors import Tensors
-from jlora.methods import C3A, FourierFT, RandLoRA, SHiRA, WaveFT
+from jlora.methods import C3A, FourierFT, FRoD, RandLoRA, SHiRA, WaveFT
 from jlora.methods._base import Method, Update
 from jlora.methods._common.digits import from_digits, to_digits
 
@@ -104,17 +104,23 @@ def check_count(config: Config, name: str, count: int) -> None:
 
 
 def check_drawn(path: str, update: Update) -> None:
-    """Raises if PEFT has other random places or matrices than an update.
+    """Raises if PEFT has other random places or matrices, or another basis, than an update.
 
     Arguments:
         path: of the weight.
         update: of the weight.
 
     Raises:
-        ValueError: if the places are one in each stretch of the weight, or a RandLoRA has not PEFT's form; the message
-            says what to do.
+        ValueError: if the places are one in each stretch of the weight, a RandLoRA has not PEFT's form, or the basis of
+            a FRoD is not from a file of PEFT; the message says what to do.
     """
     method = update.method
+    if isinstance(method, FRoD) and not method.peft_modules:
+        raise ValueError(
+            f"{path}: jlora has computed the basis V of this FRoD. PEFT computes one of its own from the base, of which "
+            "rounding errors decide the signs and more, and U from that, so that it would compute another update from "
+            "the file. Keep the adapter by jlora.save, or merge it. A FRoD that jlora.peft.load has read can be written."
+        )
     if isinstance(method, RandLoRA) and method.matrices is None:
         raise ValueError(
             f"{path}: PEFT's RandLoRA has one small random matrix for all terms, and jlora's one for each. Merge the "
