@@ -186,6 +186,25 @@ def _scale(entry: ModuleEntry) -> float:
     return entry.factors.scale * own
 
 
+def _matrices_of_peft(method: RandLoRA, entries: Mapping[str, ModuleEntry]) -> tuple[np.ndarray, np.ndarray]:
+    """The random matrices in the sizes that PEFT derives from the modules, cut off or filled up with zeros.
+
+    PEFT takes the largest in size and the largest out size of all modules, and each module uses leading parts of the
+    matrices that are not larger than these sizes.
+    """
+    arrays = next(iter(entries.values())).factors.arrays
+    locations = [entry.location for entry in entries.values()]
+    smaller, larger = sorted((max(at.count("in") for at in locations), max(at.count("out") for at in locations)))
+    shapes = (method.rank, smaller), (larger, -(-smaller // method.rank), method.rank)
+    small, large = (_resized(arrays[name], shape) for name, shape in zip(("small", "large"), shapes, strict=True))
+    return small[:, None], large
+
+
+def _resized(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    part = array[tuple(map(slice, shape))]
+    return np.pad(part, [(0, size - have) for size, have in zip(shape, part.shape, strict=True)])
+
+
 def _fields(method: Method, entries: Mapping[str, ModuleEntry], tensors: Tensors) -> dict[str, Any]:
     ranks = {name: entry.factors.size("rank") for name, entry in entries.items()}
     rank = next(iter(ranks.values()))
@@ -204,8 +223,7 @@ def _fields(method: Method, entries: Mapping[str, ModuleEntry], tensors: Tensors
             shared = {"r": shared_field(entries, "rank"), "miss_dropout": shared_field(entries, "dropout")}
             return shared | {"bias": "none", "mini_r": 1}
     assert isinstance(method, RandLoRA)
-    arrays = next(iter(entries.values())).factors.arrays
-    for matrix, array in zip(MATRICES, (arrays["small"][:, None], arrays["large"]), strict=True):
+    for matrix, array in zip(MATRICES, _matrices_of_peft(method, entries), strict=True):
         modules = [f"{PREFIX}{name}{matrix.removeprefix('base_model')}" for name in entries]
         tensors |= dict.fromkeys((matrix, *modules), array)  # PEFT expects a copy in every module
     return {
