@@ -121,7 +121,8 @@ def of_peft(folder: Path) -> dict[str, np.ndarray]:
             middle = np.diag(trained.astype(float))
             middle[rows, columns] = s
             merged[name] = (u @ middle @ v.T).T
-            tensors |= {f"base_model.model.{name}.frod_lambda_{array}": t for array, t in (("l", trained), ("s_values", s))}
+            stem = f"base_model.model.{name}.frod_lambda_"
+            tensors |= {f"{stem}l": trained, f"{stem}s_values": s}
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     fields = {"peft_type": "FROD", "target_modules": ["up", "side"], "sparse_rate": 0.1, "save_projection": True}

@@ -135,8 +135,8 @@ def add_frod(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
             raise ValueError(
                 f"{location.path} ({name}) is one of {factors.method.peft_modules} modules of the category {kind} that "
                 f"share V in the file that it was read from, and the adapter has {sizes[kind]}"
-                f"{', with another V' if is_another else ''}: PEFT would compute another V from these. Save all weights "
-                "of that file together, or merge the adapter."
+                f"{', with another V' if is_another else ''}: PEFT would compute another V from these. Save all "
+                "weights of that file together, or merge the adapter."
             )
         tensors |= new
     return {

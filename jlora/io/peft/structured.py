@@ -117,9 +117,9 @@ def check_drawn(path: str, update: Update) -> None:
     method = update.method
     if isinstance(method, FRoD) and not method.peft_modules:
         raise ValueError(
-            f"{path}: jlora has computed the basis V of this FRoD. PEFT computes one of its own from the base, of which "
-            "rounding errors decide the signs and more, and U from that, so that it would compute another update from "
-            "the file. Keep the adapter by jlora.save, or merge it. A FRoD that jlora.peft.load has read can be written."
+            f"{path}: jlora has computed the basis V of this FRoD. PEFT computes its own from the base, the signs and "
+            "order of which rounding errors decide, and U from that: its update would be another one. Keep the adapter "
+            "by jlora.save, or merge it. PEFT can read a FRoD that jlora.peft.load has read from a file of PEFT."
         )
     if isinstance(method, RandLoRA) and method.matrices is None:
         raise ValueError(
