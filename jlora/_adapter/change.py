@@ -13,7 +13,7 @@ import numpy as np
 from jlora._adapter.svd import Index, Layer, Pair, concatenated
 from jlora._adapter.thin_factors import by_factors, contract
 from jlora._interpreter.context import matrix_side
-from jlora._ir.materialize import without_maps
+from jlora._ir.materialize import widest_dtype, without_maps
 from jlora._ir.structured import with_matrices
 from jlora._ir.weight import AdaptedWeight
 from jlora._tree.leaves import layer_of
@@ -38,6 +38,11 @@ def is_plain(update: Update) -> bool:
     """Whether an update is nothing but a LoRA: without an offset, of all its ranks, and of all layers."""
     is_masked = update.initial or update.rank_mask is not None or update.layers is not None
     return isinstance(update.method, LoRA) and not is_masked
+
+
+def wide_dtype(*updates: Update) -> np.dtype:
+    """The widest floating-point dtype of the updates' factors, at least float32: that of what is computed of them."""
+    return widest_dtype([(update.factors, update.frozen, update.initial) for update in updates])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Change:
 
     @functools.cached_property
     def pair(self) -> tuple[Pair, float] | None:
-        """A `(*stack, in, rank)`, B `(*stack, rank, out)` and their scale, in float32.
+        """A `(*stack, in, rank)`, B `(*stack, rank, out)` and their scale, in float32 or wider.
 
         The ranks of all networks are summed. None if there are no such factors, or if the sum is above the rank that a
         matrix of this size can have; the pair of a LoRA is its own, whatever its rank.
@@ -102,8 +107,9 @@ class Change:
         return value.reshape(math.prod(matrix_sizes(self.update, "in")), -1)
 
     def array(self) -> np.ndarray:
-        """The change in the shape of the weight, in float32."""
-        return self._value(self.weight.labels, {}, np.float32).reshape(self.update.shape)
+        """The change in the shape of the weight, in float32 or wider."""
+        dtype = wide_dtype(self.update).type
+        return self._value(self.weight.labels, {}, dtype).reshape(self.update.shape)
 
     def _value(self, out: str, position: Mapping[str, int], dtype: Any) -> np.ndarray:
         """The change with the axes `out`, at a position along the other axes."""
@@ -164,5 +170,5 @@ def change_of(path: str, update: Update, leaf: Any) -> Change:
 @jax.jit
 def _lower(update: Update, leaf: Any) -> AdaptedWeight:
     """The networks and the multipliers of an update, without the base."""
-    leaf = jnp.zeros(update.shape) if leaf is None else leaf
+    leaf = jnp.zeros(update.shape, wide_dtype(update)) if leaf is None else leaf
     return dataclasses.replace(without_maps(with_matrices(lower_updates([{"": update}], leaf, ""))), base=None)

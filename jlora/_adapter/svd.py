@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 Pair = tuple[np.ndarray, np.ndarray]
 Layer = np.ndarray | Pair  # a matrix (in, out), or two thin ones whose product it is
@@ -70,7 +71,9 @@ def relative_errors(values: np.ndarray) -> np.ndarray:
     return np.append(np.sqrt(tails / energy).max(0)[1:], 0.0)
 
 
-def truncated_svd(stack: Sequence[int], layer: Callable[[Index], Layer], cut: Cut) -> tuple[Pair, float]:
+def truncated_svd(
+    stack: Sequence[int], layer: Callable[[Index], Layer], cut: Cut, dtype: DTypeLike
+) -> tuple[Pair, float]:
     """The nearest product of two thin matrices to each matrix of a stack, with one rank for all.
 
         M ~ A B,    A = U sqrt(S): (*stack, in, rank),    B = sqrt(S) V^T: (*stack, rank, out)
@@ -82,9 +85,10 @@ def truncated_svd(stack: Sequence[int], layer: Callable[[Index], Layer], cut: Cu
         stack: the sizes of the stack axes; empty for a single matrix.
         layer: the matrix at an index of the stack, or a pair whose product it is, which costs only its rank.
         cut: the number of singular values to keep.
+        dtype: of A and B.
 
     Returns:
-        A and B in float32, and the relative error of the worst layer in the Frobenius norm.
+        A and B, and the relative error of the worst layer in the Frobenius norm.
 
     Raises:
         ValueError: if a matrix has entries that are not finite.
@@ -93,9 +97,9 @@ def truncated_svd(stack: Sequence[int], layer: Callable[[Index], Layer], cut: Cu
     depends_on_values = cut.energy is not None or cut.rank is None
     if len(indices) > 1 and depends_on_values:
         rank = _rank_of_all(layer, indices, cut)
-        parts = [_leading(layer(index), lambda _: rank) for index in indices]
+        parts = [_leading(layer(index), lambda _: rank, dtype) for index in indices]
     else:
-        parts = [_leading(layer(index), cut.rank_for) for index in indices]
+        parts = [_leading(layer(index), cut.rank_for, dtype) for index in indices]
     values = np.stack([s for _, s, _ in parts])
     a, b = (np.stack([part[k] for part in parts]) for k in (0, 2))
     pair = a.reshape(*stack, *a.shape[1:]), b.reshape(*stack, *b.shape[1:])
@@ -128,12 +132,14 @@ def _rank_of_all(layer: Callable[[Index], Layer], indices: Sequence[Index], cut:
     return cut.rank_for(np.stack([np.linalg.svd(core, compute_uv=False) for core in cores]))
 
 
-def _leading(layer: Layer, rank_of: Callable[[np.ndarray], int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A and B of one layer in float32, with all of its singular values between them."""
+def _leading(
+    layer: Layer, rank_of: Callable[[np.ndarray], int], dtype: DTypeLike
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A and B of one layer, with all of its singular values between them."""
     left, core, right = _core(layer)
     a, s, b = _leading_of_matrix(core, rank_of)
     a, b = a if left is None else left @ a, b if right is None else b @ right
-    return a.astype(np.float32), s, b.astype(np.float32)
+    return a.astype(dtype), s, b.astype(dtype)
 
 
 def _leading_of_matrix(

@@ -13,7 +13,7 @@ Terms = list[tuple[np.ndarray, str]]  # factors, each with the indices of its ax
 
 
 def by_factors(w: AdaptedWeight, network: TensorNetwork, labels: Mapping[str, str]) -> Pair:
-    """A network as two matrices, `(*stack, in, rank)` and `(*stack, rank, out)`, of the lowest rank.
+    """A network as two matrices, `(*stack, in, rank)` and `(*stack, rank, out)`, of the lowest rank, at least float32.
 
     Each factor becomes a part of A or of B. A factor with in and out indices can be on either side: all choices are
     compared.
@@ -24,7 +24,8 @@ def by_factors(w: AdaptedWeight, network: TensorNetwork, labels: Mapping[str, st
         labels: the indices of every group of axes.
     """
     inner, outer = set(labels["*in"]), set(labels["*out"])
-    terms = [(np.asarray(a, np.float32), term) for a, term in zip(network.factors, network.terms, strict=True)]
+    dtype = np.result_type(np.float32, *(a.dtype for a in network.factors))
+    terms = [(np.asarray(a, dtype), term) for a, term in zip(network.factors, network.terms, strict=True)]
     mixed = [k for k, (_, term) in enumerate(terms) if inner & set(term) and outer & set(term)]
     choices = (dict(zip(mixed, sides, strict=True)) for sides in itertools.product(("in", "out"), repeat=len(mixed)))
     divisions = [_divide(w, terms, labels, choice) for choice in choices]
@@ -50,7 +51,8 @@ def _replace_indices(w: AdaptedWeight, terms: Terms, others: Terms, indices: str
     replaced = "".join(index for index in indices if any(index in term for _, term in terms))
     used = [w.used(), *(term for _, term in (*terms, *others))]
     ranks = dict(zip(replaced, fresh_indices(used, len(replaced)), strict=True))
-    identities = [(np.eye(w.size(index), dtype=np.float32), rank + index) for index, rank in ranks.items()]
+    dtype = (terms or others)[0][0].dtype
+    identities = [(np.eye(w.size(index), dtype=dtype), rank + index) for index, rank in ranks.items()]
     return [(a, term.translate(str.maketrans(ranks))) for a, term in terms], [*others, *identities]
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
-from jlora._adapter.change import change_of, is_matrix, is_plain, matrix_sizes
+from jlora._adapter.change import change_of, is_matrix, is_plain, matrix_sizes, wide_dtype
 from jlora._adapter.svd import Cut, Index, Layer, Pair, is_thin, truncated_svd
 from jlora._tree.paths import named_leaves
 from jlora.methods._base import Adapter, Update
@@ -45,8 +46,8 @@ def to_lora(
             to the norm of the change.
 
     Returns:
-        the new adapter, and for every path the relative error, of a stack that of its worst layer: 0 if the factors
-        were reused.
+        the new adapter, in float32 or in a wider dtype of the old one, and for every path the relative error, of a
+        stack that of its worst layer: 0 if the factors were reused.
 
     Raises:
         TypeError: if `adapter` is not an adapter.
@@ -89,7 +90,7 @@ def lora_of_update(path: str, update: Update, leaf: Any, cut: Cut) -> tuple[Upda
         if is_thin(rank, pair[0].shape[-2], pair[1].shape[-1]) and not cut.may_lower(rank):
             return lora_update(pair, scale, update, update.method.dropout), 0.0
     subject = f"the update of {type(update.method).__name__}"
-    pair, error = decompose(path, update, change.layer, cut, subject)
+    pair, error = decompose(path, update, change.layer, cut, wide_dtype(update), subject)
     return lora_update(pair, 1.0, update, update.method.dropout), error
 
 
@@ -98,6 +99,7 @@ def decompose(
     weight: HasAxes,
     layer: Callable[[Index], Layer],
     cut: Cut,
+    dtype: DTypeLike,
     subject: str,
     advice: str = "Merge it, or pass a rank or an energy and accept the error.",
 ) -> tuple[Pair, float]:
@@ -108,6 +110,7 @@ def decompose(
         weight: its shape and roles.
         layer: the change of one layer.
         cut: how many ranks are kept. If it has neither a rank nor an energy, the result is smaller than the weight.
+        dtype: of the result.
         subject: what changes the weight, for the error message.
         advice: what to do if no LoRA is smaller than the weight.
 
@@ -116,7 +119,7 @@ def decompose(
     """
     n_in, n_out = (math.prod(matrix_sizes(weight, side)) for side in ("in", "out"))
     try:
-        pair, error = truncated_svd(matrix_sizes(weight, "stack"), layer, cut)
+        pair, error = truncated_svd(matrix_sizes(weight, "stack"), layer, cut, dtype)
     except ValueError as reason:
         raise ValueError(f"{path}: {subject} cannot be decomposed, because {reason}.") from reason
     rank = pair[0].shape[-1]

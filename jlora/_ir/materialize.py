@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,12 @@ def fold(f: AdaptedWeight, networks: Sequence[TensorNetwork]) -> AdaptedWeight:
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """Float32, or the dtype itself if it is wider. Not `jnp.promote_types`, which strict promotion forbids."""
     return jnp.dtype(dtype) if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+
+
+def widest_dtype(tree: Any) -> jnp.dtype:
+    """Float32, or the widest dtype of the floating-point arrays of a tree if that is wider."""
+    dtypes = [a.dtype for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)]
+    return max(map(accumulation_dtype, dtypes), key=lambda dtype: dtype.itemsize, default=jnp.dtype(jnp.float32))
 
 
 def delta(f: AdaptedWeight, dtype: jnp.dtype) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._adapter.change import Change, change_of, is_matrix
+from jlora._adapter.change import Change, change_of, is_matrix, wide_dtype
 from jlora._adapter.svd import Cut, Index, Layer, Pair, concatenated
 from jlora._adapter.to_lora import decompose, lora_update
 from jlora._tree.paths import named_leaves, path_number
@@ -67,9 +67,9 @@ def combine(
             (its number in a list) alone.
 
     Returns:
-        the adapter, of LoRA and `Full`, and for every path the relative error of the decomposition in the Frobenius
-        norm, of a stack that of its worst layer. It is 0 with "concat", unless an update had to be converted to a LoRA
-        by an SVD: then it is the error of that.
+        the adapter, of LoRA and `Full` in float32, or in a wider dtype of the members, and for every path the relative
+        error of the decomposition in the Frobenius norm, of a stack that of its worst layer. It is 0 with "concat",
+        unless an update had to be converted to a LoRA by an SVD: then it is the error of that.
 
     Raises:
         TypeError: if `adapters` is not a list or a dict of adapters, or a bank.
@@ -119,6 +119,7 @@ class _Sum:
     ) -> None:
         self.path, self.members, self.rule, self.density, self.key = path, members, rule, density, key
         self.like = members[0].adapter[path]
+        self.dtype = wide_dtype(*(member.adapter[path] for member in members))
         self.changes = [change_of(path, _or_nothing(m.adapter[path], m.weight), leaf) for m in members]
 
     def concatenated(self) -> tuple[Update, float]:
@@ -141,7 +142,7 @@ class _Sum:
             if not pair[0].shape[-1]:
                 return lora_update(pair, scale, self.like, self._dropout()), 0.0
             layer = functools.partial(_thin_layer, pair, scale)
-        pair, error = decompose(self.path, self.like, layer, cut, f"the combination by {how!r}")
+        pair, error = decompose(self.path, self.like, layer, cut, self.dtype, f"the combination by {how!r}")
         return lora_update(pair, 1.0, self.like, self._dropout()), error
 
     def layer(self, index: Index) -> np.ndarray:
@@ -151,7 +152,7 @@ class _Sum:
 
     def _full(self) -> Update:
         value = self.rule.join(lambda: self._pruned(Change.array, 0))
-        return Update({"d": jnp.asarray(value, jnp.float32)}, Full(), self.like.roles, self.like.shape)
+        return Update({"d": jnp.asarray(value, self.dtype)}, Full(), self.like.roles, self.like.shape)
 
     def _pruned(self, value_of: Callable[[Change], np.ndarray], number: int) -> Iterator[np.ndarray]:
         """The weighted changes by all members, pruned."""
@@ -190,5 +191,5 @@ def _exact_pair(path: str, name: str, change: Change) -> tuple[tuple[Pair, float
         return change.pair, 0.0
     subject = f"the update of {type(change.update.method).__name__} in adapter {name}"
     advice = "Combine with how='svd' and a rank or an energy, which returns the error, or merge the adapter."
-    pair, error = decompose(path, change.update, change.layer, Cut(), subject, advice)
+    pair, error = decompose(path, change.update, change.layer, Cut(), wide_dtype(change.update), subject, advice)
     return (pair, 1.0), error

@@ -161,7 +161,7 @@ def _difference(
         return value.transpose(order).reshape(math.prod(site.sizes("in")), -1)
 
     cut = Cut(method.rank) if isinstance(method, LoRA) else cut
-    pair, error = decompose(path, site, layer, cut, "the difference")
+    pair, error = decompose(path, site, layer, cut, accumulation_dtype(site.dtype), "the difference")
     return _as_method(pair, site, method), error
 
 
@@ -174,8 +174,8 @@ def _as_method(pair: Pair, site: Site, method: Method | None) -> Update:
     if not isinstance(method, LoRA):
         return lora_update(pair, 1.0, site)
     a, b = pair
-    root = np.float32(math.sqrt(abs(method.scale)))
-    update = lora_update((a / root, b / np.copysign(root, np.float32(method.scale))), 1.0, site)
+    root = math.sqrt(abs(method.scale))
+    update = lora_update((a / root, b / math.copysign(root, method.scale)), 1.0, site)
     frozen = {name: update.factors[name] for name in method.frozen}
     factors = {name: array for name, array in update.factors.items() if name not in frozen}
     return dataclasses.replace(update, method=method, factors=factors, frozen=frozen)

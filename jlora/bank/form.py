@@ -96,7 +96,7 @@ def pad_rank(update: Update, rank: int) -> Update:
     method = update.method
     assert isinstance(method, Padded)
     scale = method.direction.scale if isinstance(method, DoRA) else method.scale
-    mask = jnp.where(jnp.arange(rank) < method.rank, jnp.float32(scale), jnp.float32(0))
+    mask = jnp.where(jnp.arange(rank) < method.rank, _as_array(scale), 0)
     method = dataclasses.replace(method, rank=rank, alpha=None, rank_stabilized=False)
     return _map_rank(dataclasses.replace(update, method=method, rank_mask=mask), functools.partial(_pad, rank=rank))
 
@@ -137,8 +137,13 @@ def _map_rank(update: Update, fn: Callable[[jax.Array, int], jax.Array]) -> Upda
 
 def with_array_scale(update: Update) -> Update:
     """The update with its whole scale as an array, which never compiles again."""
-    scale = jnp.float32(update.scale) if update.traced_scale is None else update.scale * update.traced_scale
-    return dataclasses.replace(update, scale=1.0, traced_scale=jnp.asarray(scale, jnp.float32))
+    scale = update.scale if update.traced_scale is None else update.scale * update.traced_scale
+    return dataclasses.replace(update, scale=1.0, traced_scale=_as_array(scale))
+
+
+def _as_array(scale: Any) -> jax.Array:
+    """A scale in the dtype of Python's numbers: float64 with `jax_enable_x64`, whatever the factors, else float32."""
+    return jnp.asarray(scale, float)
 
 
 def absent(update: Update) -> Update:
@@ -150,7 +155,7 @@ def absent(update: Update) -> Update:
     def fill(array: jax.Array) -> jax.Array:
         return jnp.ones_like(array) if jnp.issubdtype(array.dtype, jnp.inexact) else jnp.zeros_like(array)
 
-    return dataclasses.replace(jax.tree.map(fill, update), scale=1.0, traced_scale=jnp.zeros((), jnp.float32))
+    return dataclasses.replace(jax.tree.map(fill, update), scale=1.0, traced_scale=_as_array(0.0))
 
 
 def _without_step_state(path: str, name: str, update: Update) -> Update:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._adapter.adapt import adapt
+from jlora._ir.materialize import widest_dtype
 from jlora.bank.bank import Bank
 from jlora.bank.rows import axes_of_leaves, count_rows, map_rows
 from jlora.methods._base import Adapter, Update
@@ -110,12 +111,13 @@ def _mixed(path: str, update: Update, weights: Any, members: int) -> Update:
     if weights.shape not in ((members,), (*stack, members)):
         options = " or ".join(map(str, dict.fromkeys([(members,), (*stack, members)])))
         raise ValueError(f"{path}: the weights of one row have the shape {weights.shape}, expected {options}.")
-    ranks = jnp.ones((members, method.rank)) if update.rank_mask is None else update.rank_mask
+    ranks = jnp.ones((members, method.rank), float) if update.rank_mask is None else update.rank_mask
     scales = method.scale * update.scale * ranks
     if update.traced_scale is not None:
         scales = update.traced_scale[:, None] * scales
-    scales = jax.lax.stop_gradient(scales)
-    of_members = weights.astype(scales.dtype)[..., None] * scales.reshape(*[1] * (weights.ndim - 1), *scales.shape)
+    dtype = widest_dtype((update.factors, update.frozen, weights))
+    scales = jax.lax.stop_gradient(scales).astype(dtype)
+    of_members = weights.astype(dtype)[..., None] * scales.reshape(*[1] * (weights.ndim - 1), *scales.shape)
     e = jnp.broadcast_to(of_members, (*stack, *scales.shape)).reshape(*stack, -1)
     places = {name: expand(update.declared[name], axes).index("rank") for name in "ab"}
     p, q = (_join_members(update[name], places[name]) for name in "ab")

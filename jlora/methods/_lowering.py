@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jlora._ir.algebra import concatenate_ranks, widened
 from jlora._ir.explicit_mesh import explicit_axes, type_sharding, under_auto_axes
 from jlora._ir.layers import put_entries, take_entries
-from jlora._ir.materialize import accumulation_dtype, dense
+from jlora._ir.materialize import accumulation_dtype, dense, widest_dtype
 from jlora._ir.partition import shardings_like
 from jlora._ir.structured import with_matrices
 from jlora._ir.weight import AdaptedWeight, TensorNetwork, as_adapted_weight
@@ -83,9 +83,12 @@ def lower_updates(adapters: Sequence[Adapter], leaf: Any, path: str) -> AdaptedW
 def _widened(update: Update, dtype: DTypeLike) -> Update:
     """The update with every array at least as wide as the weight: scales and vectors are multiplied into the arrays.
 
-    Of the factors of a bank those of one member are widened, by the equation that uses them.
+    Of the factors of a bank those of one member are widened, by the equation that uses them. Scales in float64 are no
+    wider than the factors that they multiply.
     """
     wide = jax.tree.map(lambda a: widened(a, dtype), update)
+    if update.rank_mask is not None:
+        wide = dataclasses.replace(wide, rank_mask=wide.rank_mask.astype(widest_dtype((wide.factors, wide.frozen))))
     return wide if update.member is None else dataclasses.replace(wide, factors=update.factors, frozen=update.frozen)
 
 
