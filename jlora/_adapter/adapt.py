@@ -11,7 +11,7 @@ import jax
 from jlora._interpreter import interpreter as _interpret
 from jlora._interpreter.context import Context
 from jlora._ir.weight import AdaptedWeight
-from jlora._trace.stage import Program, stage
+from jlora._trace.stage import Program, check_function, stage
 from jlora._trace.trace import lower_parameters
 from jlora._tree.paths import is_array, named_leaves
 from jlora.methods._base import Adapter
@@ -55,7 +55,8 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
             which XLA folds for minutes and stores twice.
 
     Raises:
-        TypeError: from `g`, if `fun` is adapted already, or if `adapter` is not an adapter or a list of adapters.
+        TypeError: if `fun` is not a function; from `g`, if `fun` is adapted already, or if `adapter` is not an adapter
+            or a list of adapters.
         ValueError: if `on_dense` is not one of the three; from `g`, if the adapter does not fit the parameters, with
             every misfit.
         DenseError: from `g`, if a weight must be materialised and `on_dense` is "error".
@@ -68,6 +69,7 @@ def adapt(fun: Callable[..., Any], *, on_dense: Literal["warn", "error", "allow"
     """
     if on_dense not in _ON_DENSE:
         raise ValueError(f"on_dense must be 'warn', 'error' or 'allow', not {on_dense!r}.")
+    check_function(fun)
 
     def adapted(*args: Any, **kwargs: Any) -> Any:
         if getattr(fun, "is_adapted_by_jlora", False):
@@ -122,7 +124,11 @@ def _take_first(
     """The first arguments, by position or, if there are fewer, by name; all others belong to the program."""
     first = [*args[: len(names)], *(kwargs.pop(name) for name in names[len(args) :] if name in kwargs)]
     if len(first) < len(names):
-        raise TypeError(f"An adapted function takes {' and '.join(names)} first, and got {len(first)} of them.")
+        raise TypeError(
+            f"An adapted function is called as g({', '.join(names)}, *args), and got {len(first)} of these "
+            f"{len(names)} arguments. The adapter follows the parameters; a module of Flax NNX is adapted by "
+            "jlora.nnx.adapt."
+        )
     return first, args[len(names) :]
 
 

@@ -33,18 +33,20 @@ def with_dropout(adapter: Adapter, key: jax.Array) -> Adapter:
         differentiated.
 
     Raises:
-        TypeError: if `adapter` is not an adapter.
+        TypeError: if `adapter` is not an adapter, or `key` is not a PRNG key.
 
     Example:
         def loss(adapter, params, x, y, key):
             prediction = jlora.adapt(apply)(params, jlora.with_dropout(adapter, key), x)
             return jnp.mean((prediction - y) ** 2)
     """
+    updates = as_single(adapter)
+    if not hasattr(key, "dtype"):
+        raise TypeError(f"key must be a PRNG key, such as jax.random.key(0), not {type(key).__name__}.")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     return {
-        path: with_key(update, path, key) if update.method.is_random else update
-        for path, update in as_single(adapter).items()
+        path: with_key(update, path, key) if update.method.is_random else update for path, update in updates.items()
     }
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jlora._adapter.init import new_update
 from jlora._adapter.merge import merge
-from jlora._trace.sites import Sites
+from jlora._trace.sites import Sites, check_sites
 from jlora._tree.paths import named_leaves
 from jlora.methods._base import Adapter
 from jlora.methods._lowering import as_single
@@ -31,7 +31,7 @@ def restart(key: jax.Array, sites: Sites, params: Any, adapter: Adapter) -> tupl
         the new base and the new adapter. Quantised weights stay quantised; the merged ones are rounded again.
 
     Raises:
-        TypeError: if `adapter` is not an adapter.
+        TypeError: if `sites` is not from `jlora.trace`, or `adapter` is not an adapter.
         ValueError: if the adapter does not fit the parameters.
 
     Example:
@@ -40,6 +40,7 @@ def restart(key: jax.Array, sites: Sites, params: Any, adapter: Adapter) -> tupl
 
     Lialin et al. 2023, ReLoRA: High-Rank Training Through Low-Rank Updates, arXiv:2307.05695.
     """
+    check_sites(sites)
     merged = merge(params, adapter, requantize=True)
     leaves = dict(named_leaves(merged))
     # The adapter fits these weights. A file may give a narrow layer a rank above its sides, which `init` refuses.

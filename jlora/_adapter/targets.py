@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from jlora._interpreter.site import Site
-from jlora._trace.sites import Sites
+from jlora._trace.sites import Sites, check_sites
 from jlora._tree.patterns import select_by_pattern
 from jlora.methods._base import Method
 
@@ -17,12 +17,14 @@ def select_methods(sites: Sites, targets: Targets) -> dict[str, Method]:
         TypeError: if `sites` is not from `jlora.trace`, or a target is not a method.
         ValueError: as `select_by_pattern`, and if a single method has nothing to adapt.
     """
-    if not isinstance(sites, Sites):
-        raise TypeError(f"`sites` must come from jlora.trace, not {type(sites).__name__}.")
+    check_sites(sites)
     if isinstance(targets, Method):
         selected = {path: targets for path, site in sites.items() if site.is_product}
         if not selected:
-            raise ValueError("No matmul or convolution of the program uses a parameter. print(sites) shows all.")
+            raise ValueError(
+                "No matmul or convolution of the program uses a parameter. print(sites) shows all; if it lists one "
+                "array without a path, pass the model's parameters before its input, as params."
+            )
         return selected
     if isinstance(targets, Mapping):
         for pattern, target in targets.items():
@@ -51,7 +53,7 @@ def _select_by_function(sites: Sites, choose: Callable[[str, Site], Method | Non
 
 
 def _wrong_type(subject: str, target: object) -> TypeError:
-    given = f"the class {target.__name__}" if isinstance(target, type) else type(target).__name__
+    given = f"the class {target.__name__}, not an instance" if isinstance(target, type) else type(target).__name__
     return TypeError(
         "Targets are a method such as jlora.LoRA(rank=8), a dict from patterns to methods, or a function that returns "
         f"a method or None for a path and its site; {subject} {given}."

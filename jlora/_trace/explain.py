@@ -68,10 +68,14 @@ def explain(fun: Callable[..., Any], params: Any, adapter: Adapters, /, *args: A
         the uses, with the FLOPs of the base program. `print` shows them as a table.
 
     Raises:
-        TypeError: if `adapter` is not an adapter or a list of adapters.
+        TypeError: if `adapter` is not an adapter or a list of adapters, or `fun` is adapted already.
         ValueError: if the adapter does not fit the parameters.
     """
-    program = stage(fun, params, args, kwargs)
     adapters = as_adapters(adapter)
+    if getattr(fun, "is_adapted_by_jlora", False):
+        raise TypeError(
+            "This function is adapted: explain the base function, jlora.explain(f, params, adapter, *args)."
+        )
+    program = stage(fun, params, args, kwargs)
     check_fits(adapters, dict(zip(program.paths, program.params, strict=True)))
     return Explanation(tuple(collect_uses(program, adapters)), flops(program.jaxpr))

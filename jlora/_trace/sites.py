@@ -98,3 +98,13 @@ def _verdict(site: Site) -> str:
         return f"no: {site.unsupported_reason}"
     dense = ", ".join(dict.fromkeys(use.dense_in for use in site.uses if not use.factored))
     return f"yes, dense in {dense}" if dense else "yes"
+
+
+def check_sites(sites: object) -> None:
+    """Raises if an argument is not what `jlora.trace` returns.
+
+    Raises:
+        TypeError: with the type.
+    """
+    if not isinstance(sites, Sites):
+        raise TypeError(f"`sites` must come from jlora.trace, not {type(sites).__name__}.")

@@ -1,6 +1,7 @@
 """A function with its arguments as a jaxpr whose first inputs are the parameters' arrays."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,12 @@ from jlora._compat import Jaxpr
 from jlora._trace.changes import Modules, inputs_returned, lost
 from jlora._tree.leaves import is_quantized, sharding
 from jlora._tree.paths import flatten, is_array, named_leaves
+
+_VALUE_NEEDED = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +43,19 @@ class Program:
     rebuild: Callable[[Sequence[Any]], Any]
 
 
+def check_function(fun: Any) -> None:
+    """Raises if what should be adapted or traced is not a function.
+
+    Raises:
+        TypeError: with what to pass.
+    """
+    if not callable(fun):
+        raise TypeError(
+            f"Expected a function f(params, *args) as the first argument, found {type(fun).__name__}: the apply of a "
+            "Linen module or of hk.transform, lambda model, x: model(x) for Equinox."
+        )
+
+
 def stage(fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     """Traces `fun(params, *args, **kwargs)`.
 
@@ -45,6 +65,7 @@ def stage(fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: d
     Raises:
         ValueError: if the call changes an nnx module among its arguments, and does not return the change.
     """
+    check_function(fun)
     weights, params_def = flatten(params)
     others, others_def = jax.tree.flatten((args, kwargs))
     leaves = [*weights, *others]
@@ -68,7 +89,13 @@ def stage(fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: d
         return [out[k] for k in result["arrays"]] + [new for _, _, new in changes]
 
     values = [leaves[k] for k in dynamic]
-    jaxpr, consts = _compat.open_jaxpr(jax.make_jaxpr(flat)([_abstract(value) for value in values]))
+    try:
+        jaxpr, consts = _compat.open_jaxpr(jax.make_jaxpr(flat)([_abstract(value) for value in values]))
+    except _VALUE_NEEDED as error:
+        error.add_note(
+            _about_values(str(error), [*[f"params {path}" for path in names], *_names(args, kwargs)], dynamic)
+        )
+        raise
     num_outputs, changed = len(result["arrays"]), result["changed"]
     sources = inputs_returned(jaxpr)[num_outputs:] if changed else []
     if changed := [p for (p, k), source in zip(changed, sources, strict=True) if source is not jaxpr.invars[k]]:
@@ -83,6 +110,26 @@ def stage(fun: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: d
 
     paths = [names[k] for k in dynamic[:num_params]]
     return Program(jaxpr, consts, paths, values[:num_params], values[num_params:], num_outputs, rebuild)
+
+
+def _names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """What to call the leaves of the arguments after the parameters."""
+    trees = (("args", args), ("kwargs", kwargs))
+    return [
+        name + jax.tree_util.keystr(keys)
+        for name, tree in trees
+        for keys, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _about_values(message: str, names: list[str], dynamic: list[int]) -> str:
+    """What an error about a value that is not known while the function is traced is about, and what to do."""
+    numbers = dict.fromkeys(int(k) for k in re.findall(r"values\[(\d+)\]", message))
+    meant = "".join(f"values[{k}] is {names[dynamic[k]]}. " for k in numbers if k < len(dynamic))
+    return (
+        f"jlora traces the function as jax.jit does, so its arrays have no values. {meant}Pass what decides the "
+        "control flow as a Python value; under jax.jit that is a static argument (static_argnames=...)."
+    )
 
 
 def _abstract(value: Any) -> Any:

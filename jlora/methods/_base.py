@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 from jax import lax
@@ -14,7 +14,7 @@ from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora._tree.short_forms import short_arrays, short_call
 from jlora.methods import _registry
-from jlora.methods._common import factor_axes, hyperparameters, networks
+from jlora.methods._common import author_errors, factor_axes, hyperparameters, networks
 from jlora.methods._common.axis_sizes import AxisSizes, stack_sizes
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.initializers import Initializer, stacked
@@ -157,6 +157,11 @@ class Method:
     earlier_values: ClassVar[Mapping[str, Any]] = {}
     is_sampled: ClassVar[bool] = False
     dropout = 0.0  # a field if the method has dropout
+    __signature__ = author_errors.ConstructorSignature()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        author_errors.check_arguments(cls, args, kwargs)
+        return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -286,8 +291,8 @@ class Method:
                 f"{type(self).__name__} does not change the weight: declare `networks`, or override `lower`."
             )
         declared = self.factors_for(update.axes)
-        for network in self.networks:
-            terms = [(update[name], declared[name]) for name in network.split()]
+        for names in author_errors.network_names(type(self).__name__, self.networks, declared):
+            terms = [(update[name], declared[name]) for name in names]
             w = networks.add_network(w, update, terms, self.scale * update.scale)
         return w
 

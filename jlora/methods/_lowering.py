@@ -31,17 +31,10 @@ def as_adapters(adapters: Adapters) -> list[Adapter]:
         TypeError: if `adapters` is not an adapter or a list of adapters.
     """
     listed = [adapters] if isinstance(adapters, Mapping) else adapters
-    if not isinstance(listed, Sequence) or not all(isinstance(adapter, Mapping) for adapter in listed):
-        raise TypeError(
-            "Expected an adapter as jlora.init returns it, a dict from paths to updates, or a list of adapters, found "
-            f"{type(adapters).__name__}. The adapter is the argument after the parameters."
-        )
-    for path, update in (item for adapter in listed for item in adapter.items()):
-        if not isinstance(update, Update):
-            raise TypeError(
-                f"An adapter maps paths to the updates that jlora.init returns, but {path!r} maps to "
-                f"{type(update).__name__}. The adapter is the argument after the parameters."
-            )
+    if not isinstance(listed, Sequence):
+        raise _not_adapter(adapters, "a dict from paths to updates, or a list of adapters")
+    for adapter in listed:
+        _check_type(adapter)
     return list(listed)
 
 
@@ -53,7 +46,36 @@ def as_single(adapter: Adapter) -> Adapter:
     """
     if isinstance(adapter, (list, tuple)):
         raise TypeError("Expected one adapter, found a list; call this function for each adapter of the list.")
-    return as_adapters(adapter)[0]
+    _check_type(adapter)
+    return adapter
+
+
+def _check_type(adapter: Any) -> None:
+    if not isinstance(adapter, Mapping):
+        raise _not_adapter(adapter, "a dict from paths to updates")
+    for path, update in adapter.items():
+        if isinstance(update, Update):
+            continue
+        hint = "Where params is an argument too, the adapter follows it."
+        if isinstance(update, Mapping) and update and all(isinstance(u, Update) for u in update.values()):
+            hint = f"That is an adapter itself: pass it alone, tree[{path!r}]; jlora.bank.stack stacks several."
+        raise TypeError(
+            f"An adapter maps paths to the updates that jlora.init returns, but {path!r} maps to "
+            f"{type(update).__name__}. {hint}"
+        )
+
+
+def _not_adapter(given: Any, expected: str) -> TypeError:
+    """The error for something that is not an adapter, with what to pass for it."""
+    kind = type(given).__name__
+    hint = "Where params is an argument too, the adapter follows it."
+    if given is None:
+        hint = "The empty adapter, {}, is the base."
+    elif kind == "Bank":
+        hint = "jlora.bank.apply and jlora.bank.vmap take a bank; bank[name] is one adapter of it."
+    elif type(given).__module__ == "jlora.nnx.classes":
+        hint = "jlora.nnx.adapter(model) is the adapter of an adapted module."
+    return TypeError(f"Expected an adapter as jlora.init returns it, {expected}, found {kind}. {hint}")
 
 
 def lower_updates(adapters: Sequence[Adapter], leaf: Any, path: str) -> AdaptedWeight:
@@ -134,6 +156,11 @@ def _apply_update(update: Update, w: AdaptedWeight) -> AdaptedWeight:
         return put_entries(w, part, out, axis, layers)
     update = _with_one_scale(update)
     out = update.method.lower(update, w)
+    if not isinstance(out, AdaptedWeight):
+        raise TypeError(
+            f"{type(update.method).__name__}.lower returned {type(out).__name__}: return the weight that it got, with "
+            "what the update adds, as jlora.extend.add_network returns it."
+        )
     if not update.method.offset:
         return out
     if not divides_alike(w, out):
@@ -153,10 +180,17 @@ def check_fits(adapters: Sequence[Adapter], leaves: Mapping[str, Any]) -> None:
     """Checks that each update has its weight among `leaves`, by path.
 
     Raises:
+        TypeError: if one of `adapters` is not an adapter, or a factor is None.
         ValueError: if a path is missing, or a weight has another shape or is not floating-point; with every misfit.
     """
     misfits = []
-    for path, update in (item for adapter in adapters for item in adapter.items()):
+    for path, update in (item for adapter in as_adapters(adapters) for item in adapter.items()):
+        missing = [name for name, factor in update.factors.items() if factor is None]
+        if missing:
+            raise TypeError(
+                f"{path}: the factor {missing[0]!r} is None, expected an array. Combine the parts of an adapter that "
+                "was split (equinox.combine) before it is used."
+            )
         if path not in leaves:
             misfits.append(
                 f"{path}: no such parameter" + (f" ({closest_matches(path, leaves)})" if len(misfits) < 5 else "")

@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 
 from jlora._interpreter.site import Site
 from jlora.methods._base import Method
+from jlora.methods._common.author_errors import check_frozen
 from jlora.methods._common.factor_axes import WeightAxes
 
 
@@ -16,8 +17,11 @@ def new_arrays(
     """The arrays of `method.init`, in the declared shapes.
 
     Raises:
+        TypeError: if a name in `frozen` is not declared.
         ValueError: if a declared array is missing, an array is not declared, or it has another number of entries.
     """
+    if type(method).factors_for is Method.factors_for:
+        check_frozen(type(method).__name__, method.frozen, method.factors)
     arrays, shapes = method.init(key, site, dtype, base), method.shapes(WeightAxes.of(site))
     if not shapes:  # a method without declarations
         return arrays

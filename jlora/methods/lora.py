@@ -71,8 +71,11 @@ class LoRA(Method):
         super().__post_init__()
         if self.start is not None:
             if not re.fullmatch(initializers.STARTS, self.start):
-                names = initializers.STARTS.replace("|", ", ")
-                raise ValueError(f"LoRA's start is one of {names}, not {self.start!r}.")
+                names = initializers.STARTS.replace("|", ", ").replace(r"\d+", "<number>")
+                raise ValueError(
+                    f"LoRA's start is one of {names}, not {self.start!r}. Starts from data or from a quantised base "
+                    "are functions of an adapter: jlora.eva, jlora.corda, jlora.lora_ga, jlora.loftq."
+                )
             if self.a_init or self.b_init:
                 raise ValueError("LoRA takes a start or initialisers, not both.")
         if len(self.frozen) > 1:

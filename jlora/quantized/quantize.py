@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jlora._interpreter.context import matrix_side
 from jlora._interpreter.site import Site
 from jlora._ir.explicit_mesh import explicit_axes, type_sharding, under_auto_axes
-from jlora._trace.sites import Sites
+from jlora._trace.sites import Sites, check_sites
 from jlora._tree.leaves import is_quantized
 from jlora._tree.paths import flatten, named_leaves
 from jlora._tree.patterns import select_by_pattern
@@ -43,6 +43,7 @@ def quantize(params: Any, sites: Sites, targets: Mapping[str, Format | None]) ->
         the parameters, with the chosen weights quantised.
 
     Raises:
+        TypeError: if `sites` is not from `jlora.trace`, or `targets` is not a dict.
         ValueError: if a pattern matches nothing or is shadowed by an earlier one, a format is unknown, or a weight is
             not a matrix or is already quantised.
         ImportError: if qwix is needed and not installed.
@@ -52,6 +53,9 @@ def quantize(params: Any, sites: Sites, targets: Mapping[str, Format | None]) ->
 
     Dettmers et al. 2023, arXiv:2305.14314.
     """
+    check_sites(sites)
+    if not isinstance(targets, Mapping):
+        raise TypeError(f"targets is a dict from patterns to formats, such as {{'.*/kernel': 'nf4'}}, not {targets!r}.")
     chosen = select_by_pattern(sites, targets)
     leaves = []
     for path, leaf in named_leaves(params):

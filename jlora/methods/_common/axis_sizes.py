@@ -17,6 +17,9 @@ class AxisSizes(dict[str, int]):
         size = getattr(self._method, axis, None)
         if not isinstance(size, int):
             name = type(self._method).__name__
+            if axis.startswith("*"):
+                groups = ", ".join(f"'{group}'" for group in factor_axes.GROUPS)
+                raise ValueError(f"{name} declares the axes {axis!r}; the groups of a weight's axes are {groups}.")
             raise ValueError(
                 f"{name} declares the axis {axis!r} without a size: add a field of that name, or override `sizes`."
             )
