@@ -236,7 +236,6 @@ if importlib.util.find_spec("peft"):
         ("kasa", {"use_dora": True}, "kasa_config, use_dora: PEFT takes one"),
         ("hra_biases", {"bias": "some"}, "must be none, all or hra_only"),
         ("pvera", {"projection_prng_key": "3"}, "projection_prng_key = '3', and it must be an integer"),
-        ("fourierft", {"n_frequency": 12}, "11 coefficients, and n_frequency or n_frequency_pattern gives it .12"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(name, fields, message, tmp_path):

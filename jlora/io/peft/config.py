@@ -147,10 +147,14 @@ _FIELD_TYPES: dict[str, tuple[tuple[type, ...], type]] = {
     "rank_pattern": ((dict,), object),  # OSF has fractions of the rank too
     "alpha_pattern": ((dict,), object),
     "n_frequency_pattern": ((dict,), object),
+    "block_size_pattern": ((dict,), object),
     "monteclora_config": ((dict,), object),
 }
 _INTEGERS = ("projection_prng_key", "random_loc_seed", "num_cayley_neumann_terms", "qalora_group_size")
-_LISTS_OF_EXPRESSIONS = ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save")
+_LISTS_OF_EXPRESSIONS = (
+    *("rank_pattern", "alpha_pattern", "n_frequency_pattern", "block_size_pattern", "layers_pattern"),
+    "modules_to_save",
+)
 
 
 def read_config(path: str | os.PathLike[str], *, has_start: bool = False) -> Config:

@@ -85,6 +85,19 @@ def _read_tinylora(config: Config, tensors: Tensors) -> Tensors:
             f"{len(modules)} modules. jlora reads one vector, of weight_tying=1.0, or of one module, because the file "
             "does not say which module has which, and saved projections, save_projection=True."
         )
+    groups = max(1, round(len(modules) * (1 - config.get("weight_tying", 0.0))))
+    if groups > 1:
+        raise ValueError(
+            f"The file has one vector of TinyLoRA, and weight_tying = {config.get('weight_tying', 0.0)} gives its "
+            f"{len(modules)} modules {groups}: write weight_tying = 1.0 if all were trained with one, or save it again."
+        )
+    for module in modules:
+        a, b = (tensors[f"{module}.tinylora_{factor}"] for factor in "AB")
+        if a.shape[0] != min(config["r"], a.shape[-1], len(b)):
+            raise ValueError(
+                f"{module}.tinylora_A has rank {a.shape[0]}, and r = {config['r']} in adapter_config.json: write the "
+                "rank of the tensors there if they are those that were trained, or save it again with PEFT."
+            )
     for module, factor in itertools.product(modules, _TINY_RANKS):
         name, axes = f"{module}.tinylora_{factor}", _TINY_RANKS[factor]
         if name in tensors:
@@ -98,7 +111,13 @@ def _read_vblora(config: Config, tensors: Tensors) -> Tensors:
     bank = tensors.pop(f"{_ROOT}vblora_vector_bank", None)
     if bank is None:
         raise ValueError("The file lacks base_model.vblora_vector_bank, the vectors that all its modules share.")
-    for name in [name for name in tensors if name.endswith("_topk_indices")]:
+    topk = [name for name in tensors if name.endswith("_topk_indices")]
+    if bool(topk) != bool(config.get("save_only_topk_weights")):
+        raise ValueError(
+            f"The file has {'the topk weights alone' if topk else 'all logits'} of VBLoRA, and "
+            f"save_only_topk_weights = {config.get('save_only_topk_weights', False)}: write {bool(topk)} into adapter_config.json."
+        )
+    for name in topk:
         stem = name.removesuffix("_topk_indices")
         places, weights = tensors.pop(name).astype(np.int64), tensors.pop(f"{stem}_topk_weights")
         last = np.maximum(1 - weights.sum(-1, keepdims=True), np.finfo(weights.dtype).tiny)

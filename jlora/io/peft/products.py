@@ -33,8 +33,8 @@ _NORM_TOLERANCE = 1e-5  # of the norms of the base: those of another base, or ro
 
 def _read_hira(config: Config, sizes: Mapping[str, int], tensors: Tensors) -> tuple[Method, Tensors]:
     a = next((tensors[name] for name in ("hira_A", "hira_embedding_A") if name in tensors), None)
-    if a is None:
-        raise ValueError(f"It has {sorted(tensors)}, and hira_A or hira_embedding_A was expected.")
+    if a is None or a.ndim != 2:
+        raise ValueError(f"It has {sorted(tensors)}, and hira_A or hira_embedding_A with two axes was expected.")
     return HiRA(len(a)), tensors
 
 

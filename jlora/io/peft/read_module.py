@@ -23,12 +23,13 @@ from jlora.io.peft.method_fields import is_unscaled, method_of
 from jlora.io.peft.plain_forms import parameter_of, plain
 from jlora.io.peft.products import read_delora, with_matrices
 from jlora.io.peft.pvera import read_pvera
-from jlora.io.peft.structured import check_count, check_entries
+from jlora.io.peft.stated_sizes import check_stated_sizes
+from jlora.io.peft.structured import check_entries
 from jlora.io.peft.tensors import Sizes, Tensors, from_file, sizes_of
 from jlora.io.peft.vera import read_vera
 from jlora.io.torch.factor_layout import ModuleFactors, flat_axes, own_sizes
 from jlora.io.torch.weight_location import Owners, WeightLocation
-from jlora.methods import OSF, DeLoRA, FourierFT, FRoD, LoKr, PVeRA, QALoRA, RandLoRA, SHiRA, SuperTuning, VeRA, WaveFT
+from jlora.methods import OSF, DeLoRA, FRoD, LoKr, PVeRA, QALoRA, RandLoRA, SHiRA, SuperTuning, VeRA
 from jlora.methods._base import Method
 
 _LAYERS = ("linear", "conv1d")
@@ -70,13 +71,14 @@ class ModuleReader:
 
     def _factors(self, name: str, by_suffix: Tensors) -> ModuleFactors | None:
         location = self.owners[name][0].location
-        method, by_suffix = self._method(name, location, by_suffix)
+        method, tensors = self._method(name, location, by_suffix)
+        check_stated_sizes(self.config, name, location.path, by_suffix, self._sizes(name))
         if not location.is_matrix:
             raise ValueError(f"The file adapts {name}, and {location.path} {location.weight.shape} is not a matrix.")
         if method is None:
-            check_empty(self.config["peft_type"], name, by_suffix)
+            check_empty(self.config["peft_type"], name, tensors)
             return None
-        by_suffix = plain(self.config, name, by_suffix, location.module.kind, location.kernel)
+        by_suffix = plain(self.config, name, tensors, location.module.kind, location.kernel)
         axes, kind = flat_axes(method, location) | stored_axes(method), location.module.kind
         own = {factor: names for factor, names in axes.items() if factor not in absent_arrays(method)}
         layout = layout_of(method, kind, own, name)
@@ -131,8 +133,6 @@ class ModuleReader:
         method, arrays = factors.method, factors.arrays
         if isinstance(method, SHiRA):
             check_entries(name, arrays["place"], sizes.axes)
-        if isinstance(method, (FourierFT, WaveFT)):
-            check_count(self.config, name, method.n)
         if isinstance(method, DeLoRA):
             return read_delora(factors, self.owners[name], self.base)
         if isinstance(method, PVeRA):

@@ -1,6 +1,5 @@
 """PEFT's updates of full rank that a small array determines: C3A, FourierFT, WaveFT and SHiRA."""
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.method_fields import is_flipped
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
-from jlora.io.peft.targets import by_pattern, exact_endings, exact_patterns
+from jlora.io.peft.targets import exact_endings, exact_patterns
 from jlora.io.peft.tensors import Tensors
 from jlora.methods import C3A, FourierFT, FRoD, RandLoRA, SHiRA, WaveFT
 from jlora.methods._base import Method, Update
@@ -77,29 +76,6 @@ def check_entries(name: str, place: np.ndarray, sizes: Mapping[str, int]) -> Non
         raise ValueError(
             f"{name}.{_INDICES} must hold distinct entries of a weight of {limits[0]} x {limits[1]}, and some are "
             "out of range, or occur twice: the file is damaged, or of another model."
-        )
-
-
-def check_count(config: Config, name: str, count: int) -> None:
-    """Raises unless a module of FourierFT or WaveFT has as many coefficients as the configuration gives it.
-
-    Arguments:
-        config: the configuration.
-        name: of the module.
-        count: of its coefficients.
-
-    Raises:
-        ValueError: if it has another number.
-    """
-    default, patterns = config.get("n_frequency"), config.get("n_frequency_pattern") or {}
-    if default is None or config.get("proportional_parameters"):
-        return
-    dotted = next((key for key in patterns if re.match(rf".*\.{key}$", name)), name)  # FourierFT's rule
-    expected = {patterns.get(dotted, default), by_pattern(patterns, name, default)}
-    if count not in expected:
-        raise ValueError(
-            f"{name} has {count} coefficients, and n_frequency or n_frequency_pattern gives it {sorted(expected)}: the "
-            "file is damaged, or of another configuration."
         )
 
 
