@@ -5,7 +5,6 @@ all modules share the names of `shared_name`; then the table of layouts applies,
 """
 
 import collections
-import itertools
 import re
 from collections.abc import Callable, Mapping
 
@@ -21,6 +20,7 @@ from jlora.io.peft.monteclora import without_state
 from jlora.io.peft.products import read_randlora
 from jlora.io.peft.pvera import divided
 from jlora.io.peft.tensors import Tensors
+from jlora.io.peft.tinylora import cut_tinylora, read_tinylora
 from jlora.io.peft.trained_vectors import biases_as_output_biases, norms_as_saved_modules
 from jlora.methods import OSF, FRoD, GraLoRA, KaSA, PEANuT, SuperTuning, TinyLoRA, UniLoRA, VBLoRA
 from jlora.methods._base import Update
@@ -29,8 +29,6 @@ from jlora.methods._common.digits import count_digits, from_digits, to_digits
 METHODS = (FRoD, SuperTuning, TinyLoRA, VBLoRA, UniLoRA, PEANuT)
 
 _ROOT = "base_model."
-# The axes of TinyLoRA's arrays that are ranks. PEFT's are at most the sides of the weight; in jlora zeros fill them up.
-_TINY_RANKS = {"A": (0,), "B": (1,), "P": (1, 2)}
 _INDICES = re.compile(r"(.*\.unilora_)(indices|scales)(_[AB])")
 _LAYERS = re.compile(r"(.*\.peanut_(?:encoders|decoders))\.(\d+)\.weight")
 
@@ -61,9 +59,10 @@ def one_tensor_each(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
         return config, tensors
     try:
         converted = convert(config, dict(tensors))
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
-            f"The file lacks a tensor, or an index in it is out of range, {error}: save it again with PEFT."
+            f"The file lacks a tensor, an index in it is out of range, or a number in its configuration is none, "
+            f"{error}: save it again with PEFT."
         ) from error
     if integers := [name for name, tensor in converted.items() if np.issubdtype(tensor.dtype, np.integer)]:
         raise ValueError(f"{integers[0]} holds integers, and no factor of {config['peft_type']} does.")
@@ -75,38 +74,6 @@ def has_integers(config: Config) -> bool:
     return config["peft_type"] in ("VBLORA", "UNILORA", "SUPERTUNING", "FROD", "SHIRA")
 
 
-def _read_tinylora(config: Config, tensors: Tensors) -> Tensors:
-    vectors = [name for name in tensors if name.startswith(f"{_ROOT}tinylora_v.")]
-    modules = {name.rpartition(".")[0] for name in tensors if name.endswith(".tinylora_A")}
-    missing = [f"{module}.tinylora_P" for module in modules if f"{module}.tinylora_P" not in tensors]
-    if len(vectors) != 1 or missing:
-        raise ValueError(
-            f"The file has {len(vectors)} vectors of TinyLoRA and {len(modules) - len(missing)} projections for "
-            f"{len(modules)} modules. jlora reads one vector, of weight_tying=1.0, or of one module, because the file "
-            "does not say which module has which, and saved projections, save_projection=True."
-        )
-    groups = max(1, round(len(modules) * (1 - config.get("weight_tying", 0.0))))
-    if groups > 1:
-        raise ValueError(
-            f"The file has one vector of TinyLoRA, and weight_tying = {config.get('weight_tying', 0.0)} gives its "
-            f"{len(modules)} modules {groups}: write weight_tying = 1.0 if all were trained with one, or save it again."
-        )
-    for module in modules:
-        a, b = (tensors[f"{module}.tinylora_{factor}"] for factor in "AB")
-        if a.shape[0] != min(config["r"], a.shape[-1], len(b)):
-            raise ValueError(
-                f"{module}.tinylora_A has rank {a.shape[0]}, and r = {config['r']} in adapter_config.json: write the "
-                "rank of the tensors there if they are those that were trained, or save it again with PEFT."
-            )
-    for module, factor in itertools.product(modules, _TINY_RANKS):
-        name, axes = f"{module}.tinylora_{factor}", _TINY_RANKS[factor]
-        if name in tensors:
-            sizes = enumerate(tensors[name].shape)
-            pads = [(0, max(config["r"] - size, 0) if axis in axes else 0) for axis, size in sizes]
-            tensors[name] = np.pad(tensors[name], pads)
-    return tensors | {shared_name("v"): tensors.pop(vectors[0])}
-
-
 def _read_vblora(config: Config, tensors: Tensors) -> Tensors:
     bank = tensors.pop(f"{_ROOT}vblora_vector_bank", None)
     if bank is None:
@@ -114,8 +81,8 @@ def _read_vblora(config: Config, tensors: Tensors) -> Tensors:
     topk = [name for name in tensors if name.endswith("_topk_indices")]
     if bool(topk) != bool(config.get("save_only_topk_weights")):
         raise ValueError(
-            f"The file has {'the topk weights alone' if topk else 'all logits'} of VBLoRA, and "
-            f"save_only_topk_weights = {config.get('save_only_topk_weights', False)}: write {bool(topk)} into adapter_config.json."
+            f"The file has {'the topk weights alone' if topk else 'all logits'}, and save_only_topk_weights = "
+            f"{bool(config.get('save_only_topk_weights'))}: write {bool(topk)} into adapter_config.json."
         )
     for name in topk:
         stem = name.removesuffix("_topk_indices")
@@ -168,7 +135,7 @@ def _read_peanut(config: Config, tensors: Tensors) -> Tensors:
 
 
 _READ: dict[str, Callable[[Config, Tensors], Tensors]] = {
-    "TINYLORA": _read_tinylora,
+    "TINYLORA": read_tinylora,
     "VBLORA": _read_vblora,
     "UNILORA": _read_unilora,
     "PEANUT": _read_peanut,
@@ -221,7 +188,7 @@ def add_form(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
             return fields | initialised | _write_peanut(entries, tensors)
         case TinyLoRA():
             tensors[f"{_ROOT}tinylora_v.0"] = shared["v"]
-            _cut_tinylora(entries, tensors)
+            cut_tinylora(entries, tensors)
             return (
                 fields
                 | initialised
@@ -258,15 +225,6 @@ def add_form(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
                 }
             )
     raise TypeError(f"{type(method).__name__} has no form of its own.")
-
-
-def _cut_tinylora(entries: Mapping[str, ModuleEntry], tensors: Tensors) -> None:
-    """Cuts off the ranks above the sides of the weight, which are zeros, in place."""
-    for name, factor in itertools.product(entries, _TINY_RANKS):
-        key, factors = f"{PREFIX}{name}.tinylora_{factor}", entries[name].factors
-        most = min(factors.size("in") or 0, factors.size("out") or 0)
-        parts = [slice(most) if axis in _TINY_RANKS[factor] else slice(None) for axis in range(tensors[key].ndim)]
-        tensors[key] = np.ascontiguousarray(tensors[key][tuple(parts)])
 
 
 def _write_super_tuning(method: SuperTuning, entries: Mapping[str, ModuleEntry], tensors: Tensors) -> Config:
