@@ -114,7 +114,9 @@ def stack(members: Mapping[str, Adapter], *, params: Any = None, rank: int = 0, 
         bank = jlora.bank.stack({"films": films, "tweets": tweets})
     """
     if not isinstance(members, Mapping) or not all(isinstance(name, str) for name in members):
-        raise TypeError("jlora.bank.stack takes a dict from names to adapters.")
+        raise TypeError(f"jlora.bank.stack takes a dict from names to adapters, not {type(members).__name__}.")
+    if members and all(isinstance(update, Update) for update in members.values()):
+        raise TypeError("jlora.bank.stack takes a dict from names to adapters, found one adapter: {'name': adapter}.")
     adapters = {name: untie(as_single(adapter)) for name, adapter in members.items()}
     if not any(adapters.values()):
         raise ValueError("There is nothing to stack: pass at least one adapter that is not empty.")
@@ -153,10 +155,21 @@ def vmap(fun: Callable[..., Any], in_axes: Any = 0, **options: Any) -> Callable[
     adapted = adapt(fun, **options)
 
     def mapped(params: Any, bank: Bank, *args: Any) -> Any:
+        check_bank(bank)
         axes = in_axes if isinstance(in_axes, (tuple, list)) else (in_axes,) * len(args)
         return jax.vmap(adapted, (None, 0, *axes))(params, bank.adapter, *args)
 
     return mapped
+
+
+def check_bank(bank: object) -> None:
+    """Raises if what follows the parameters is not a bank.
+
+    Raises:
+        TypeError: with its type.
+    """
+    if not isinstance(bank, Bank):
+        raise TypeError(f"Expected a bank after the parameters, found {type(bank).__name__}: use jlora.bank.stack.")
 
 
 def shardings(bank: Bank, params: Any, *, axis: str | None = None) -> Bank:

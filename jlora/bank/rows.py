@@ -10,7 +10,7 @@ import numpy as np
 
 from jlora import _compat
 from jlora._adapter.adapt import adapt
-from jlora.bank.bank import Bank
+from jlora.bank.bank import Bank, check_bank
 from jlora.bank.blocks import cheapest_block, kinds_of_rows, rows_of_blocks
 from jlora.methods._base import Adapter, Update
 from jlora.methods._common.factor_axes import expand
@@ -44,6 +44,7 @@ def apply(
         makes them. All rows share the keywords.
 
     Raises:
+        TypeError: from `g`, if `bank` is not a bank, or `ids` are names.
         ValueError: from `g`, if `ids` does not fit the rows, or holds an unknown id. Under `jit` the rows
             of such an id are NaN.
 
@@ -56,8 +57,7 @@ def apply(
     adapted = adapt(fun, **options)
 
     def applied(params: Any, bank: Bank, ids: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(bank, Bank):
-            raise TypeError(f"Expected a bank after the parameters, found {type(bank).__name__}: use jlora.bank.stack.")
+        check_bank(bank)
         axes = axes_of_leaves(in_axes, args)
         rows = count_rows(args, axes)
         ids = _checked_ids(ids, rows, len(bank))
@@ -126,6 +126,8 @@ def count_rows(args: tuple[Any, ...], axes: Sequence[int | None]) -> int:
 
 
 def _checked_ids(ids: Any, rows: int, members: int) -> jax.Array:
+    if isinstance(ids, (list, tuple)) and any(isinstance(i, str | None) for i in ids):
+        raise TypeError("ids are integers: jlora.bank.apply(f)(params, bank, bank.ids(names), *args).")
     if np.shape(ids) != (rows,) or not jnp.issubdtype(jnp.result_type(ids), jnp.integer):
         raise ValueError(
             f"ids has shape {np.shape(ids)} and dtype {jnp.result_type(ids)}; expected ({rows},) integers, one for "

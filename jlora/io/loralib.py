@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jlora._trace.sites import Sites
 from jlora.io.torch.factor_layout import ModuleFactors, flat_axes
 from jlora.io.torch.join_modules import stack_modules
-from jlora.io.torch.module_names import Names, no_match_error
+from jlora.io.torch.module_names import Names, check_inputs, no_match_error
 from jlora.io.torch.pickled import load_state
 from jlora.io.torch.weight_location import Index, Owners, Weight, WeightLocation, locate_weights, owners_of
 from jlora.methods import GroupedLoRA, LoRA
@@ -56,6 +56,7 @@ def load(
 
     Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
     """
+    check_inputs(sites, names)
     state = state if isinstance(state, Mapping) else load_state(state)
     locations = locate_weights(names, {path: Weight(site.shape, site.roles) for path, site in sites.items()})
     owners = owners_of(locations)
@@ -82,11 +83,13 @@ def _module_pairs(
     """lora_A and lora_B of every module.
 
     Raises:
-        ValueError: if the state has other tensors, lacks one of the two, or has a module without a weight.
+        ValueError: if the state is empty, has other tensors, lacks one of the two, or has a module without a weight.
     """
     others = [key for key in state if not key.endswith((".lora_A", ".lora_B"))]
     if others:
         raise ValueError(f"These are no tensors of an adapter: {others}. Pass loralib.lora_state_dict(model).")
+    if not state:
+        raise ValueError("The state has no tensors. Pass loralib.lora_state_dict(model).")
     modules = list(dict.fromkeys(key.rpartition(".")[0] for key in state))
     unplaced = {name: owners for name in modules if name not in owners}
     if unplaced:

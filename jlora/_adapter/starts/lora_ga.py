@@ -1,7 +1,7 @@
 """LoRA-GA: factors from the singular vectors of the gradient of the whole weight, which is never computed."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def lora_ga(key: jax.Array, adapter: Adapter, gradient: Gradient, *, passes: int
         the adapter. The thin matrices are decomposed in float64 on the host.
 
     Raises:
-        TypeError: if `adapter` is not an adapter.
+        TypeError: if `adapter` is not an adapter, or `gradient` does not return one.
         ValueError: if a method is not LoRA, a rank is too high, `passes` is not an even number, or a gradient is not
             finite, or zero everywhere.
 
@@ -109,6 +109,11 @@ def _products(updates: Adapter, gradient: Gradient, matrices: Matrices, name: st
         factors = {name: jnp.zeros(shapes[name]), other: jnp.asarray(value, jnp.float32).reshape(shapes[other])}
         probes[path] = Update({"a": factors["a"], "b": factors["b"]}, method, update.roles, update.shape)
     gradients = gradient(probes)
+    if not isinstance(gradients, Mapping) or set(gradients) != set(probes):
+        raise TypeError(
+            "gradient returns the gradient with respect to the adapter that it gets, such as lambda adapter: "
+            f"jax.grad(loss)(adapter, params, batch), and not {type(gradients).__name__}."
+        )
     out = {path: np.asarray(gradients[path].joined(name), np.float64) for path in updates}
     for path, y in out.items():
         if not np.isfinite(y).all():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from jlora.io.checkpoint import bank_index
 from jlora.io.checkpoint.errors import CheckpointError
 from jlora.methods._base import Adapter, Method, Update
 from jlora.methods._description import as_number, describe_method, rebuild_method
@@ -70,6 +71,15 @@ def describe(adapter: Adapter, rest: Mapping[str, Any]) -> Meta:
     return meta | {"sha256": _digest(meta)}
 
 
+def _other_format(folder: Path) -> str:
+    """What to call for a folder without a description, by what is in it."""
+    for name, call in (("adapter_config.json", "jlora.peft.load"), (bank_index.FILE, "jlora.bank.load")):
+        if (folder / name).exists():
+            return f" It has a file {name}: {call} reads it."
+    steps = sorted((path for path in folder.iterdir() if (path / "jlora").exists()), key=lambda path: path.name)
+    return f" It holds checkpoints: pass the folder of one, such as {steps[-1]}." if steps else ""
+
+
 @functools.cache
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jlora", "jax", "orbax-checkpoint")}
@@ -89,6 +99,7 @@ def read(folder: Path) -> Meta:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{folder.parent} is not a saved adapter, or an incomplete one: {folder.name}/{FILE} is missing."
+            + _other_format(folder.parent)
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged and cannot be read: {error!r}") from error

@@ -119,6 +119,7 @@ def load(path: str | os.PathLike[str], *, params: Any = None) -> Adapter:
 
     Raises:
         FileNotFoundError: if the folder does not exist.
+        NotADirectoryError: if the path is that of a file.
         CheckpointError: if the folder holds no adapter, was truncated or altered, has a format or a method that this
             release does not know, or was saved for another base; lists every difference.
     """
@@ -175,6 +176,11 @@ def _usable(folder: Path) -> Iterator[None]:
 
 def _open(path: str | os.PathLike[str]) -> tuple[Path, metadata.Meta]:
     folder = absolute(path)
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"{folder} is a file, and a saved adapter is a folder. jlora.info(path) tells the format of a file, and so "
+            "which call reads it."
+        )
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no saved adapter at {folder}; jlora.save(path, adapter) writes one.")
     return folder, metadata.read(folder / METADATA)

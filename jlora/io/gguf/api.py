@@ -10,6 +10,7 @@ from jlora.io.gguf.read import Heads, read_adapter
 from jlora.io.gguf.write import file_of
 from jlora.io.torch.module_names import Module as Module
 from jlora.io.torch.module_names import Names as Names
+from jlora.io.torch.module_names import check_inputs
 from jlora.methods._base import Adapter
 from jlora.methods._lowering import as_single, with_static_scale
 from jlora.methods._sharing import untie
@@ -47,6 +48,7 @@ def load(
         ValueError: if the file is damaged, is no LoRA, or does not fit the program; the message states what to do.
         ModuleNotFoundError: if names of Hugging Face need the package gguf, and it is not installed.
     """
+    check_inputs(sites, names)
     fields, tensors = container.read(absolute(path))
     return read_adapter(fields, tensors, sites, names, Heads(num_heads, num_kv_heads, permute))
 

@@ -12,6 +12,7 @@ from jlora.io.kohya.write import file_of
 from jlora.io.peft.safetensors_file import load_metadata, load_tensors, save_tensors
 from jlora.io.torch.module_names import Module as Module
 from jlora.io.torch.module_names import Names as Names
+from jlora.io.torch.module_names import check_inputs
 from jlora.methods._base import Adapter
 from jlora.methods._lowering import as_single, with_static_scale
 from jlora.methods._sharing import untie
@@ -47,6 +48,7 @@ def load(
         ValueError: if the file is damaged, holds a form that jlora does not read, or does not fit the program; the
             message states what to do.
     """
+    check_inputs(sites, names)
     path = absolute(path)
     tensors = load_tensors(path, integers=True)  # alpha may be one
     kept = {key: tensor for key, tensor in tensors.items() if ignore is None or not re.match(ignore, key)}

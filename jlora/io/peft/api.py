@@ -12,6 +12,7 @@ from jlora.io.peft.safetensors_file import load_tensors, save_tensors
 from jlora.io.peft.write import peft_files
 from jlora.io.torch.module_names import Module as Module
 from jlora.io.torch.module_names import Names as Names
+from jlora.io.torch.module_names import check_inputs
 from jlora.methods._base import Adapter
 from jlora.methods._lowering import as_single, with_static_scale
 from jlora.methods._sharing import untie
@@ -60,6 +61,7 @@ def load(
         FileNotFoundError: if a file is missing.
         ValueError: if the file is damaged, or does not fit the program; the message states what to do.
     """
+    check_inputs(sites, names)
     folder = absolute(folder)
     config = read_config(folder / CONFIG, has_start=start is not None)
     before = None if start is None else load_tensors(absolute(start) / TENSORS)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, final, get_args
 
+from jlora._trace.sites import check_sites
 from jlora._tree.paths import closest_matches
 
 Kind = Literal["linear", "conv1d", "conv", "embedding", "parameter"]
@@ -162,6 +163,20 @@ def bias_hint(path: str, names: Names) -> str:
     return ""
 
 
+def check_inputs(sites: object, names: object) -> None:
+    """Raises if the sites and the map of a call are other things, or change places.
+
+    Raises:
+        TypeError: with what to pass.
+    """
+    check_sites(sites)
+    if not isinstance(names, Mapping):
+        raise TypeError(
+            "names is a dict from paths of the program to modules, such as {'layers/{i}/up/kernel': "
+            f"'model.layers.{{i}}.mlp.up_proj'}}, not {type(names).__name__}."
+        )
+
+
 def no_match_error(
     heading: str,
     candidates: Mapping[str, Iterable[str]],
@@ -186,6 +201,9 @@ def no_match_error(
     unused = [pattern for pattern in unused if _is_for(names[pattern], candidates)] or unused
     if 0 < len(unused) <= _MAX_LISTED:
         lines.append(f"patterns of names that match no path: {', '.join(unused)}")
+    lines.append(
+        "An entry of names is a path of the program with its module: {'layers/{i}/up': 'model.layers.{i}.up'}."
+    )
     return ValueError(heading + "\n  " + "\n  ".join(lines))
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jlora._tree.paths import Tree
+from jlora._tree.paths import Tree, is_array
 from jlora.io.file_paths import absolute
 from jlora.io.peft.infer.entries import Checkpoint
 from jlora.io.peft.infer.near import near_misses
@@ -58,9 +58,14 @@ def infer_names(
 
     Raises:
         FileNotFoundError: if the checkpoint is missing.
+        TypeError: if the checkpoint is neither a path nor arrays by name.
         ValueError: if the params are those of another model, abstract or quantised, or if `known` does not fit. The
             message lists the nearest tensors.
     """
+    if isinstance(checkpoint, Mapping) and not all(is_array(tensor) for tensor in checkpoint.values()):
+        raise TypeError(
+            "checkpoint is a path, or a dict from names of tensors to arrays; the parameters come before it."
+        )
     checkpoint = checkpoint if isinstance(checkpoint, Mapping) else absolute(checkpoint)
     leaves, files = floating_leaves(params), open_tensors(checkpoint)
     tensors = [name for name in files.floating() if name.startswith(prefix)]
