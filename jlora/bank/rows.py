@@ -61,8 +61,8 @@ def apply(
         axes = axes_of_leaves(in_axes, args)
         rows = count_rows(args, axes)
         ids = _checked_ids(ids, rows, len(bank))
-        size = block or cheapest_block(fun, params, bank, rows, args, axes, kwargs)
-        if not 1 <= size <= rows:
+        size = (block or cheapest_block(fun, params, bank, rows, args, axes, kwargs)) if rows else 1
+        if rows and not 1 <= size <= rows:
             raise ValueError(f"A block has 1 to {rows} rows, as many as the batch, not {size}.")
 
         def of_block(member: Adapter, *leaves: Any) -> Any:

@@ -274,3 +274,10 @@ def test_an_unknown_id_harms_no_other_row() -> None:
     want = by_row(mlp, PARAMS, bank, ["member 2", "member 0", None, "member 1"], x[np.array(rows)])
     np.testing.assert_allclose(out[np.array(rows)], want, rtol=1e-4, atol=1e-4)
     assert np.isnan(out[1]).all()
+
+
+@pytest.mark.parametrize("block", [None, 4])
+def test_a_batch_without_rows(block: int | None) -> None:
+    bank, x = bank_of(jlora.LoRA(2)), jnp.zeros((0, 6))
+    out = jax.jit(jlora.bank.apply(mlp, block=block))(PARAMS, bank, bank.ids([]), x)
+    assert out.shape == mlp(PARAMS, x).shape
