@@ -1,5 +1,6 @@
 """Products with structured updates: beside the base, or merged into it with a gradient that does not need x^T g."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jlora._ir.algebra import align_axes
 from jlora._ir.materialize import accumulation_dtype
@@ -24,6 +26,7 @@ def apply_structure(
     weight: str,
     sizes: Mapping[str, int],
     dtype: jnp.dtype,
+    precision: Any,
 ) -> jax.Array:
     """`scale * x M(theta)`, without M.
 
@@ -35,6 +38,7 @@ def apply_structure(
         weight: the indices of the weight. The others of theta are its own.
         sizes: of the indices of x and of the weight.
         dtype: of the result.
+        precision: of the program's product.
     """
     assert network.structure is not None
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else dtype
@@ -44,10 +48,20 @@ def apply_structure(
     x = align_axes(x.astype(compute), labels, of_x + rows + network.inputs)
     n_in = _size(network.inputs, sizes)
     x = x.reshape(*(sizes[c] for c in of_x), _size(rows, sizes), n_in)
-    y = network.per_layer(network.structure.apply, stack, (x, of_x))
+    with _default_precision(precision):
+        y = network.per_layer(network.structure.apply, stack, (x, of_x))
     y = y * jnp.asarray(network.scale, y.dtype)
     reached = stack + rows + network.outputs
     return align_axes(y.astype(dtype).reshape([sizes[c] for c in reached]), reached, out)
+
+
+def _default_precision(precision: Any) -> contextlib.AbstractContextManager[Any]:
+    """Gives products without a precision that of an equation: the higher of two, and the highest for an algorithm."""
+    if precision is None:
+        return contextlib.nullcontext()
+    given = precision if isinstance(precision, tuple) else (precision,)
+    levels = [level if isinstance(level, lax.Precision) else lax.Precision.HIGHEST for level in given]
+    return jax.default_matmul_precision(max(levels, key=lambda level: level.value).name.lower())
 
 
 def _size(names: str, sizes: Mapping[str, int]) -> int:

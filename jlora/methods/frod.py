@@ -159,7 +159,7 @@ class FRoD(Method):
         place = jnp.broadcast_to(update["place"], (*update["s"].shape, update["place"].shape[-1]))
         middle = sparse(update["s"], place) + diagonal(update["l"] - update["l0"])
         v, u = jnp.broadcast_to(update.joined("v"), middle.shape), update.joined("u")
-        # Three large products: at the precision of the program, as the products of activations.
+        # Three large products: at JAX's default precision, as products of activations are, and not at the highest.
         matrix = v @ (middle @ u) if n_out <= n_in else (v @ middle) @ u
         return add_matrix(w, update, matrix, update.scale)
 

@@ -137,6 +137,6 @@ class GroupedLoRA(Method):
         # B as one matrix with a block for each pair, zero elsewhere: a product with a batch axis copies activations.
         b = update["b"]
         places = jnp.eye(self.groups, dtype=b.dtype)[jnp.array(self.enabled)]  # (enabled, groups)
-        blocks = jnp.einsum("...ero,eg->...ergo", b, places)
+        blocks = jnp.einsum("...ero,eg->...ergo", b, places, precision="highest")
         terms: list[Term] = [(update["a"], update.declared["a"]), (blocks, "*stack enabled rank group group_out")]
         return add_network(w, update, terms, self.scale * update.scale, labels)

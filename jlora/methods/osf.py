@@ -114,5 +114,6 @@ def _orthogonal_gradient(factor: jax.Array, basis: jax.Array, is_complement: boo
 def _jvp(is_complement: bool, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (factor, basis), (tangent, _) = primals, tangents
     basis = basis.astype(factor.dtype)
-    inside = basis @ (basis.mT @ tangent)
+    with jax.default_matmul_precision("highest"):
+        inside = basis @ (basis.mT @ tangent)
     return factor, tangent - inside if is_complement else inside

@@ -56,5 +56,5 @@ class PVeRA(Method):
         if update.key is None:
             return add_network(w, update, [*mean, *rest], update.scale)
         vectors = jnp.stack([update["d"], update["c"]], axis=-2)
-        halves = jnp.einsum("ihr,...hr->...ihr", both.reshape(-1, 2, self.rank), vectors)
+        halves = both.reshape(-1, 2, self.rank) * vectors[..., None, :, :]
         return add_network(w, update, [(halves, "*stack *in half rank"), *rest], update.scale, latent="half")

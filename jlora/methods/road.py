@@ -71,7 +71,7 @@ class RoAd(Method):
         sizes = [w.size(c) for c in labels["*out"]]
         if not (splits_evenly(sizes, self.group) and splits_evenly(sizes, half)):
             identity = jnp.eye(half, dtype=matrices.dtype)
-            blocks = jnp.einsum("...hij,hk->...ihjk", matrices, identity)
+            blocks = jnp.einsum("...hij,hk->...ihjk", matrices, identity, precision="highest")
             return map_axes(w, update, blocks.reshape(*matrices.shape[:-3], self.group, self.group), "*out")
         w, groups, part = split_group(w, labels["*out"], self.group)
         w, pair, rest = split_group(w, part, half)

@@ -88,6 +88,6 @@ class TinyLoRA(Method):
 
     def lower(self, update: Update, w: AdaptedWeight) -> AdaptedWeight:
         declared = update.declared
-        middle = jnp.einsum("...k,...kij->...ij", update["v"], update["p"])
+        middle = jnp.einsum("...k,...kij->...ij", update["v"], update["p"], precision="highest")
         terms = [(update["a"], declared["a"]), (middle, "*stack in_rank out_rank"), (update["b"], declared["b"])]
         return add_network(w, update, terms, update.scale)

@@ -84,5 +84,5 @@ class VBLoRA(Method):
     def _mixtures(self, logits: jax.Array, bank: jax.Array, width: int) -> jax.Array:
         """(*stack, rank, width), from logits (*stack, rank, pieces, vectors)."""
         largest, places = jax.lax.top_k(logits, self.topk)
-        mixed = jnp.einsum("...k,...kl->...l", jax.nn.softmax(largest), bank[places])
+        mixed = jnp.einsum("...k,...kl->...l", jax.nn.softmax(largest), bank[places], precision="highest")
         return mixed.reshape(*mixed.shape[:-2], -1)[..., :width]

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jlora._compat import Eqn
 from jlora._interpreter.context import Context, Role, Value
@@ -80,12 +81,13 @@ def _evaluate(rows: AdaptedWeight, mask: jax.Array | None, *, mask_term: str) ->
 def _mapped_rows(rows: AdaptedWeight, mask: jax.Array | None, mask_term: str) -> jax.Array:
     """The base's rows after the maps; those out of bounds as they are, and no matrix gets a gradient from them."""
     value = lazy.materialize(rows.base)
+    apply = functools.partial(apply_maps, of_input=False, precision=lax.Precision.HIGHEST)
     if mask is None or not rows.mapped:
-        return apply_maps(value, rows.labels, rows.sizes, rows.maps, of_input=False)
+        return apply(value, rows.labels, rows.sizes, rows.maps)
     split = value.reshape([rows.size(c) for c in rows.labels])
     is_within = align_axes(mask, mask_term, rows.labels)
     within = jnp.where(is_within, split, jnp.zeros((), split.dtype))
-    mapped = apply_maps(within, rows.labels, rows.sizes, rows.maps, of_input=False)
+    mapped = apply(within, rows.labels, rows.sizes, rows.maps)
     return jnp.where(is_within, mapped, split).reshape(value.shape)
 
 
@@ -103,11 +105,15 @@ def _added_flops(rows: AdaptedWeight, n: TensorNetwork) -> Any:
 
 
 def _evaluate_network(rows: AdaptedWeight, n: TensorNetwork, dtype: jnp.dtype) -> jax.Array:
-    """The network's rows. The factor that was looked up is the activation."""
+    """The network's rows. The factor that was looked up is the activation.
+
+    The product is at full precision: a lookup in the merged weight has no product, and is exact.
+    """
     head, term, rest = _looked_up(rows, n)
     if not rest.factors:
         head = head * jnp.asarray(n.scale, head.dtype)
-    y = apply_network(name_intermediate(head.astype(dtype)), term, rest, rows.labels, dtype=dtype)
+    head, full = name_intermediate(head.astype(dtype)), lax.Precision.HIGHEST
+    y = apply_network(head, term, rest, rows.labels, dtype=dtype, precision=full)
     return jnp.broadcast_to(y, [rows.size(c) for c in rows.labels])
 
 

@@ -186,7 +186,8 @@ def _evaluate(
         if not isinstance(n, TensorNetwork):
             return jnp.broadcast_to(record_product(x, form.x, n, form.out, groups).astype(y.dtype), y.shape)
         if isinstance(n, StructuredNetwork):
-            z = apply_structure(x, form.x, n, form.out, weight=form.weight, sizes=sizes, dtype=y.dtype)
+            options: Any = {"weight": form.weight, "sizes": sizes, "dtype": y.dtype, "precision": form.precision}
+            z = apply_structure(x, form.x, n, form.out, **options)
             return z.reshape(y.shape)
         z = apply_network(
             x,
