@@ -56,7 +56,7 @@ def finish_lookup(
     roles: dict[str, Role] = dict.fromkeys(f.labels, "out")
     roles |= dict.fromkeys("".join(indexed), "in")
     roles |= dict.fromkeys("".join(batched), "stack")
-    added = sum(_added_flops(rows, n) for n in rows.networks if n.factors)
+    added = 0 if probes([rows]) else sum(_added_flops(rows, n) for n in rows.networks if n.factors)
     added += sum(n.structure.matrix_flops for n in matrices if n.structure)
     factored, form = factored and not matrices, form_of((), rows.maps)
     why = "" if factored else "the update is computed as a matrix, of which rows are read"
