@@ -17,7 +17,7 @@ A rule specifies what a JAX primitive does to an adapted weight:
     @jlora.extend.register_rule("my_primitive")
     def my_rule(ctx, eqn, f): ...
 
-`treat_as(op, plain)` gives a custom kernel a plain twin, so that weights which go into it are adapted factored. A
+`treat_as(op, plain)` gives a custom kernel a plain equivalent, so that weights which go into it are adapted factored. A
 quantised format is a subclass of `Quantized`.
 """
 

@@ -13,7 +13,7 @@ from jlora._interpreter.context import Role, Use, matrix_side
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One weight as the program uses it.
+    """One parameter as the program uses it: its path, shape, roles of axes, and the equations that consume it.
 
     Arguments:
         path: its path.

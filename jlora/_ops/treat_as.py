@@ -1,7 +1,8 @@
-"""Custom kernels with a plain twin: the kernel computes the product with the base, the twin that with the update.
+"""Custom kernels with a plain equivalent: the kernel computes the product with the base, that the one of the update.
 
-The twin is data of a primitive of jlora's own. For all of JAX this primitive is `op`: it is lowered, differentiated and
-evaluated as `op`, so that no other transformation has to know it. Only jlora's interpreter reads the twin.
+The plain function is data of a primitive of jlora's own. For all of JAX this primitive is `op`: it is lowered,
+differentiated and evaluated as `op`, so that no other transformation has to know it. Only jlora's interpreter reads the
+plain function.
 """
 
 import functools
@@ -17,7 +18,7 @@ TREAT_AS = "jlora_treat_as"
 
 
 def treat_as(op: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a custom kernel a plain twin, so that a weight which goes into the kernel is adapted factored.
+    """Gives a custom kernel a plain equivalent, so that a weight which goes into the kernel is adapted factored.
 
         matmul = jlora.extend.treat_as(pallas_matmul, jnp.matmul)
 

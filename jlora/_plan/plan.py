@@ -116,7 +116,7 @@ class Plan:
 
 
 def plan(step: Callable[..., Any], *args: Any, topology: str, **kwargs: Any) -> Plan:
-    """Compiles a step for devices that need not exist, and reports what it needs on each of them.
+    """Compiles a step for TPUs or GPUs that this machine need not have, and reports what it needs on each of them.
 
     Nothing is computed, so all arrays may be `jax.ShapeDtypeStruct`.
 

@@ -21,7 +21,7 @@ from jlora.methods._common.networks import add_network
 @final
 @dataclasses.dataclass(frozen=True)
 class ConvLoRA(Method):
-    """Adds to a convolution's kernel a matrix product, reshaped, as the library of LoRA's authors does.
+    """Adds a reshaped matrix product to a convolution's kernel, as loralib, the library of LoRA's authors, does.
 
         W + s reshape(B^T A^T, (out, in / groups, *window)),    A: (*stack, in k, rank k),    B: (*stack, rank k, out q)
 

@@ -21,7 +21,7 @@ from jlora.methods._common.networks import add_network
 @final
 @dataclasses.dataclass(frozen=True)
 class OSF(Method):
-    """Trains the last singular triples of a weight; its leading ones stay, for what was learnt before.
+    """Trains the last singular triples of a weight and keeps its leading ones, so that earlier tasks are not forgotten.
 
         W - U0 diag(s0) V0 + U diag(s) V,    U: (*stack, *in, rank),    s: (*stack, rank),    V: (*stack, rank, *out)
 

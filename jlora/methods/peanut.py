@@ -28,7 +28,7 @@ ACTIVATIONS = {
 @final
 @dataclasses.dataclass(frozen=True)
 class PEANuT(Method):
-    """Adds what a small network gives for each row of the weight.
+    """Adds the outputs of a small neural network that is applied to each row of the weight.
 
         W + s D(E(f(W A))) B,    A: (*stack, *out, rank),    B: (*stack, rank, *out),    f an activation
 

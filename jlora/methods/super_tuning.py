@@ -24,7 +24,7 @@ from jlora.methods.lora import LoRA
 @final
 @dataclasses.dataclass(frozen=True)
 class SuperTuning(Method):
-    """Trains the entries of a weight that have the largest magnitudes, and a LoRA beside if asked for.
+    """Trains the entries of a weight that have the largest magnitudes, and a LoRA too if a rank is given.
 
         W + S + s A B,    S: zero except for the entries s: (*stack, entries),    s = alpha / rank
 

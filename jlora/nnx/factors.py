@@ -22,7 +22,7 @@ class FrozenFactor(nnx.Variable[Any]):
 
 
 class Factors(nnx.Module):
-    """The update of one weight, beside it: the attribute `kernel_lora` of the module that has the Param `kernel`.
+    """The factors of one weight: the attribute `kernel_lora` of the module that has the Param `kernel`.
 
     Arguments:
         update: the `jlora.Update`, of arrays. The module holds it with an `nnx.LoRAParam` in the place of each

@@ -25,7 +25,7 @@ def load(
     num_kv_heads: int | None = None,
     permute: bool | None = None,
 ) -> Adapter:
-    """Reads a LoRA that llama.cpp's converter wrote, or `save`.
+    """Reads a LoRA from a GGUF file that llama.cpp's converter or `jlora.gguf.save` wrote.
 
         names = {"layers/{i}/query/kernel": "model.layers.{i}.self_attn.q_proj"}
         adapter = jlora.gguf.load("lora.gguf", sites, names, num_heads=32, num_kv_heads=8)

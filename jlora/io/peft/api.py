@@ -28,7 +28,7 @@ def load(
     params: Tree = None,
     start: str | os.PathLike[str] | None = None,
 ) -> Adapter:
-    """Reads an adapter that PEFT wrote, or `save`.
+    """Reads an adapter from a folder that PEFT or `jlora.peft.save` wrote.
 
         sites = jlora.trace(model.apply, variables, tokens)
         names = {"params/layers/{i}/query/kernel": "model.layers.{i}.self_attn.q_proj"}
