@@ -29,14 +29,15 @@ def _without_blocks(
     for side in (inputs, outputs):
         for block in side:
             having = [k for k, term in enumerate(n.terms) if block in term]
-            if len(having) == 2:
+            # Factors of blocks share the rank, too. A multiplier of one side shares nothing else.
+            if len(having) == 2 and len(set.intersection(*(set(n.terms[k]) for k in having))) > 1:
                 n = _spread(n, f, block, having, side)
     return n
 
 
 def _spread(n: TensorNetwork, f: AdaptedWeight, block: str, having: list[int], side: Collection[str]) -> TensorNetwork:
     """The network in which the factor of a side gets a second index for its blocks, and the other factor this alone."""
-    summed, terms, factors = fresh_indices([f.used()]), list(n.terms), list(n.factors)
+    summed, terms, factors = fresh_indices([f.used(), *n.terms]), list(n.terms), list(n.factors)
     at = next((k for k in having if set(terms[k]) & set(side) - {block}), having[-1])
     (other,) = (k for k in having if k != at)
     of_side = [c for c in terms[at] if c in side]

@@ -86,6 +86,16 @@ def test_block_diagonal_factors() -> None:
         jlora.BDLoRA(4, 3)
 
 
+@pytest.mark.parametrize("side", ["in", "out"])
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_a_multiplier_after_block_diagonal_factors(side: str, axis: str) -> None:
+    update, _ = random(new(jlora.BDLoRA(4, 2, side, 8.0)))
+    multiplier, f = random(new(jlora.IA3(axis)))
+    want = np.asarray(jlora.merge(W, {"": update})) * (f["l"] if axis == "out" else f["l"][:, None])
+    y = jlora.adapt(program, on_dense="error")(W, [{"": update}, {"": multiplier}], X)
+    np.testing.assert_allclose(y, X @ want, atol=1e-4 * np.abs(want).max())
+
+
 def test_rows_of_qalora_are_equal_inside_a_group() -> None:
     update, f = random(new(jlora.QALoRA(2, 4, 6.0)))
     check(update, W + 3 * np.repeat(f["a"], 4, axis=0) @ f["b"])
