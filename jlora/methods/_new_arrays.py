@@ -9,6 +9,7 @@ from jlora._interpreter.site import Site
 from jlora.methods._base import Method
 from jlora.methods._common.author_errors import check_frozen
 from jlora.methods._common.factor_axes import WeightAxes
+from jlora.methods._common.hyperparameters import check_hash
 
 
 def new_arrays(
@@ -17,9 +18,10 @@ def new_arrays(
     """The arrays of `method.init`, in the declared shapes.
 
     Raises:
-        TypeError: if a name in `frozen` is not declared.
+        TypeError: if a name in `frozen` is not declared, or a hyper-parameter has no hash.
         ValueError: if a declared array is missing, an array is not declared, or it has another number of entries.
     """
+    check_hash(method)
     if type(method).factors_for is Method.factors_for:
         check_frozen(type(method).__name__, method.frozen, method.factors)
     arrays, shapes = method.init(key, site, dtype, base), method.shapes(WeightAxes.of(site))

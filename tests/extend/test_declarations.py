@@ -16,7 +16,7 @@ from jlora import extend
 
 FACTORS = {"a": "*stack *in rank", "b": "*stack rank *out"}
 INITIALIZERS = {"a": extend.kaiming, "b": jax.nn.initializers.zeros}
-L: Any = jlora.LoRA  # calls that a type checker refuses
+J: Any = jlora  # calls that a type checker refuses
 
 
 _NUMBERS = itertools.count()  # two methods of one module and name are refused
@@ -60,13 +60,19 @@ def test_a_class_that_is_not_a_dataclass():
 
 def test_a_hyper_parameter_without_a_hash():
     with pytest.raises(TypeError, match="Mine's others is of type list, which has no hash"):
-        dataclasses.dataclass(frozen=True)(method_of())(2, [1, 2])
+        use(dataclasses.dataclass(frozen=True)(method_of())(2, [1, 2]))
+
+
+def test_a_list_becomes_the_tuple_that_a_method_takes():
+    assert J.Rows([1, 2]) == jlora.Rows((1, 2))
+    assert J.GroupedLoRA(2, groups=2, enable=[True, False]) == jlora.GroupedLoRA(2, groups=2, enable=(True, False))
+    assert J.RandLoRA(4, matrices=[8, 8]) == jlora.RandLoRA(4, matrices=(8, 8))
 
 
 def test_an_argument_that_a_method_does_not_have():
     for keyword in ("r", "lora_alpha", "use_dora"):
         with pytest.raises(TypeError, match=rf"LoRA has no argument '{keyword}'; its arguments are rank, alpha, "):
-            L(**{keyword: 8})
+            J.LoRA(**{keyword: 8})
 
 
 def test_a_method_is_constructed_as_before():

@@ -32,6 +32,13 @@ def test_a_folder_of_another_format_names_its_call(tmp_path):
         jlora.load(tmp_path / "peft" / "adapter_config.json")
 
 
+def test_an_adapter_without_values_is_not_saved(tmp_path):
+    with pytest.raises(TypeError, match=r"kernel.* is of type ShapeDtypeStruct, which has no value"):
+        jlora.save(tmp_path / "a", jax.eval_shape(adapter))
+    with pytest.raises(TypeError, match=r"which has no value: save outside of jax.jit"):
+        jax.jit(lambda a: jlora.save(tmp_path / "b", a))(adapter())
+
+
 @pytest.mark.parametrize("load", ["peft", "kohya", "gguf", "loralib"])
 def test_sites_and_names_change_places(load, tmp_path):
     call = getattr(jlora, load).load

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from jlora import _compat
 from jlora._adapter.sharding import shardings
 from jlora._tree.paths import is_array, named_leaves, without_boxes
 from jlora.io.checkpoint import checksums, fingerprint, metadata, reader, train_state
@@ -82,12 +83,18 @@ def checkpoint_args(
 
     Raises:
         ValueError: as for `save`.
-        TypeError: if a leaf of the state has another type.
+        TypeError: if a leaf of the state has another type, or an array has no value (under `jax.jit`).
     """
     adapter = {path: with_static_scale(path, update) for path, update in as_single(adapter).items()}
     arrays = metadata.arrays_of(adapter)
     if not arrays:
         raise ValueError("The adapter is empty: there is nothing to save.")
+    for name, array in arrays.items():
+        if isinstance(array, jax.ShapeDtypeStruct) or _compat.is_tracer(array):
+            raise TypeError(
+                f"{name} is of type {type(array).__name__}, which has no value: save outside of jax.jit, and not the "
+                "result of jax.eval_shape."
+            )
     base = _describe_base(adapter, params, hashes)
     state_arrays, leaves = train_state.split(state)
     arrays |= state_arrays

@@ -153,13 +153,10 @@ def check_fields(method: Any) -> None:
 
     Raises:
         ValueError: if a value is not accepted; with the field, the accepted values, and the value.
-        TypeError: if a value without a declared check has no hash.
     """
     for field in dataclasses.fields(method):
         check = field.metadata.get("check") or _default_check(field)
         value = getattr(method, field.name)
-        if check is None:
-            _check_hash(type(method).__name__, field, value)
         if check is None or (value is None and check.optional):
             continue
         if not check.accepts(value):
@@ -168,17 +165,21 @@ def check_fields(method: Any) -> None:
             object.__setattr__(method, field.name, check.type(value))
 
 
-def _check_hash(name: str, field: "dataclasses.Field[Any]", value: Any) -> None:
-    """Checks that a value without a declared check can be a part of what JAX compiles a program for."""
-    if field.hash is False:
-        return
-    try:
-        hash(value)
-    except TypeError:
-        raise TypeError(
-            f"{name}'s {field.name} is of type {type(value).__name__}, which has no hash. Hyper-parameters are "
-            "numbers, strings, booleans, None, or tuples of them; arrays belong to `factors`."
-        ) from None
+def check_hash(method: Any) -> None:
+    """Checks that a method can be a part of what JAX compiles a program for.
+
+    Raises:
+        TypeError: if a field has a value without a hash; with the field.
+    """
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        try:
+            hash(None if field.hash is False else value)
+        except TypeError:
+            raise TypeError(
+                f"{type(method).__name__}'s {field.name} is of type {type(value).__name__}, which has no hash. "
+                "Hyper-parameters are numbers, strings, booleans, None, or tuples of them; arrays belong to `factors`."
+            ) from None
 
 
 def _default_check(field: "dataclasses.Field[Any]") -> Check | None:
