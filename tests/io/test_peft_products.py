@@ -92,6 +92,19 @@ def test_miss_of_several_ranks_is_written_as_lora(tmp_path):
     np.testing.assert_allclose(outputs(jlora.peft.load(tmp_path / "a", SITES, NAMES)), outputs(adapter), atol=1e-5)
 
 
+def test_block_diagonal_and_plain_loras_are_written_as_plain_ones(tmp_path):
+    params = {"x": jnp.ones((12, 16)), "y": jnp.ones((16, 12))}
+    sites = jlora.trace(lambda p, x: x @ p["x"] @ p["y"], params, jnp.ones((2, 12)))
+    adapter = jlora.init(jax.random.key(0), sites, {"x": jlora.BDLoRA(4, 2), "y": jlora.LoRA(2)})
+    adapter = jax.tree.map(lambda a: a + 0.1, adapter)
+    names = {"x": "x", "y": "y"}
+    notes = jlora.peft.save(tmp_path / "a", adapter, names)
+    assert notes == ("x: BDLoRA became a LoRA of rank 4, by its factors.",)
+    loaded = jlora.merge(params, jlora.peft.load(tmp_path / "a", sites, names))
+    for path, weight in jlora.merge(params, adapter).items():
+        np.testing.assert_allclose(loaded[path], weight, atol=1e-5)
+
+
 def without(*endings):
     return lambda tensors: {name: t for name, t in tensors.items() if not name.endswith(endings)}
 
