@@ -3,7 +3,7 @@
 from jlora.io.peft.config import Config
 from jlora.io.peft.plain_forms import parameter_of
 from jlora.io.peft.targets import is_saved, is_target, is_target_parameter, trained_tokens
-from jlora.io.torch.weight_location import Owners
+from jlora.io.torch.weight_location import Owners, module_of
 
 
 def check_complete(config: Config, adapted: set[str], trained: set[str], tokens: set[str], owners: Owners) -> None:
@@ -19,7 +19,10 @@ def check_complete(config: Config, adapted: set[str], trained: set[str], tokens:
     Raises:
         ValueError: with the names that the file lacks, or has and the configuration does not name.
     """
-    targets, saved = _named_targets(config, owners), {name for name in owners if is_saved(config, name)}
+    targets, saved = (
+        _named_targets(config, owners),
+        {name for name in owners if is_saved(config, module_of(name, owners))},
+    )
     missing = sorted((targets - adapted) | (saved - trained))
     if missing or bool(trained_tokens(config)) != bool(tokens):
         raise ValueError(

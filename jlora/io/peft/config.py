@@ -122,8 +122,10 @@ _REQUIRED = {
 # Why a field is refused, and what to do, if there is more to say than that jlora does not implement it.
 _REASONS = {
     "layer_replication": "the model has other layers than its base: give the program these layers, and merge with PEFT",
-    "alora_invocation_tokens": "the adapter acts from certain tokens on, so no weight is equal to it",
-    "arrow_config": "a router chooses among several adapters for each token, so no weight is equal to it",
+    "alora_invocation_tokens": "the adapter acts from certain tokens on, so no weight is equal to it, and PEFT cannot "
+    "merge it either",
+    "arrow_config": "a router chooses among several adapters for each token, so no weight is equal to it: load each of "
+    "these, and see jlora.bank",
     "megatron_config": "the layers are Megatron's: save the adapter from a model of transformers",
 }
 # Why a type is refused, and what to do.
@@ -281,15 +283,14 @@ def _check_fields(path: str | os.PathLike[str], peft_type: str, config: Config) 
         if name in config and (isinstance(config[name], bool) or not isinstance(config[name], int)):
             raise ValueError(f"{path} has {name} = {config[name]!r}, and it must be an integer.")
     readable = {*_IGNORED, *_COMMON, *_READ[peft_type]}
-    unknown = [
-        f"{name} = {value!r}" + (f" ({_REASONS[name]})" if name in _REASONS else "")
-        for name, value in config.items()
-        if value and name not in readable
-    ]
+    unknown = {name: value for name, value in config.items() if value and name not in readable}
     if unknown:
+        reasons = {name: f" ({_REASONS[name]})" if name in _REASONS else "" for name in unknown}
+        merge = " Merge the adapter with PEFT and load the merged weights instead."
         raise ValueError(
-            f"{path} sets fields that jlora does not implement: {'; '.join(unknown)}. Merge the adapter with PEFT and "
-            "load the merged weights instead."
+            f"{path} sets fields that jlora does not implement: "
+            f"{'; '.join(f'{name} = {value!r}{reasons[name]}' for name, value in unknown.items())}."
+            f"{'' if all(reasons.values()) else merge}"
         )
     bias = config.get("bias", "none")
     if bias not in ("none", "all") and not str(bias).endswith("_only"):  # PEFT tests the ending, "lora_only" and others

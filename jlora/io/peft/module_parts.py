@@ -40,7 +40,7 @@ def locate_adapter(adapter: Adapter, names: Names, base: BaseParams) -> dict[str
 
 
 def complete_modules(adapter: Adapter, locations: Mapping[str, WeightLocation]) -> Adapter:
-    """The adapter with the missing parts of modules that are trained in full: a difference of zero for each.
+    """The adapter with all that modules hold that are trained in full: a difference of zero for each missing parameter.
 
     Arguments:
         adapter: the adapter.
@@ -57,6 +57,10 @@ def complete_modules(adapter: Adapter, locations: Mapping[str, WeightLocation]) 
         sibling = next((trained[name] for name in location.first_modules if name in trained), None)
         if sibling is not None and path not in adapter:
             complete[path] = _no_change(location, sibling.roles)
+    saved = _modules_with_weights(complete, locations, trained=True)
+    for path, location in locations.items():  # the bias of such a module: PEFT needs all parameters that it has
+        if path not in complete and _bias_modules(location) & saved:
+            complete[path] = _no_change(location, location.weight.roles)
     return complete
 
 

@@ -10,6 +10,7 @@ import jax
 
 from jlora._trace.sites import Sites
 from jlora.io.peft import plain_forms
+from jlora.io.peft.attention import check_attention
 from jlora.io.peft.completeness import check_complete
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, scaled_bias, scaled_biases, to_delta
@@ -88,6 +89,8 @@ def read_adapter(
     if config["peft_type"] == "GLORA":
         adapters, changes = bias_changes(content.adapters, content.trained, owners, base)
         content = content._replace(adapters=adapters, biases=changes)
+    changed = [name for name, by_suffix in content.adapters.items() if not _is_without_effect(by_suffix)]
+    check_attention(changed, owners)
     heads = tied_heads(content.adapters, locations, sites, config)
     embeddings = tied_modules(locations, sites)
     saved_heads = {embeddings[name] for name in content.trained if name in embeddings}
@@ -112,6 +115,11 @@ def read_adapter(
     adapter |= _implied_biases(adapter, sites, locations, base, names)
     factors = jax.device_put({path: adapter[path].factors for path in sites if path in adapter})
     return tie({path: _with_frozen(adapter[path], arrays) for path, arrays in factors.items()})
+
+
+def _is_without_effect(by_suffix: Tensors) -> bool:
+    """Whether a module's LoRA is that of the start: what PEFT saves of a module that its forward pass passes over."""
+    return "lora_B.weight" in by_suffix and not by_suffix["lora_B.weight"].any()
 
 
 def _with_frozen(update: Update, arrays: dict[str, Any]) -> Update:

@@ -62,20 +62,21 @@ def is_target(config: Config, name: str) -> bool:
         return False
     if config.get("exclude_modules") and _matches(config["exclude_modules"], name):
         return False
-    if is_saved(config, name) or not _is_in_layers(config, name):
+    if is_left_out(config, name) or not _matches(targets, name):
         return False
-    return _matches(targets, name)
+    return isinstance(targets, str) or name in targets or _is_in_layers(config, name)
 
 
 def _is_in_layers(config: Config, name: str) -> bool:
     """Whether a module is in one of `layers_to_transform`, if the configuration has them."""
     layers = config.get("layers_to_transform")
-    if layers in (None, []) or isinstance(config["target_modules"], str):
+    if layers in (None, []):
         return True
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    patterns = config.get("layers_pattern") or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    matches = [re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns]
-    layer = next((int(match[1]) for match in matches if match), None)
+    expressions = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]
+    matches = [re.match(rf"{expression}\.(?P<layer>\d+)\.", name) for expression in expressions]
+    layer = next((int(match["layer"]) for match in matches if match), None)
     return layer in ([layers] if isinstance(layers, int) else layers)
 
 
@@ -89,9 +90,37 @@ def is_feedforward(config: Config, name: str) -> bool:
     return _matches(config["feedforward_modules"], name, separator="")
 
 
-def is_saved(config: Config, name: str) -> bool:
-    """Whether a module or parameter is trained in full (`modules_to_save`)."""
+def is_saved(config: Config, module: str) -> bool:
+    """Whether a module is trained in full, or is in one that is; PEFT compares the endings of names."""
+    parts = module.split(".")
+    names = [".".join(parts[: k + 1]) for k in range(len(parts))]
+    return any(name.endswith(saved) for name in names for saved in config.get("modules_to_save") or ())
+
+
+def is_left_out(config: Config, name: str) -> bool:
+    """Whether PEFT adapts no module of this name because of `modules_to_save`, which are expressions here."""
     return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.get("modules_to_save") or ())
+
+
+def check_endings(config: Config, modules: Iterable[str], adapted: Iterable[str]) -> None:
+    """Raises if PEFT would train other modules in full, or rows of others, than a configuration that is written names.
+
+    Arguments:
+        config: the configuration, with the whole names of modules.
+        modules: all modules of the map.
+        adapted: those with an adapter.
+
+    Raises:
+        ValueError: if the name of another module ends with one of them, or an adapted module is in one of them.
+    """
+    named = {*(config.get("modules_to_save") or ()), *(config.get("trainable_token_indices") or ())}
+    others = sorted(name for name in modules if name not in named and name.endswith(tuple(named)))
+    others += sorted(name for name in adapted if name not in others and is_left_out(config, name))
+    if others:
+        raise ValueError(
+            f"The adapter trains {sorted(named)} in full or by rows, and PEFT, which compares endings of names, would "
+            f"also take {others}: leave the former out of the adapter, or save it by jlora.save."
+        )
 
 
 def trained_tokens(config: Config) -> list[int] | dict[str, list[int]] | None:
@@ -103,7 +132,7 @@ def tokens_of(config: Config, name: str) -> list[int]:
     """The trained tokens of one module; empty if it has none."""
     tokens = trained_tokens(config)
     if isinstance(tokens, dict):
-        tokens = next((rows for key, rows in tokens.items() if name == key or name.endswith(f".{key}")), None)
+        tokens = tokens.get(name, next((rows for key, rows in tokens.items() if name.endswith(key)), None))
     return tokens or []
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jlora._adapter.to_lora import to_lora
 from jlora.io.peft import forms, maps, products, structured
 from jlora.io.peft.absent import WHOLE_MODULES, needs_base
+from jlora.io.peft.attention import check_attention
 from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, to_absolute, without_scaled_biases
 from jlora.io.peft.form_methods import fields_of_blocks
@@ -27,14 +28,14 @@ from jlora.io.peft.monteclora import add_monteclora
 from jlora.io.peft.products import add_products, with_one_rank
 from jlora.io.peft.pvera import add_pvera
 from jlora.io.peft.structured import add_structured, check_drawn, with_places
-from jlora.io.peft.targets import exact_targets
+from jlora.io.peft.targets import check_endings, exact_targets
 from jlora.io.peft.tensors import Tensors, module_tensors
 from jlora.io.peft.trained_vectors import file_of_vectors
 from jlora.io.peft.types import PEFT_TYPES
 from jlora.io.peft.uniform import check_experts, check_vllm, with_uniform_rank
 from jlora.io.peft.vera import add_vera
 from jlora.io.torch.module_names import Names
-from jlora.io.torch.weight_location import WeightLocation, owners_of
+from jlora.io.torch.weight_location import WeightLocation, module_of, owners_of
 from jlora.methods import (
     IA3,
     OSF,
@@ -113,10 +114,13 @@ def peft_files(adapter: Adapter, names: Names, params: Any, target: str | None) 
     adapted = {name: entry for name, entry in entries.items() if name not in trained}
     if not adapted and (vectors := file_of_vectors(trained, module_entries(given, locations))):
         return Files(*vectors, tuple(notes))
-    adapted = checked_against_base(adapted, owners_of(locations), base)
+    owners = owners_of(locations)
+    check_attention(adapted, owners)
+    adapted = checked_against_base(adapted, owners, base)
     adapted = _for_target(with_one_form(with_one_rank(adapted, notes), notes), trained, target, notes)
     config, tensors = _config_and_tensors(adapted, trained, base)
-    modules = [name for name, parts in owners_of(locations).items() if parts[0].location.module.kind != "parameter"]
+    modules = [name for name, parts in owners.items() if parts[0].location.module.kind != "parameter"]
+    check_endings(config, {module_of(name, owners) for name in owners}, adapted)
     config["target_modules"] = exact_targets(config["target_modules"], modules)
     return Files(config, tensors, tuple(notes))
 

@@ -243,6 +243,11 @@ def owners_of(locations: Mapping[str, WeightLocation]) -> Owners:
     return {name: sorted(parts, key=lambda part: part.location.module.part or 0) for name, parts in owners.items()}
 
 
+def module_of(name: str, owners: Owners) -> str:
+    """The module with a name, or that a parameter of this name belongs to."""
+    return name.rpartition(".")[0] if owners[name][0].location.module.kind == "parameter" else name
+
+
 def bias_of(location: WeightLocation, owners: Owners) -> str | None:
     """The path of the bias that belongs to a layer's weight; None if the map has none."""
     candidates = owners.get(f"{location.first_modules[0]}.bias", ())
