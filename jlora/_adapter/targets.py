@@ -18,6 +18,7 @@ def select_methods(sites: Sites, targets: Targets) -> dict[str, Method]:
         ValueError: as `select_by_pattern`, and if a single method has nothing to adapt.
     """
     check_sites(sites)
+    check_targets(targets)
     if isinstance(targets, Method):
         selected = {path: targets for path, site in sites.items() if site.is_product}
         if not selected:
@@ -27,13 +28,22 @@ def select_methods(sites: Sites, targets: Targets) -> dict[str, Method]:
             )
         return selected
     if isinstance(targets, Mapping):
+        return select_by_pattern(sites, targets)
+    return _select_by_function(sites, targets)
+
+
+def check_targets(targets: Targets) -> None:
+    """Raises if targets are neither a method, nor a dict from patterns to methods, nor a function.
+
+    Raises:
+        TypeError: with what is in the place of a method.
+    """
+    if isinstance(targets, Mapping):
         for pattern, target in targets.items():
             if not isinstance(target, Method | None):
                 raise _wrong_type(f"the pattern {pattern!r} has", target)
-        return select_by_pattern(sites, targets)
-    if not callable(targets) or isinstance(targets, type):
+    elif not isinstance(targets, Method) and (not callable(targets) or isinstance(targets, type)):
         raise _wrong_type("this is", targets)
-    return _select_by_function(sites, targets)
 
 
 def _select_by_function(sites: Sites, choose: Callable[[str, Site], Method | None]) -> dict[str, Method]:

@@ -1,7 +1,8 @@
 """Lowers the updates of adapters to adapted weights, and checks that they fit the parameters."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,7 +74,7 @@ def _not_adapter(given: Any, expected: str) -> TypeError:
         hint = "The empty adapter, {}, is the base."
     elif kind == "Bank":
         hint = "jlora.bank.apply and jlora.bank.vmap take a bank; bank[name] is one adapter of it."
-    elif type(given).__module__ == "jlora.nnx.classes":
+    elif "flax.nnx" in sys.modules and isinstance(given, sys.modules["flax.nnx"].Module):
         hint = "jlora.nnx.adapter(model) is the adapter of an adapted module."
     return TypeError(f"Expected an adapter as jlora.init returns it, {expected}, found {kind}. {hint}")
 
@@ -176,21 +177,38 @@ def _apply_update(update: Update, w: AdaptedWeight) -> AdaptedWeight:
     return dataclasses.replace(out, networks=(*out.networks, *subtracted))
 
 
+def _check_factors(path: str, update: Update, ids: Collection[int]) -> None:
+    """Checks that the factors of an update are arrays, and none of the parameters.
+
+    Arguments:
+        path: of the weight.
+        update: the update.
+        ids: of the parameters, as `id` gives them.
+    """
+    for name, factor in update.factors.items():
+        if factor is None:
+            raise TypeError(
+                f"{path}: the factor {name!r} is None, expected an array. Combine the parts of an adapter that was "
+                "split (equinox.combine) before it is used."
+            )
+        if id(factor) in ids:
+            raise ValueError(
+                f"{path}: the parameters hold the factors of this adapter, so the update would apply twice. Of a "
+                "module that jlora.nnx.adapt returned pass jlora.nnx.base(model), or merge it by jlora.nnx.merge."
+            )
+
+
 def check_fits(adapters: Sequence[Adapter], leaves: Mapping[str, Any]) -> None:
     """Checks that each update has its weight among `leaves`, by path.
 
     Raises:
         TypeError: if one of `adapters` is not an adapter, or a factor is None.
-        ValueError: if a path is missing, or a weight has another shape or is not floating-point; with every misfit.
+        ValueError: if a path is missing, or a weight has another shape or is not floating-point; with every misfit. If
+            the factors are among the leaves.
     """
-    misfits = []
+    misfits, ids = [], {id(leaf) for leaf in leaves.values()}
     for path, update in (item for adapter in as_adapters(adapters) for item in adapter.items()):
-        missing = [name for name, factor in update.factors.items() if factor is None]
-        if missing:
-            raise TypeError(
-                f"{path}: the factor {missing[0]!r} is None, expected an array. Combine the parts of an adapter that "
-                "was split (equinox.combine) before it is used."
-            )
+        _check_factors(path, update, ids)
         if path not in leaves:
             misfits.append(
                 f"{path}: no such parameter" + (f" ({closest_matches(path, leaves)})" if len(misfits) < 5 else "")

@@ -12,7 +12,7 @@ from jlora import _compat
 from jlora._adapter.init import init
 from jlora._adapter.merge import merge as merge_params
 from jlora._adapter.sharding import shardings
-from jlora._adapter.targets import Targets
+from jlora._adapter.targets import Targets, check_targets
 from jlora._trace.explain import Explanation
 from jlora._trace.explain import explain as explain_function
 from jlora._trace.sites import Roles, Sites
@@ -141,6 +141,7 @@ def adapt(
     variables, params = _variables(new), _param_values(new)
     updates = _given_adapter(targets)
     if updates is None:
+        check_targets(cast(Targets, targets))
         if not isinstance(rngs, nnx.Rngs):
             raise TypeError(
                 f"New factors need random numbers, and rngs is {rngs!r}: pass rngs=nnx.Rngs(0), or an adapter in place "

@@ -106,10 +106,13 @@ def test_a_bound_method_in_an_attribute_is_refused(wrap):
 def test_arguments_of_adapt_that_have_the_wrong_type():
     tree: Any = {"kernel": WEIGHT}
     seed: Any = 0
+    input_first: Any = X
     with pytest.raises(TypeError, match=r"takes an nnx\.Module, not dict.*jlora\.adapt"):
         jlora.nnx.adapt(tree, {"kernel": jlora.LoRA(1)}, X, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match=r"rngs is 0: pass rngs=nnx\.Rngs\(0\)"):
         jlora.nnx.adapt(Table(), {"kernel": jlora.LoRA(1)}, X, rngs=seed)
+    with pytest.raises(TypeError, match=r"Targets are a method such as .*; this is ArrayImpl"):
+        jlora.nnx.adapt(Table(), input_first, {"kernel": jlora.LoRA(1)}, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="targets are empty"):
         jlora.nnx.adapt(Table(), {}, X, rngs=nnx.Rngs(0))
 
@@ -121,3 +124,16 @@ def test_a_view_switches_dropout_of_the_low_rank_branch():
     for _ in range(4):
         np.testing.assert_allclose(view(X), np.asarray(X) @ MERGED)
     assert not model.kernel_lora.deterministic
+
+
+def test_an_update_is_not_applied_twice_to_an_adapted_module():
+    model = jlora.nnx.adapt(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jlora.LoRA(1), jnp.ones(3), rngs=nnx.Rngs(1))
+    adapter = jlora.nnx.adapter(model)
+    for params in (model, nnx.state(model)):
+        with pytest.raises(ValueError, match=r"kernel: the parameters hold the factors.*jlora.nnx.base\(model\)"):
+            jlora.merge(params, adapter)
+    with pytest.raises(ValueError, match="the update would apply twice"):
+        jlora.adapt(lambda model, x: model(x))(model, adapter, jnp.ones(3))
+    not_adapter: Any = model
+    with pytest.raises(TypeError, match=r"jlora.nnx.adapter\(model\) is the adapter of an adapted module"):
+        jlora.summary(not_adapter)

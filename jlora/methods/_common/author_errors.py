@@ -31,14 +31,16 @@ def check_arguments(cls: type, args: Sequence[Any], given: Collection[str]) -> N
     if any(isinstance(value, dataclasses.Field) for value in vars(cls).values()):
         raise TypeError(f"{cls.__name__} declares fields: put @dataclasses.dataclass(frozen=True) above the class.")
     kinds = [parameter.kind for parameter in parameters.values()]
-    unknown = [name for name in given if name not in parameters]
-    is_short = len(args) > kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    is_open = inspect.Parameter.VAR_KEYWORD in kinds or inspect.Parameter.VAR_POSITIONAL in kinds
-    if is_open or not (unknown or is_short):
+    if inspect.Parameter.VAR_KEYWORD in kinds or inspect.Parameter.VAR_POSITIONAL in kinds:
         return
-    problem = f"no argument {unknown[0]!r}" if unknown else f"no {len(args)} positional arguments"
-    hint = "" if "__init__" in vars(cls) else " Put @dataclasses.dataclass(frozen=True) above a class with fields."
-    raise TypeError(f"{cls.__name__} has {problem}; its arguments are {', '.join(parameters) or 'none'}.{hint}")
+    problem = ""
+    if unknown := [name for name in given if name not in parameters]:
+        problem = f"no argument {unknown[0]!r}"
+    elif len(args) > kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD):
+        problem = f"no {len(args)} positional arguments"
+    if problem:
+        hint = "" if "__init__" in vars(cls) else " Put @dataclasses.dataclass(frozen=True) above a class with fields."
+        raise TypeError(f"{cls.__name__} has {problem}; its arguments are {', '.join(parameters) or 'none'}.{hint}")
 
 
 def network_names(method: str, networks: tuple[str, ...], declared: Mapping[str, str]) -> list[list[str]]:
