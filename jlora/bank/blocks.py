@@ -55,7 +55,7 @@ def rows_of_blocks(ids: jax.Array, size: int, kinds: int) -> jax.Array:
     Blocks that are not needed repeat the first row of the batch.
     """
     rows = ids.shape[0]
-    order = jnp.argsort(ids)
+    order = jnp.argsort(ids).astype(jnp.int32)
     ordered = ids[order]
     is_new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
     start = jax.lax.cummax(jnp.where(is_new, jnp.arange(rows), 0))

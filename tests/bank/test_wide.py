@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jlora
+from tests.support.methods import METHODS, fitting
 
 BOUND = 1e-14  # of float32 roundings that nothing amplifies, each is above 1e-9
 SHAPE, COEFFICIENTS = (7, 6), (0.3, -0.7)
@@ -53,6 +54,24 @@ def test_a_bank_of_a_base_in_float64(dtype: str) -> None:
         sum_ = PARAMS["w"] + sum(c * d for c, d in zip(COEFFICIENTS, changes, strict=True))
         near(jlora.merge(PARAMS, jlora.bank.mixture(bank, jnp.asarray(COEFFICIENTS)))["w"], sum_)
         near(jlora.merge(PARAMS, bank["third"])["w"], weights[2])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "vera" else [pytest.mark.nightly]) for name in METHODS]
+)
+def test_members_of_one_method(name: str) -> None:
+    with jax.enable_x64(True):
+        rng, x = np.random.default_rng(1), np.random.default_rng(2).normal(size=(3, SHAPE[0]))
+        sites = jlora.trace(use, PARAMS, x)
+        init = lambda: jlora.init(  # noqa: E731
+            jax.random.key(0), sites, fitting(name, sites["w"]), params=PARAMS, dtype=np.float64
+        )
+        start = jax.jit(init)()
+        adapter = jax.tree.map(lambda a: a + 0.3 * rng.normal(size=a.shape) if a.dtype == np.float64 else a, start)
+        bank = jlora.bank.stack({"start": start, "trained": jlora.scale(adapter, 0.3)}, params=PARAMS)
+        rows = jax.jit(jlora.bank.vmap(use, (None,), on_dense="allow"))(PARAMS, bank, x)
+        merged = jax.jit(jlora.merge)(PARAMS, jlora.scale(adapter, 0.3))
+        np.testing.assert_allclose(rows[1], x @ np.asarray(merged["w"]), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"how": "svd", "rank": 5}], ids=["concat", "svd"])

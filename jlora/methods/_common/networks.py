@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._interpreter.context import Role
+from jlora._ir.algebra import widened
 from jlora._ir.structured import Structure, StructuredNetwork
 from jlora._ir.weight import AdaptedWeight, AxisMap, TensorNetwork, fresh_indices
 from jlora.methods._common.division import split_group, splits_evenly
@@ -90,6 +91,7 @@ def add_network(
     terms = [*_masked_rank(update, terms), *terms]
     if isinstance(scale, jax.Array):
         (first, declared), *rest = terms
+        first = widened(first, scale.dtype)  # a random matrix may be narrower than what is trained
         terms, scale = [(first * scale.astype(first.dtype), declared), *rest], 1.0
     names = dict.fromkeys(token for _, declared in terms for token in declared.split() if token not in labels)
     labels |= zip(names, fresh_indices([w.used(), *labels.values()], len(names)), strict=True)
