@@ -109,7 +109,9 @@ def fold(f: AdaptedWeight, networks: Sequence[TensorNetwork]) -> AdaptedWeight:
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Float32, or the dtype itself if it is wider. Not `jnp.promote_types`, which strict promotion forbids."""
+    """Float32, or a wider or complex dtype itself. Not `jnp.promote_types`, which strict promotion forbids."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.dtype(dtype)
     return jnp.dtype(dtype) if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 

@@ -49,7 +49,9 @@ def apply_structure(
     n_in = _size(network.inputs, sizes)
     x = x.reshape(*(sizes[c] for c in of_x), _size(rows, sizes), n_in)
     with _default_precision(precision):
-        y = network.per_layer(network.structure.apply, stack, (x, of_x))
+        parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)  # structures are real, and know real activations
+        ys = [network.per_layer(network.structure.apply, stack, (part, of_x)) for part in parts]
+    y = lax.complex(*ys) if len(ys) == 2 else ys[0]
     y = y * jnp.asarray(network.scale, y.dtype)
     reached = stack + rows + network.outputs
     return align_axes(y.astype(dtype).reshape([sizes[c] for c in reached]), reached, out)
