@@ -10,8 +10,8 @@ from jlora.io.file_paths import absolute
 from jlora.io.gguf import container
 from jlora.io.info import checkpoints, gguf, kohya, loralib, peft
 from jlora.io.info.report import Content, Info
-from jlora.io.peft.api import CONFIG, TENSORS
 from jlora.io.peft.config import PREFIX
+from jlora.io.peft.folders import CONFIG, TENSORS
 from jlora.io.peft.safetensors_file import load_metadata, load_tensors
 from jlora.io.torch.pickled import load_state
 

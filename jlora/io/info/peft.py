@@ -10,8 +10,8 @@ from jlora._adapter.summary import UpdateSummary
 from jlora.io.info.modules import FileFactors, fits, summarize
 from jlora.io.info.report import Content
 from jlora.io.peft import plain_forms
-from jlora.io.peft.api import CONFIG, TENSORS
 from jlora.io.peft.config import PREFIX, Config, read_config
+from jlora.io.peft.folders import CONFIG, TENSORS, file_in
 from jlora.io.peft.layouts import ADAPTERS, SUFFIXES, Layout
 from jlora.io.peft.method_fields import method_of
 from jlora.io.peft.safetensors_file import load_tensors
@@ -30,7 +30,7 @@ def read(folder: Path) -> Content:
     """
     refused: list[str] = []
     config = _config(folder / CONFIG, refused)
-    return content(config, load_tensors(folder / TENSORS), refused)
+    return content(config, load_tensors(file_in(folder, TENSORS)), refused)
 
 
 def _config(path: Path, refused: list[str]) -> Config | None:

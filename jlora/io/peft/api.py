@@ -6,6 +6,7 @@ from jlora._trace.sites import Sites
 from jlora._tree.paths import Tree
 from jlora.io.file_paths import absolute
 from jlora.io.peft.config import TASK_TYPES, read_config, write_config
+from jlora.io.peft.folders import CONFIG, TENSORS, file_in
 from jlora.io.peft.forms import has_integers
 from jlora.io.peft.read import read_adapter
 from jlora.io.peft.safetensors_file import load_tensors, save_tensors
@@ -16,8 +17,6 @@ from jlora.io.torch.module_names import check_inputs
 from jlora.methods._base import Adapter
 from jlora.methods._lowering import as_single, with_static_scale
 from jlora.methods._sharing import untie
-
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def load(
@@ -58,14 +57,14 @@ def load(
         the adapter. Its arrays have the dtypes of the file; differences are float32.
 
     Raises:
-        FileNotFoundError: if a file is missing.
+        FileNotFoundError: if a file is missing; the message states what the folder has instead.
         ValueError: if the file is damaged, or does not fit the program; the message states what to do.
     """
     check_inputs(sites, names)
     folder = absolute(folder)
-    config = read_config(folder / CONFIG, has_start=start is not None)
-    before = None if start is None else load_tensors(absolute(start) / TENSORS)
-    tensors = load_tensors(folder / TENSORS, integers=has_integers(config))
+    config = read_config(file_in(folder, CONFIG), has_start=start is not None)
+    before = None if start is None else load_tensors(file_in(absolute(start), TENSORS))
+    tensors = load_tensors(file_in(folder, TENSORS), integers=has_integers(config))
     return read_adapter(config, tensors, sites, names, params, before)
 
 
