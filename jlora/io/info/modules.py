@@ -7,6 +7,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 
 from jlora._adapter.summary import UpdateSummary
+from jlora.io.peft.absent import stored_axes
 from jlora.io.peft.layouts import Layout, axis_groups
 from jlora.methods import Full, LoCon, LoHa, LoKr, LoRA
 from jlora.methods._base import Method
@@ -37,8 +38,9 @@ class FileFactors(NamedTuple, Generic[M]):
 
 def summarize(name: str, factors: FileFactors[Method]) -> UpdateSummary:
     """The summary of one module."""
-    arrays = factors.arrays.values()
-    numbers, size = sum(array.size for array in arrays), sum(array.nbytes for array in arrays)
+    of_base = stored_axes(factors.method)
+    trained = [array for factor, array in factors.arrays.items() if factor not in (*factors.method.frozen, *of_base)]
+    numbers, size = sum(array.size for array in trained), sum(array.nbytes for array in factors.arrays.values())
     rank = getattr(factors.method, "rank", None)
     norm = change_norm(factors) if factors.has_norm else None
     return UpdateSummary(name, factors.method, rank, weight_shape(factors), numbers, size, norm)
@@ -46,7 +48,10 @@ def summarize(name: str, factors: FileFactors[Method]) -> UpdateSummary:
 
 def weight_shape(factors: FileFactors[Method]) -> tuple[int, ...]:
     """The shape of torch's weight, or what of it the factors have: (out, in, *window), experts first."""
-    sizes = _axis_sizes(factors.layout, factors.arrays, getattr(factors.method, "rank", None) or 1)
+    try:
+        sizes = _axis_sizes(factors.layout, factors.arrays, getattr(factors.method, "rank", None) or 1)
+    except ValueError:  # of blocks of the weight
+        return ()
     for side in ("in", "out"):  # of a Kronecker product
         if f"{side}_minor" in sizes:
             sizes[side] = (math.prod(sizes.get(f"{side}_major", (1,))) * sizes[f"{side}_minor"][0],)

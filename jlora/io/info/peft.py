@@ -9,15 +9,23 @@ from pathlib import Path
 from jlora._adapter.summary import UpdateSummary
 from jlora.io.info.modules import FileFactors, fits, summarize
 from jlora.io.info.report import Content
-from jlora.io.peft import plain_forms
+from jlora.io.peft import maps, plain_forms, products, structured
+from jlora.io.peft.absent import WHOLE_MODULES
 from jlora.io.peft.config import PREFIX, Config, read_config
 from jlora.io.peft.folders import CONFIG, TENSORS, file_in
+from jlora.io.peft.form_methods import osf_of_file
+from jlora.io.peft.forms import has_integers, is_shared_name, one_tensor_each
+from jlora.io.peft.full_weights import is_unused_copy
+from jlora.io.peft.glora import BIAS_SUFFIXES
 from jlora.io.peft.layouts import ADAPTERS, SUFFIXES, Layout
+from jlora.io.peft.maps import is_map, method_and_tensors
 from jlora.io.peft.method_fields import method_of
+from jlora.io.peft.pvera import MATRICES
 from jlora.io.peft.safetensors_file import load_tensors
+from jlora.io.peft.stated_sizes import check_stated_sizes
 from jlora.io.peft.tensors import Tensors
 from jlora.io.peft.vera import PROJECTIONS
-from jlora.methods import IA3, Full, LoKr
+from jlora.methods import IA3, OSF, Full, LoKr
 from jlora.methods._base import Method
 
 
@@ -30,7 +38,8 @@ def read(folder: Path) -> Content:
     """
     refused: list[str] = []
     config = _config(folder / CONFIG, refused)
-    return content(config, load_tensors(file_in(folder, TENSORS)), refused)
+    integers = config is None or has_integers(config)
+    return content(config, load_tensors(file_in(folder, TENSORS), integers=integers), refused)
 
 
 def _config(path: Path, refused: list[str]) -> Config | None:
@@ -56,11 +65,20 @@ def content(config: Config | None, tensors: Tensors, refused: list[str]) -> Cont
         refused: the reasons that are known already.
     """
     trained, notes = [], []
+    if config is not None:
+        try:
+            config, tensors = one_tensor_each(config, tensors)
+        except ValueError as error:
+            return Content((), (*refused, str(error)), ())
     adapters: dict[str, Tensors] = collections.defaultdict(dict)
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         suffix = next((suffix for suffix in (*SUFFIXES, *plain_forms.SUFFIXES) if name.endswith(f".{suffix}")), "")
-        if key in PROJECTIONS or name.endswith(".lora_velora_embed"):
+        is_shared = key in (*PROJECTIONS, *MATRICES) or is_shared_name(key)
+        if is_shared or is_unused_copy(key, tensors) or name.endswith(".lora_velora_embed"):
+            continue
+        if name.endswith(BIAS_SUFFIXES):
+            notes.append(f"{name}: jlora.peft.load adds what it does to the bias of the module.")
             continue
         if name.endswith(".lora_B.bias"):
             notes.append(f"{name} is a bias of B: jlora.peft.load adds it to the bias of the module.")
@@ -82,10 +100,17 @@ def content(config: Config | None, tensors: Tensors, refused: list[str]) -> Cont
 def _module(config: Config, name: str, adapters: Mapping[str, Tensors], refused: list[str]) -> UpdateSummary | None:
     """The summary of a module; None if its rank is 0, or it is refused, and then the reason is added to `refused`."""
     try:
-        method, is_certain = _method(config, name, adapters)
+        check_stated_sizes(config, name, name, adapters[name], {})
+        if is_map(config):
+            method, by_suffix = method_and_tensors(config, name, adapters[name], _sides(adapters[name]))
+            is_certain = True
+        else:
+            method, is_certain = _method(config, name, adapters)
+            by_suffix = plain_forms.plain(config, name, adapters[name], "linear")
+        if isinstance(method, OSF):
+            method = osf_of_file(by_suffix)
         if method is None:
             return None
-        by_suffix = plain_forms.plain(config, name, adapters[name], "linear")
         layout = _layout(method, by_suffix)
         arrays = {factor: by_suffix[row.suffix] for factor, row in layout.items()}
         scale = 1.0
@@ -95,6 +120,12 @@ def _module(config: Config, name: str, adapters: Mapping[str, Tensors], refused:
     except ValueError as error:
         refused.append(f"{name}: {error}")
         return None
+
+
+def _sides(by_suffix: Tensors) -> dict[str, int]:
+    """The sides of the smallest weight of a MiSS, whose in size its tensors do not tell; none for other types."""
+    block = by_suffix.get("miss_block")
+    return {} if block is None or block.ndim != 2 else {"in": block.shape[0], "out": block.shape[1]}
 
 
 def _method(config: Config, name: str, adapters: Mapping[str, Tensors]) -> tuple[Method | None, bool]:
@@ -136,6 +167,8 @@ def _layout(method: Method, by_suffix: Tensors) -> Layout:
     for layout in alike:
         if _is_direction(method, layout) and fits(layout, by_suffix, _rank(method)):
             return layout
+    if alike and type(method) in (*WHOLE_MODULES, *maps.METHODS, *structured.METHODS, *products.METHODS):
+        return alike[0]  # of blocks, places or turns: sizes that a weight determines
     if alike:
         shapes = {suffix: tensor.shape for suffix, tensor in by_suffix.items()}
         raise ValueError(f"its tensors have the shapes {shapes}, which do not fit {method!r}.")

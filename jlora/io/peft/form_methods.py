@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from jlora.io.peft.config import Config
 from jlora.io.peft.module_entry import ModuleEntry, shared_field
 from jlora.methods import OSF, FRoD, GraLoRA, PEANuT, SuperTuning, TinyLoRA, UniLoRA, VBLoRA
@@ -100,6 +102,16 @@ def method_of_blocks(config: Config, number: Callable[[Any, str], float]) -> Met
         return FRoD(density, ridge, "none", dropout=dropout)
     dropout = number(config.get("gralora_dropout", 0.0), "gralora_dropout")
     return GraLoRA(config["r"], config["gralora_k"], number(config["alpha"], "alpha"), dropout)
+
+
+def osf_of_file(tensors: Mapping[str, np.ndarray]) -> OSF | None:
+    """The OSF of a module's tensors: the configuration has how many singular values are not trained; None without any.
+
+    Arguments:
+        tensors: of the module, by suffix.
+    """
+    values = tensors.get("osf_svd_params.S_low")
+    return OSF() if values is None else OSF(values.size) if values.size else None
 
 
 def fields_of_blocks(entries: Mapping[str, ModuleEntry], flipped: bool) -> Config:

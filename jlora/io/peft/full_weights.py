@@ -17,6 +17,13 @@ from jlora.io.torch.weight_location import ModuleOwner, WeightLocation
 from jlora.methods import Full, Rows
 from jlora.methods._base import Update
 
+_ORIGINAL, _COPY = ".original_module.bias", ".modules_to_save.bias"
+
+
+def is_unused_copy(key: str, tensors: Tensors) -> bool:
+    """Whether a tensor is a copy of a bias that PEFT writes with `bias="all"`: unused, or what ".bias" holds too."""
+    return key.endswith(_ORIGINAL) or (key.endswith(_COPY) and key.replace(_COPY, ".bias") in tensors)
+
 
 def _layout(name: str, location: WeightLocation) -> tuple[FlatAxes, FactorInFile]:
     """The axes of a trained parameter here and in the file."""

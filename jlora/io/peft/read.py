@@ -16,7 +16,7 @@ from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, scaled_bias, scaled_biases, to_delta
 from jlora.io.peft.forms import is_shared_name, one_tensor_each
 from jlora.io.peft.frod import together
-from jlora.io.peft.full_weights import check_stored_base, read_full, read_token_rows
+from jlora.io.peft.full_weights import check_stored_base, is_unused_copy, read_full, read_token_rows
 from jlora.io.peft.glora import BIAS_SUFFIXES, bias_changes
 from jlora.io.peft.infer.result import for_weights, unnamed_weights
 from jlora.io.peft.layouts import SUFFIXES
@@ -36,7 +36,6 @@ from jlora.methods._sharing import tie
 _BIAS = "lora_B.bias"
 _OF_MODULES = (*SUFFIXES, *plain_forms.SUFFIXES, *BIAS_SUFFIXES)
 _OF_TRAINING = ".lora_velora_embed"  # what VeLoRA compresses activations with
-_ORIGINAL, _COPY = ".original_module.bias", ".modules_to_save.bias"  # with bias="all": unused, and what ".bias" holds
 # The random matrices of a type that a file may leave out, and a vector that tells the out size of a module.
 _DRAWN = {"VERA": (PROJECTIONS, "vera_lambda_b"), "PVERA": (MATRICES, "pvera_lambda_b")}
 _TOKENS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
@@ -161,7 +160,7 @@ def _group_tensors(tensors: Tensors, owners: Owners, config: Config) -> FileCont
     for key, tensor in tensors.items():
         if key in (*PROJECTIONS, *MATRICES) or is_shared_name(key) or key.endswith(_OF_TRAINING):
             continue
-        if key.endswith(_ORIGINAL) or (key.endswith(_COPY) and key.replace(_COPY, ".bias") in tensors):
+        if is_unused_copy(key, tensors):
             continue
         if not key.startswith(PREFIX):
             raise ValueError(f"The file has the tensor {key}, and all of PEFT's start with {PREFIX}")

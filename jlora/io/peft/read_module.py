@@ -10,7 +10,7 @@ from jlora.io.peft.changed_base import FROM_BASE, minus_start, start_of
 from jlora.io.peft.config import Config
 from jlora.io.peft.deltas import BaseParams
 from jlora.io.peft.experts import layout_of_experts
-from jlora.io.peft.form_methods import with_entries_of_peft
+from jlora.io.peft.form_methods import osf_of_file, with_entries_of_peft
 from jlora.io.peft.forms import shared_name
 from jlora.io.peft.frod import with_modules
 from jlora.io.peft.from_base import PURPOSE, arrays_from_base
@@ -33,7 +33,6 @@ from jlora.methods import OSF, DeLoRA, FRoD, LoKr, PVeRA, QALoRA, RandLoRA, SHiR
 from jlora.methods._base import Method
 
 _LAYERS = ("linear", "conv1d")
-_OSF_VALUES = "osf_svd_params.S_low"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +112,8 @@ class ModuleReader:
             method = with_entries_of_peft(method, location.count("in") * location.count("out"))
         if isinstance(method, LoKr) and location.is_matrix:
             method = with_usual_split(method, location)
-        if isinstance(method, OSF) and _OSF_VALUES in by_suffix:  # the configuration has how many are not trained
-            rank = by_suffix[_OSF_VALUES].size
-            method = dataclasses.replace(method, rank=rank) if rank else None
+        if isinstance(method, OSF):
+            method = osf_of_file(by_suffix)
         if isinstance(method, LoKr) and is_scrambled(location.kernel, "lokr_w2" in by_suffix):
             raise ValueError(f"{name}: {SCRAMBLED}")
         return method, by_suffix

@@ -38,27 +38,27 @@ def check_stated_sizes(config: Config, name: str, path: str, tensors: Tensors, s
     Arguments:
         config: the configuration.
         name: of the module.
-        path: of the weight.
+        path: of the weight; the name again if there is no program.
         tensors: of the module, by suffix, as they are in the file.
         sizes: of the in axis, and of the out axis if it is known.
 
     Raises:
         ValueError: with both sizes.
     """
-    read = _SIZES.get(config["peft_type"])
+    read, place = _SIZES.get(config["peft_type"]), name if path == name else f"{path} ({name})"
     try:
         stated = [] if read is None else list(read(config, name, tensors, sizes))
     except KeyError:  # a tensor that is missing: it is refused by its name
         return
     except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(
-            f"{path} ({name}): a size in adapter_config.json is no number, or a tensor has other axes than PEFT's: "
+            f"{place}: a size in adapter_config.json is no number, or a tensor has other axes than PEFT's: "
             f"{error}. Save it again with PEFT."
         ) from error
     for what, fields, actual, expected in stated:
         if None not in expected and actual not in expected:
             raise ValueError(
-                f"{path} ({name}): the {what} of its tensors is {actual}, and {fields} in adapter_config.json gives "
+                f"{place}: the {what} of its tensors is {actual}, and {fields} in adapter_config.json gives "
                 f"{' or '.join(map(str, expected))}. The file is damaged, or of two adapters: save it again with PEFT. "
                 f"If the tensors are those that were trained, write {actual} into the configuration."
             )
