@@ -58,6 +58,7 @@ def load(
 
     Raises:
         FileNotFoundError: if a file is missing; the message states what the folder has instead.
+        TypeError: if `sites` is not from `jlora.trace`, or `names` is not a dict.
         ValueError: if the file is damaged, or does not fit the program; the message states what to do.
     """
     check_inputs(sites, names)
