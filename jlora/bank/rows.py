@@ -209,7 +209,8 @@ def _gather(stacked: Adapter, ids: jax.Array, *, in_loops: bool = False) -> tupl
         stacked = {path: _with_members(update, members) for path, update in stacked.items()}
     axes = {path: _id_axes(update) for path, update in stacked.items()}
     gathered = jax.tree.map(gather, stacked, axes)
-    absent = jnp.where(ids == -1, 0.0, jnp.nan)
+    # No row of a known id holds NaN on the way, which `jax.debug_nans` would report.
+    absent = jnp.where((ids == -1) | (ids == places), 0.0, jnp.nan)
     members = {
         path: dataclasses.replace(update, traced_scale=jnp.where(ids == places, update.traced_scale, absent))
         for path, update in gathered.items()

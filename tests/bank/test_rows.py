@@ -276,6 +276,12 @@ def test_an_unknown_id_harms_no_other_row() -> None:
     assert np.isnan(out[1]).all()
 
 
+def test_known_ids_hold_no_nan_on_the_way() -> None:
+    with jax.debug_nans(True):
+        members, _ = jlora.bank.select(bank_of(jlora.LoRA(2)), np.array([2, -1]))
+    assert members["up"].traced_scale.tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("block", [None, 4])
 def test_a_batch_without_rows(block: int | None) -> None:
     bank, x = bank_of(jlora.LoRA(2)), jnp.zeros((0, 6))

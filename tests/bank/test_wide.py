@@ -48,7 +48,7 @@ def test_a_bank_of_a_base_in_float64(dtype: str) -> None:
     with jax.enable_x64(True):
         adapters, changes = members(dtype)
         bank, x = jlora.bank.stack(adapters), np.random.default_rng(2).normal(size=(3, SHAPE[0]))
-        rows = jax.jit(jlora.bank.apply(use))(PARAMS, bank, bank.ids(["root", None, "third"]), x)
+        rows = jax.jit(jlora.bank.apply(use, block=2))(PARAMS, bank, bank.ids(["root", None, "third"]), x)
         weights = [PARAMS["w"] + change for change in (changes[1], 0, changes[0])]
         near(rows, np.stack([row @ w for row, w in zip(x, weights, strict=True)]))
         sum_ = PARAMS["w"] + sum(c * d for c, d in zip(COEFFICIENTS, changes, strict=True))
