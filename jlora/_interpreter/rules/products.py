@@ -205,9 +205,10 @@ def _evaluate(
     is_divisible = not (any(maps) or merged) and group_sizes is None and _compat.has_auto_mesh(x, base)
     if part := common_part(networks, form.x, form.weight, form.out) if is_divisible else "":
         like, terms = jax.eval_shape(of_weight, x, base), (form.x, form.weight, form.out)
-        y = product_in_parts(x, lazy.materialize(base), networks, part, terms, sizes, like.dtype, form.precision)
+        x, dense = _as_wide_as(x, base.dtype), lazy.materialize(base)
+        y = product_in_parts(x, dense, networks, part, terms, sizes, like.dtype, form.precision)
         return y.reshape(like.shape)
-    x_mapped = _map(x, form.x, maps[0], group_sizes, form, of_input=True)
+    x_mapped = _map(_as_wide_as(x, base.dtype), form.x, maps[0], group_sizes, form, of_input=True) if maps[0] else x
     if merged:
         shape = jax.eval_shape(of_weight, x, base)
         merge = functools.partial(merged_weight, labels=form.weight, sizes=sizes)
@@ -243,7 +244,7 @@ def _apart(x: jax.Array, form: _Form, *, of_cotangent: bool = False) -> jax.Arra
 
 
 def _as_wide_as(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The activation of a branch: a mixed product is as exact as its wider operand."""
+    """The activation of a branch or of maps: a mixed product is as exact as its wider operand."""
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == dtype:
         return x
     return x.astype(max(map(accumulation_dtype, (x.dtype, dtype)), key=lambda dtype: dtype.itemsize))
