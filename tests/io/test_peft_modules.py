@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,42 @@ def test_attention_of_torch_is_not_read(tmp_path):
     file = alone / "adapter_model.safetensors"
     save_file({name: t * (not name.endswith("B.weight")) for name, t in load_file(file).items()}, file)
     assert jlora.peft.load(alone, SITES, ATTENTION).keys() == {"y"}  # as PEFT trains it: not at all
+
+
+def test_biases_of_some_layers_of_a_stack(tmp_path):
+    """A bias that is stacked for a scan is trained as a whole: other layers keep the values of the base."""
+    params = {"w": jnp.ones((3, 4, 4)), "b": jnp.arange(12.0).reshape(3, 4)}
+
+    def program(params, x):
+        return jax.lax.scan(lambda x, layer: (x @ layer["w"] + layer["b"][None], None), x, params)[0]
+
+    sites = jlora.trace(program, params, jnp.ones((2, 4)))
+    names = {"w": "h.{i}.up", "b": Module("h.{i}.up.bias", "parameter")}
+    modules = {f"h.{i}.up": (4, 4) for i in (0, 2)}
+    folder = write(tmp_path / "a", modules, target_modules=list(modules), bias="lora_only")
+    file, want = folder / "adapter_model.safetensors", np.array(params["b"])
+    want[0], want[2] = 7.5, -1
+    biases = {f"{PREFIX}h.{i}.up.base_layer.bias": want[i] for i in (0, 2)}
+    save_file(load_file(file) | biases, file)
+    adapter = jlora.peft.load(folder, sites, names, params=params)
+    np.testing.assert_array_equal(jlora.merge(params, adapter)["b"], want)
+    with pytest.raises(ValueError, match="Pass params="):
+        jlora.peft.load(folder, sites, names)
+    jlora.peft.save(tmp_path / "again", adapter, names, params=params)
+    written = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    np.testing.assert_array_equal(written[f"{PREFIX}h.2.up.base_layer.bias"], want[2])
+
+
+def test_magnitudes_of_dora_are_not_written_in_16_bits(tmp_path):
+    """They are sums of the norms of the base and of differences, and keep the precision of these."""
+    adapter = jlora.init(jax.random.key(0), SITES, {"x": jlora.DoRA(2)}, params=PARAMS)
+    factors = {name: a if name == "m" else a.astype(jnp.float16) for name, a in adapter["x"].factors.items()}
+    factors["m"] = factors["m"] + 0.0123
+    adapter = {"x": dataclasses.replace(adapter["x"], factors=factors)}
+    jlora.peft.save(tmp_path / "a", adapter, {"x": "up"}, params=PARAMS)
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert tensors[f"{PREFIX}up.lora_A.weight"].dtype == np.float16
+    magnitude = tensors[f"{PREFIX}up.lora_magnitude_vector"]
+    np.testing.assert_allclose(magnitude, np.linalg.norm(PARAMS["x"], axis=0) + 0.0123, rtol=1e-6)
+    loaded = jlora.peft.load(tmp_path / "a", SITES, {"x": "up"}, params=PARAMS)
+    np.testing.assert_allclose(loaded["x"].factors["m"], factors["m"], atol=1e-6)

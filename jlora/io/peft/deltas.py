@@ -84,7 +84,7 @@ def to_absolute(path: str, update: Update, base: BaseParams) -> Update:
         case DoRA():
             weight = update.at_layers(base.value(path, update.shape, _MAGNITUDE))
             delta = np.asarray(update.factors["m"], np.float32) * np.float32(update.scale)
-            magnitude = (norms(weight, update.roles) + delta).astype(np.asarray(update.factors["b"]).dtype)
+            magnitude = norms(weight, update.roles) + delta  # as large as norms, so not in 16 bits
             return dataclasses.replace(update, factors={**update.factors, "m": magnitude})
         case Full():
             dtype = base.leaf(path, update.shape, _TRAINED).dtype

@@ -45,6 +45,16 @@ def read_full(name: str, tensor: np.ndarray, owners: list[ModuleOwner]) -> Modul
     return _full(from_file(tensor, axes, in_file.axes, sizes_of(owners), name), axes)
 
 
+def untrained(name: str, owners: list[ModuleOwner], base: BaseParams) -> ModuleFactors:
+    """The value of the base as that of a trained parameter: for a layer of a stack that the file does not train.
+
+    Raises:
+        ValueError: if the base is missing.
+    """
+    purpose = "the file trains some layers of a stack, and jlora a parameter without an axis of layers as a whole"
+    return _full(_base_value(owners[0], base, purpose), _layout(name, owners[0].location)[0])
+
+
 def read_token_rows(
     name: str, tensor: np.ndarray, config: Config, owners: list[ModuleOwner], base: BaseParams
 ) -> ModuleFactors:

@@ -16,7 +16,7 @@ from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.deltas import BaseParams, scaled_bias, scaled_biases, to_delta
 from jlora.io.peft.forms import is_shared_name, one_tensor_each
 from jlora.io.peft.frod import together
-from jlora.io.peft.full_weights import check_stored_base, is_unused_copy, read_full, read_token_rows
+from jlora.io.peft.full_weights import check_stored_base, is_unused_copy, read_full, read_token_rows, untrained
 from jlora.io.peft.glora import BIAS_SUFFIXES, bias_changes
 from jlora.io.peft.infer.result import for_weights, unnamed_weights
 from jlora.io.peft.layouts import SUFFIXES
@@ -194,6 +194,19 @@ def _wrapped_parameter(module: str, owners: Owners, config: Config) -> str:
     return parameters[-1 - depth] if depth < len(parameters) else module
 
 
+def _untrained_layers(location: WeightLocation, collected: Collected) -> list[str]:
+    """The modules of a stacked bias that the file does not train: no product uses it, so it has no axis of layers."""
+    if location.module.part is not None or "stack" in location.weight.roles:
+        return []
+    layers = collected[location.path]
+    return [
+        name
+        for index, names in location.modules.items()
+        for position, name in enumerate(names)
+        if position not in layers.get(index, {})
+    ]
+
+
 def _collect(
     reader: ModuleReader,
     content: FileContent,
@@ -226,6 +239,9 @@ def _collect(
                 "them in the program."
             )
         add_module(collected, name, read_full(name, tensor, owners[name]), owners)
+    for location in [owners[name][0].location for name in content.trained]:
+        for name in _untrained_layers(location, collected):
+            add_module(collected, name, untrained(name, owners[name], base), owners)
     for name, tensor in content.tokens.items():
         add_module(collected, name, read_token_rows(name, tensor, config, owners[name], base), owners)
     for name, tensor in content.bases.items():
