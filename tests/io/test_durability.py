@@ -84,10 +84,11 @@ def checkpoints(tmp_path_factory):
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(folder / "zarr3_files", args=ocp.args.Composite(**items))
     new = {"managed": folder / "managed" / "0", "zarr3_files": folder / "zarr3_files"}
-    return {path.name: path for path in GOLDEN.iterdir()} | new
+    return {name: GOLDEN / name for name in FORMATS} | new
 
 
-KINDS = [*sorted(path.name for path in GOLDEN.iterdir()), "managed", "zarr3_files"]
+FORMATS = sorted(path.name for path in GOLDEN.iterdir() if path.name.isdecimal())  # folders of the adapter `varied`
+KINDS = [*FORMATS, "managed", "zarr3_files"]
 
 
 def spans(content: bytes, size: int = 64) -> list[tuple[int, int]]:
