@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 from jax import lax
@@ -157,11 +157,6 @@ class Method:
     earlier_values: ClassVar[Mapping[str, Any]] = {}
     is_sampled: ClassVar[bool] = False
     dropout = 0.0  # a field if the method has dropout
-    __signature__ = author_errors.ConstructorSignature()
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        author_errors.check_arguments(cls, args, kwargs)
-        return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -173,6 +168,7 @@ class Method:
         return short_call(self, always=("rank",))
 
     def __post_init__(self) -> None:
+        author_errors.check_dataclass(type(self))
         hyperparameters.check_fields(self)
         object.__setattr__(self, "layers", checked_layers(type(self).__name__, self.layers))
 

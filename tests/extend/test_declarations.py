@@ -1,10 +1,7 @@
 """What an author of a method declares, and what its user passes: errors name the class and what to change."""
 
-import copy
 import dataclasses
-import inspect
 import itertools
-import pickle
 from typing import Any
 
 import jax
@@ -53,9 +50,8 @@ def test_a_declaration_that_cannot_be_meant(declared, message):
 
 
 def test_a_class_that_is_not_a_dataclass():
-    for args in ((), (2,)):
-        with pytest.raises(TypeError, match=r"Mine declares fields: put @dataclasses.dataclass\(frozen=True\) above"):
-            method_of()(*args)
+    with pytest.raises(TypeError, match=r"Mine declares fields: put @dataclasses.dataclass\(frozen=True\) above"):
+        method_of()()
 
 
 def test_a_hyper_parameter_without_a_hash():
@@ -67,21 +63,3 @@ def test_a_list_becomes_the_tuple_that_a_method_takes():
     assert J.Rows([1, 2]) == jlora.Rows((1, 2))
     assert J.GroupedLoRA(2, groups=2, enable=[True, False]) == jlora.GroupedLoRA(2, groups=2, enable=(True, False))
     assert J.RandLoRA(4, matrices=[8, 8]) == jlora.RandLoRA(4, matrices=(8, 8))
-
-
-def test_an_argument_that_a_method_does_not_have():
-    for keyword in ("r", "lora_alpha", "use_dora"):
-        with pytest.raises(TypeError, match=rf"LoRA has no argument '{keyword}'; its arguments are rank, alpha, "):
-            J.LoRA(**{keyword: 8})
-
-
-def test_a_method_is_constructed_as_before():
-    assert list(inspect.signature(jlora.LoRA).parameters)[:2] == ["rank", "alpha"]
-    method = jlora.LoRA(3, alpha=2)
-    assert method == copy.deepcopy(method) == pickle.loads(pickle.dumps(method)) == dataclasses.replace(method, rank=3)
-
-    class WithConstructor(extend.Method):
-        def __init__(self, size: int) -> None:
-            super().__init__(offset=size > 2)
-
-    assert WithConstructor(size=5).offset
