@@ -153,28 +153,19 @@ def test_randlora_of_another_form_is_refused(tmp_path):
         jlora.peft.save(tmp_path / "a", adapter, NAMES)
 
 
-def test_matrices_of_randlora_are_written_in_the_sizes_that_peft_derives(tmp_path):
-    """Larger ones are cut off; the sizes of PEFT are those of the sides of the largest in and out size."""
-    unpack("adapter", "randlora", tmp_path / "peft")
-    adapter = jlora.init(jax.random.key(0), SITES, {".*kernel": jlora.RandLoRA(3, 5.0, matrices=(30, 11))})
-    adapter = jax.tree.map(lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size).reshape(a.shape)), adapter)
-    jlora.peft.save(tmp_path / "a", adapter, NAMES)
-    given, written = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("peft", "a"))
-    assert {key: t.shape for key, t in written.items()} == {key: t.shape for key, t in given.items()}
-    loaded = jlora.peft.load(tmp_path / "a", SITES, NAMES)
-    assert loaded["out/kernel"].method == jlora.RandLoRA(3, 5.0, matrices=(12, 8))
-    np.testing.assert_allclose(outputs(loaded), outputs(adapter), atol=1e-5)
-
+@pytest.mark.parametrize("matrices", [(12, 4), pytest.param((17, 13), marks=pytest.mark.nightly)])
+def test_matrices_of_randlora_are_written_in_the_sizes_that_peft_derives(matrices, tmp_path):
+    """Those of the largest in size and the largest out size, both 10 here: larger ones are cut, others filled up."""
     params = {"x": jnp.ones((4, 10)), "y": jnp.ones((10, 4))}
     sites = jlora.trace(lambda p, x: x @ p["x"] @ p["y"], params, jnp.ones((2, 4)))
-    adapter = jlora.init(jax.random.key(0), sites, jlora.RandLoRA(3, matrices=(10, 4)))
+    adapter = jlora.init(jax.random.key(0), sites, jlora.RandLoRA(3, matrices=matrices))
     adapter = jax.tree.map(lambda a: a + 0.1, adapter)
     names = {"x": "x", "y": "y"}
-    jlora.peft.save(tmp_path / "b", adapter, names)
-    written = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    jlora.peft.save(tmp_path / "a", adapter, names)
+    written = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert written["base_model.randlora_A"].shape == (3, 1, 10)
     assert written["base_model.randlora_B"].shape == (10, 4, 3)
-    loaded = jlora.merge(params, jlora.peft.load(tmp_path / "b", sites, names))
+    loaded = jlora.merge(params, jlora.peft.load(tmp_path / "a", sites, names))
     for path, weight in jlora.merge(params, adapter).items():
         np.testing.assert_allclose(loaded[path], weight, atol=1e-5)
 

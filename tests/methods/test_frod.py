@@ -94,7 +94,10 @@ def test_the_basis_is_that_of_peft():
     np.testing.assert_allclose(jnp.abs(v), RECORDED, atol=1e-5)
 
 
-@pytest.mark.parametrize("shared", ["layers", "none", "weights"])
+NIGHTLY = [pytest.param(shared, marks=pytest.mark.nightly) for shared in ("none", "weights")]
+
+
+@pytest.mark.parametrize("shared", ["layers", *NIGHTLY])
 def test_peft_does_not_compute_a_basis_of_jlora(shared, tmp_path):
     """Neither of a new adapter nor of one that was saved: PEFT takes U from a basis of its own."""
     adapter = new({"up": jlora.FRoD(0.2, shared=shared)})
