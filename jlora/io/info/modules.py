@@ -27,6 +27,7 @@ class FileFactors(NamedTuple, Generic[M]):
         arrays: by factor.
         scale: what multiplies the update beside the method's own scale.
         has_norm: whether the norm of the change is to be computed.
+        has_shape: whether the sizes of the factors determine the shape of the weight.
     """
 
     method: M
@@ -34,6 +35,7 @@ class FileFactors(NamedTuple, Generic[M]):
     arrays: Arrays
     scale: float = 1.0
     has_norm: bool = True
+    has_shape: bool = True
 
 
 def summarize(name: str, factors: FileFactors[Method]) -> UpdateSummary:
@@ -47,11 +49,14 @@ def summarize(name: str, factors: FileFactors[Method]) -> UpdateSummary:
 
 
 def weight_shape(factors: FileFactors[Method]) -> tuple[int, ...]:
-    """The shape of torch's weight, or what of it the factors have: (out, in, *window), experts first."""
-    try:
-        sizes = _axis_sizes(factors.layout, factors.arrays, getattr(factors.method, "rank", None) or 1)
-    except ValueError:  # of blocks of the weight
+    """The shape of torch's weight, or what of it the factors have: (out, in, *window), experts first.
+
+    Raises:
+        ValueError: if the factors disagree on a size.
+    """
+    if not factors.has_shape:
         return ()
+    sizes = _axis_sizes(factors.layout, factors.arrays, getattr(factors.method, "rank", None) or 1)
     for side in ("in", "out"):  # of a Kronecker product
         if f"{side}_minor" in sizes:
             sizes[side] = (math.prod(sizes.get(f"{side}_major", (1,))) * sizes[f"{side}_minor"][0],)

@@ -11,6 +11,7 @@ from jlora.io.info.modules import FileFactors, fits, summarize
 from jlora.io.info.report import Content
 from jlora.io.peft import maps, plain_forms, products, structured
 from jlora.io.peft.absent import WHOLE_MODULES
+from jlora.io.peft.changed_base import FROM_BASE
 from jlora.io.peft.config import PREFIX, Config, read_config
 from jlora.io.peft.folders import CONFIG, TENSORS, file_in
 from jlora.io.peft.form_methods import osf_of_file
@@ -92,6 +93,8 @@ def content(config: Config | None, tensors: Tensors, refused: list[str]) -> Cont
         else:
             notes.append(f"{name} holds values in place of the base's: jlora.peft.load needs params=.")
             trained.append(UpdateSummary(name, Full(), None, tensor.shape, tensor.size, tensor.nbytes, None))
+    if config is not None and (start := _start_of_base(config)):
+        notes.append(f"init_lora_weights = {start!r}: the update follows from the base, jlora.peft.load needs params=.")
     modules = [] if config is None else [_module(config, name, adapters, refused) for name in adapters]
     updates = [update for update in modules if update is not None]
     return Content((*updates, *trained), tuple(refused), tuple(notes))
@@ -116,10 +119,18 @@ def _module(config: Config, name: str, adapters: Mapping[str, Tensors], refused:
         scale = 1.0
         if isinstance(method, LoKr) and len(arrays) == 2:  # without low rank PEFT has a scale, and jlora has none
             scale = (method.alpha or 0) / (method.rank or 1)
-        return summarize(name, FileFactors(method, layout, arrays, scale, is_certain))
+        has_shape = fits(layout, by_suffix, _rank(method))
+        has_norm = is_certain and not _start_of_base(config)
+        return summarize(name, FileFactors(method, layout, arrays, scale, has_norm, has_shape))
     except ValueError as error:
         refused.append(f"{name}: {error}")
         return None
+
+
+def _start_of_base(config: Config) -> str:
+    """The start that follows from the base and is taken from the update, "" if there is none."""
+    start = str(config.get("init_lora_weights", True)).lower()
+    return start if config["peft_type"] == "LORA" and start in FROM_BASE else ""
 
 
 def _sides(by_suffix: Tensors) -> dict[str, int]:
