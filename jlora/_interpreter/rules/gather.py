@@ -195,13 +195,10 @@ def _is_row_lookup(lookup: _Lookup) -> bool:
     """Whether whole entries of the first axis are looked up, and are not a single matrix, which stays a weight."""
     numbers, positions, shape = lookup.numbers, lookup.positions, lookup.f.shape
     trailing = tuple(range(positions.ndim - 1, positions.ndim + len(shape) - 2))
-    by_first_axis = (numbers.start_index_map, numbers.collapsed_slice_dims, numbers.offset_dims) == (
-        (0,),
-        (0,),
-        trailing,
-    )
+    by_first_axis = (numbers.start_index_map, numbers.collapsed_slice_dims) == ((0,), (0,))
     return (
         by_first_axis
+        and tuple(numbers.offset_dims) == trailing
         and tuple(lookup.slice_sizes[1:]) == tuple(shape[1:])
         and not (lookup.is_single and len(shape) > 2)
     )

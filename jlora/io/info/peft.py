@@ -78,18 +78,12 @@ def content(config: Config | None, tensors: Tensors, refused: list[str]) -> Cont
         is_shared = key in (*PROJECTIONS, *MATRICES) or is_shared_name(key)
         if is_shared or is_unused_copy(key, tensors) or name.endswith(".lora_velora_embed"):
             continue
-        if name.endswith(BIAS_SUFFIXES):
-            notes.append(f"{name}: jlora.peft.load adds what it does to the bias of the module.")
-            continue
-        if name.endswith(".lora_B.bias"):
-            notes.append(f"{name} is a bias of B: jlora.peft.load adds it to the bias of the module.")
-            continue
-        if name == key:
+        if note := _about_bias_or_base(name):
+            notes.append(note)
+        elif name == key:
             refused.append(f"The file has the tensor {key}, and all of PEFT's start with {PREFIX}")
         elif suffix:
             adapters[name.removesuffix(f".{suffix}")][suffix] = tensor
-        elif name.endswith(".base_layer.weight"):
-            notes.append(f"{name} is a weight of the base: jlora.peft.load compares it with params.")
         else:
             notes.append(f"{name} holds values in place of the base's: jlora.peft.load needs params=.")
             trained.append(UpdateSummary(name, Full(), None, tensor.shape, tensor.size, tensor.nbytes, None))
@@ -98,6 +92,17 @@ def content(config: Config | None, tensors: Tensors, refused: list[str]) -> Cont
     modules = [] if config is None else [_module(config, name, adapters, refused) for name in adapters]
     updates = [update for update in modules if update is not None]
     return Content((*updates, *trained), tuple(refused), tuple(notes))
+
+
+def _about_bias_or_base(name: str) -> str:
+    """The note on a tensor that is neither a factor nor trained itself, "" for all others."""
+    if name.endswith(BIAS_SUFFIXES):
+        return f"{name}: jlora.peft.load adds what it does to the bias of the module."
+    if name.endswith(".lora_B.bias"):
+        return f"{name} is a bias of B: jlora.peft.load adds it to the bias of the module."
+    if name.endswith(".base_layer.weight"):
+        return f"{name} is a weight of the base: jlora.peft.load compares it with params."
+    return ""
 
 
 def _module(config: Config, name: str, adapters: Mapping[str, Tensors], refused: list[str]) -> UpdateSummary | None:
