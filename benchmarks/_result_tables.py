@@ -34,11 +34,6 @@ def result(name: str) -> dict[str, Any]:
     return json.loads((_measure.RESULTS / f"{name}.json").read_text())
 
 
-def exists(name: str) -> bool:
-    """Whether there is such a result file."""
-    return (_measure.RESULTS / f"{name}.json").exists()
-
-
 def steps() -> str:
     """A training step of the small transformer in every form."""
     body = []

@@ -142,6 +142,7 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "compiled steps": (PAGE, _result_tables.compiled_steps),
     "quality": (PAGE, _result_tables.quality),
     "reviews": (PAGE, _training_tables.reviews),
+    "reviews, quantised": (PAGE, _training_tables.reviews_bases),
     "language model": (PAGE, _training_tables.perplexity),
     "names": (IO_PAGES / "peft" / "README.md", names.table),
     "loading": (PAGE, _result_tables.loading),
@@ -153,12 +154,6 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "genres": (MANY_PAGE, _result_tables.genres),
     "rates": (MANY_PAGE, _result_tables.rates),
 }
-
-# The same of programs that take long: a page has figures of an earlier run until there is a result file, by its name.
-LATER: dict[str, tuple[str, Path, Callable[[], str]]] = {
-    "reviews, quantised": ("finetune_reviews_quantised", PAGE, _training_tables.reviews_bases),
-}
-TABLES |= {name: (page, make) for name, (file, page, make) in LATER.items() if _result_tables.exists(file)}
 
 
 def with_table(text: str, name: str, table: str) -> str:
