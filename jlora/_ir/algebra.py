@@ -5,6 +5,7 @@ replaces it by what the program's own equation makes of it.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -128,7 +129,8 @@ def _merge_axis(f: AdaptedWeight, axis: str) -> AdaptedWeight:
             return array, term
         rest = [c for c in term if c not in axis]
         array = array.transpose([term.index(c) for c in (*axis, *rest)])
-        return array.reshape(-1, *array.shape[len(axis) :]), merged + "".join(rest)
+        size = math.prod(array.shape[: len(axis)])
+        return array.reshape(size, *array.shape[len(axis) :]), merged + "".join(rest)
 
     origins = tuple(dict.fromkeys(origin for c in axis for origin in f.index(c).origins))
     axes = [merged if a == axis else a for a in f.axes]
