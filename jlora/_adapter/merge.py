@@ -15,7 +15,7 @@ from jlora._ir.weight import AxisMap
 from jlora._tree import leaves as _quantized
 from jlora._tree.paths import flatten, is_array, named_leaves
 from jlora.methods._base import Adapter, Update
-from jlora.methods._common.linalg import inverse
+from jlora.methods._common.linalg import identity_like, inverse
 from jlora.methods._lowering import Adapters, as_adapters, as_single, check_fits, lower_updates
 from jlora.methods._sharing import untie
 
@@ -61,7 +61,8 @@ def unmerge(params: Any, adapter: Adapters) -> Any:
         adapter: the adapter that was merged, or several, in the order in which they were merged.
 
     Returns:
-        the base parameters, with the structure, shapes, dtypes and shardings of `params`.
+        the base parameters, with the structure, shapes, dtypes and shardings of `params`. What a map that is not
+        invertible has changed is NaN, or infinite.
 
     Raises:
         TypeError: if `adapter` is not an adapter or a list of adapters.
@@ -128,7 +129,11 @@ def _unmerge(w: jax.Array, adapters: list[Adapter]) -> jax.Array:
 
 
 def _inverse_of(m: AxisMap) -> AxisMap:
-    """The map that undoes a map: M^-1 = (M^T M)^-1 M^T for each block, which is M^T if M is a rotation."""
+    """The map that undoes a map: M^-1 = (M^T M)^-1 M^T for each block, which is M^T if M is a rotation.
+
+    Its error grows with the square of M's condition number. Each step of Newton, X + (1 - X M) X, squares it. A block
+    that cannot be inverted in its precision becomes NaN.
+    """
     if not m.new:
         return dataclasses.replace(m, array=1 / m.array)
     order = "".join(c for c in m.indices if c not in m.new + m.old) + m.new + m.old
@@ -137,8 +142,12 @@ def _inverse_of(m: AxisMap) -> AxisMap:
     size = math.prod(array.shape[len(batch) : len(batch) + len(m.new)])
     blocks = array.reshape(*batch, size, size)
     with jax.default_matmul_precision("highest"):
-        blocks = inverse(blocks.mT @ blocks) @ blocks.mT
-    return AxisMap(blocks.reshape(array.shape), order, m.new, m.old)
+        inverted = inverse(blocks.mT @ blocks) @ blocks.mT
+        for _ in range(4):
+            error = identity_like(blocks) - inverted @ blocks
+            converges = jnp.linalg.norm(error, axis=(-2, -1), keepdims=True) < 1
+            inverted = jnp.where(converges, inverted + error @ inverted, jnp.nan)
+    return AxisMap(inverted.reshape(array.shape), order, m.new, m.old)
 
 
 def scale(adapter: Adapter, factor: float | jax.Array) -> Adapter:

