@@ -17,7 +17,6 @@ PROGRAMS = 8  # of the default run
 def verdict_of(campaign: Campaign) -> None:
     print(campaign.summary())
     assert not campaign.faults, "\n\n".join(campaign.faults[:5])
-    assert campaign.outcomes["agrees"] > campaign.outcomes["refused"], campaign.summary()
 
 
 def test_a_few_random_programs() -> None:
@@ -25,6 +24,8 @@ def test_a_few_random_programs() -> None:
     for number in range(PROGRAMS):
         campaign.run(number)
     verdict_of(campaign)
+    outcomes = campaign.outcomes  # of so few programs all may be coarse
+    assert outcomes["agrees"] + outcomes["coarse"] > outcomes["refused"], campaign.summary()
 
 
 @pytest.mark.nightly
@@ -35,3 +36,4 @@ def test_random_programs_for_an_hour(capsys: pytest.CaptureFixture[str]) -> None
     with capsys.disabled():
         print(campaign.summary(), file=sys.stderr)
     verdict_of(campaign)
+    assert campaign.outcomes["agrees"] > campaign.outcomes["refused"], campaign.summary()
