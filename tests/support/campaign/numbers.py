@@ -80,7 +80,7 @@ def _varied(r: random.Random, method: jlora.Method) -> jlora.Method:
     fields = {field.name for field in dataclasses.fields(method)}
     options: dict[str, Any] = {
         "rank": [getattr(method, "rank", None)] * 2 + ([1, 3, 4] if type(method) in (jlora.LoRA, jlora.DoRA) else []),
-        "alpha": [1.0, 2.5, 3.0],
+        "alpha": [1.0, 2.5, 3.0] if getattr(method, "rank", None) else [getattr(method, "alpha", None)],
         "rank_stabilized": [False, True],
         "seed": [0, 1, 9],
     }
