@@ -10,6 +10,7 @@ from jlora._compat.defects import row_major as row_major
 from jlora._compat.defects import row_major_gradient as row_major_gradient
 from jlora._compat.devices import has_auto_mesh as has_auto_mesh
 from jlora._compat.devices import has_no_mesh as has_no_mesh
+from jlora._compat.devices import has_one_device as has_one_device
 from jlora._compat.devices import is_for_accelerator as is_for_accelerator
 from jlora._compat.devices import is_for_cpu as is_for_cpu
 from jlora._compat.devices import is_for_gpu as is_for_gpu

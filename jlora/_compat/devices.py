@@ -44,6 +44,11 @@ def has_no_mesh(*arrays: Any) -> bool:
     return all(mesh.empty for mesh in _meshes(*arrays))
 
 
+def has_one_device(*arrays: Any) -> bool:
+    """Whether no mesh in sight has several devices."""
+    return all(mesh.empty or mesh.size == 1 for mesh in _meshes(*arrays))
+
+
 def _platform(*arrays: Any) -> str:
     """The platform of a program, as far as is known: by the meshes in sight, or else the default device's."""
     devices = [getattr(mesh, "abstract_device", None) for mesh in _meshes(*arrays)]

@@ -177,4 +177,4 @@ if HAS_COMPILER:
 
         jlora.plan(step, params, adapter, x, topology="h100:1")
         jlora.plan(step, params, adapter, x, topology="cpu:1")
-        assert ["optimization_barrier" in text for text in seen] == [True, False]
+        assert ["_before_cotangent" in text for text in seen] == [True, False]

@@ -73,7 +73,7 @@ def multiply(
         precision=eqn.params["precision"],
         is_for_cpu=_compat.is_for_cpu(x),
         is_for_gpu=_compat.is_for_gpu(x),
-        has_mesh=not _compat.has_no_mesh(x, *(() if isinstance(f.base, lazy.LazyArray) else (f.base,))),
+        has_one_device=_compat.has_one_device(x, *(() if isinstance(f.base, lazy.LazyArray) else (f.base,))),
     )
     networks, all_maps = maps_of_sum(f.networks, *maps) if group_sizes is None else (f.networks, [*maps, []])
     operands = x, f.base, networks, plan.merged, all_maps, group_sizes
@@ -122,7 +122,7 @@ class _Form:
         precision: of the program's product.
         is_for_cpu: whether the program is traced for the CPU, which has products of its own.
         is_for_gpu: whether the program is traced for GPUs.
-        has_mesh: whether the operands may be sharded.
+        has_one_device: whether no operand can be sharded.
     """
 
     x: str
@@ -134,7 +134,7 @@ class _Form:
     precision: Any
     is_for_cpu: bool
     is_for_gpu: bool
-    has_mesh: bool
+    has_one_device: bool
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -242,12 +242,12 @@ def _apart(x: jax.Array, form: _Form, *, of_cotangent: bool = False) -> jax.Arra
     XLA's compiler for GPUs joins two products with a common operand if one of them is small: it would copy the base
     and a factor into one array in every step, which moves three times the bytes of the base's product. So the input of
     a branch, and in the backward pass the cotangent of its result, are other arrays for the compiler. A barrier on the
-    other way, too, keeps adds out of the kernels of products. On a mesh there are collectives between these, and it
-    saves memory.
+    other way, too, keeps adds out of the kernels of products. On several devices there are collectives between these,
+    and it saves memory.
     """
     if not form.is_for_gpu:
         return x
-    return jax.lax.optimization_barrier(x) if form.has_mesh else one_way_barrier(x, of_cotangent=of_cotangent)
+    return one_way_barrier(x, of_cotangent=of_cotangent) if form.has_one_device else jax.lax.optimization_barrier(x)
 
 
 def _as_wide_as(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
