@@ -161,20 +161,25 @@ if HAS_COMPILER:
 
     def test_a_mesh_decides_what_a_program_is_for():
         """Under a mesh of GPUs products are written for them, whatever the default device is."""
-        mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,))
-        x = abstract((64, 32), mesh=mesh, dtype=jnp.bfloat16)
-        params = {"w": abstract((32, 48), mesh=mesh, dtype=jnp.bfloat16)}
 
-        def f(params, x):
-            return x @ params["w"]
+        def program(devices: int, topology: str) -> str:
+            mesh = AbstractMesh((devices,), ("x",), axis_types=(AxisType.Auto,))
+            x = abstract((64, 32), mesh=mesh, dtype=jnp.bfloat16)
+            params = {"w": abstract((32, 48), mesh=mesh, dtype=jnp.bfloat16)}
 
-        adapter = jlora.init(jax.random.key(0), jlora.trace(f, params, x), {"w": jlora.LoRA(rank=4)})
-        seen = []
+            def f(params, x):
+                return x @ params["w"]
 
-        def step(params, adapter, x):
-            seen.append(str(jax.make_jaxpr(jlora.adapt(f))(params, adapter, x)))
-            return jlora.adapt(f)(params, adapter, x)
+            adapter = jlora.init(jax.random.key(0), jlora.trace(f, params, x), {"w": jlora.LoRA(rank=4)})
+            seen = []
 
-        jlora.plan(step, params, adapter, x, topology="h100:1")
-        jlora.plan(step, params, adapter, x, topology="cpu:1")
-        assert ["_before_cotangent" in text for text in seen] == [True, False]
+            def step(params, adapter, x):
+                seen.append(str(jax.make_jaxpr(jlora.adapt(f))(params, adapter, x)))
+                return jlora.adapt(f)(params, adapter, x)
+
+            jlora.plan(step, params, adapter, x, topology=topology)
+            return seen[0]
+
+        one, two, cpu = program(1, "h100:1"), program(2, "h100:2"), program(1, "cpu:1")
+        assert ["_before_cotangent" in text for text in (one, two, cpu)] == [True, False, False]
+        assert two.count("optimization_barrier") == 2
