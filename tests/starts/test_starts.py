@@ -84,7 +84,7 @@ def test_eva_gives_ranks_to_the_layers_of_a_stack_and_keeps_scales() -> None:
 
 
 def test_eva_without_redistribution_and_a_weight_that_gets_no_rank() -> None:
-    steep, flat = spread(9, 8, 0.1, 0.1), spread(1, 1, 1, 1)
+    steep, flat = spread(9, 9, 0.1, 0.1, rows=400), spread(1, 1, 1, 1, rows=400)
     adapter = {name: update((4, 4), jlora.LoRA(1), ("in", "out")) for name in ("steep", "flat")}
     inputs = {"steep": sums(steep), "flat": sums(flat)}
     assert jlora.eva(adapter, inputs).keys() == {"steep"}
