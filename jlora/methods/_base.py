@@ -14,7 +14,7 @@ from jlora._interpreter.site import Site
 from jlora._ir.weight import AdaptedWeight
 from jlora._tree.short_forms import short_arrays, short_call
 from jlora.methods import _registry
-from jlora.methods._common import author_errors, factor_axes, hyperparameters, networks
+from jlora.methods._common import declarations, factor_axes, hyperparameters, networks
 from jlora.methods._common.axis_sizes import AxisSizes, stack_sizes
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.initializers import Initializer, stacked
@@ -168,7 +168,7 @@ class Method:
         return short_call(self, always=("rank",))
 
     def __post_init__(self) -> None:
-        author_errors.check_dataclass(type(self))
+        declarations.check_dataclass(type(self))
         hyperparameters.check_fields(self)
         object.__setattr__(self, "layers", checked_layers(type(self).__name__, self.layers))
 
@@ -287,7 +287,7 @@ class Method:
                 f"{type(self).__name__} does not change the weight: declare `networks`, or override `lower`."
             )
         declared = self.factors_for(update.axes)
-        for names in author_errors.network_names(type(self).__name__, self.networks, declared):
+        for names in declarations.network_names(type(self).__name__, self.networks, declared):
             terms = [(update[name], declared[name]) for name in names]
             w = networks.add_network(w, update, terms, self.scale * update.scale)
         return w

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 
 from jlora._interpreter.site import Site
 from jlora.methods._base import Method
-from jlora.methods._common.author_errors import check_frozen
+from jlora.methods._common.declarations import check_frozen
 from jlora.methods._common.factor_axes import WeightAxes
 from jlora.methods._common.hyperparameters import check_hash
 

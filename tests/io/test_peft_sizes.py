@@ -48,7 +48,7 @@ CHANGES: list[tuple[str, dict[str, Any], str]] = [
     ("waveft", {"n_frequency_pattern": {"out": 5}}, OUT + "number of coefficients of its tensors is 19, .* gives 5"),
     ("tinylora", {"r": 3}, r"tinylora_A has rank 2, and r = 3 .* write the rank of the tensors there"),
     ("tinylora", {"weight_tying": 0.0}, r"one vector .* weight_tying = 0\.0 gives its 3 modules 3"),
-    ("tinylora", {"weight_tying": "all"}, "a number in its configuration is none"),
+    ("tinylora", {"weight_tying": "all"}, "no number in the place of one"),
     ("vblora", {"save_only_topk_weights": True}, "all logits, .* write False"),
     ("hira", {"r": "2"}, ONE + "rank of its tensors is 2, .* gives 2"),
     ("osf", {"effective_rank": "much"}, r"layers.0.*no number.*much"),

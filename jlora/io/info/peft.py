@@ -133,7 +133,7 @@ def _module(config: Config, name: str, adapters: Mapping[str, Tensors], refused:
 
 
 def _start_of_base(config: Config) -> str:
-    """The start that follows from the base and is taken from the update, "" if there is none."""
+    """The name of a start that PEFT computes from the base and subtracts from it; "" for all other starts."""
     start = str(config.get("init_lora_weights", True)).lower()
     return start if config["peft_type"] == "LORA" and start in FROM_BASE else ""
 

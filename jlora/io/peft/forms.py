@@ -61,8 +61,8 @@ def one_tensor_each(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
         converted = convert(config, dict(tensors))
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
-            f"The file lacks a tensor, an index in it is out of range, or a number in its configuration is none, "
-            f"{error}: save it again with PEFT."
+            f"The file lacks a tensor, an index in it is out of range, or its configuration has no number in the place "
+            f"of one, {error}: save it again with PEFT."
         ) from error
     if integers := [name for name, tensor in converted.items() if np.issubdtype(tensor.dtype, np.integer)]:
         raise ValueError(f"{integers[0]} holds integers, and no factor of {config['peft_type']} does.")

@@ -187,7 +187,7 @@ def _scale(entry: ModuleEntry) -> float:
 
 
 def _matrices_of_peft(method: RandLoRA, entries: Mapping[str, ModuleEntry]) -> tuple[np.ndarray, np.ndarray]:
-    """The random matrices in the sizes that PEFT derives from the modules, cut off or filled up with zeros.
+    """The random matrices in the sizes that PEFT derives from the modules, cut off or padded with zeros.
 
     PEFT takes the largest in size and the largest out size of all modules, and each module uses leading parts of the
     matrices that are not larger than these sizes.

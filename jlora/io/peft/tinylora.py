@@ -9,13 +9,13 @@ from jlora.io.peft.config import PREFIX, Config
 from jlora.io.peft.module_entry import ModuleEntry
 from jlora.io.peft.tensors import Tensors
 
-# The axes of the arrays that are ranks. PEFT's are at most the sides of the weight; in jlora zeros fill them up.
+# The axes of the arrays that are ranks. PEFT's are at most the sides of the weight; jlora pads them with zeros.
 _TINY_RANKS = {"A": (0,), "B": (1,), "P": (1, 2)}
 _VECTOR = "base_model.tinylora_v."
 
 
 def read_tinylora(config: Config, tensors: Tensors) -> Tensors:
-    """The tensors with the vector as one that all modules share, and every rank filled up with zeros to that of r.
+    """The tensors with the vector as one that all modules share, and every rank padded with zeros to r.
 
     Raises:
         ValueError: if the file has several vectors or lacks projections, or the configuration states other sizes.
