@@ -1,4 +1,4 @@
-"""Custom kernels with a plain equivalent: the kernel computes the product with the base, that the one of the update.
+"""Custom kernels with a plain equivalent: the kernel computes the product with the base, the latter that of the update.
 
 The plain function is data of a primitive of jlora's own. For all of JAX this primitive is `op`: it is lowered,
 differentiated and evaluated as `op`, so that no other transformation has to know it. Only jlora's interpreter reads the

@@ -63,10 +63,8 @@ def test_members_of_one_method(name: str) -> None:
     with jax.enable_x64(True):
         rng, x = np.random.default_rng(1), np.random.default_rng(2).normal(size=(3, SHAPE[0]))
         sites = jlora.trace(use, PARAMS, x)
-        init = lambda: jlora.init(  # noqa: E731
-            jax.random.key(0), sites, fitting(name, sites["w"]), params=PARAMS, dtype=np.float64
-        )
-        start = jax.jit(init)()
+        method, options = fitting(name, sites["w"]), {"params": PARAMS, "dtype": np.float64}
+        start = jax.jit(lambda: jlora.init(jax.random.key(0), sites, method, **options))()
         adapter = jax.tree.map(lambda a: a + 0.3 * rng.normal(size=a.shape) if a.dtype == np.float64 else a, start)
         bank = jlora.bank.stack({"start": start, "trained": jlora.scale(adapter, 0.3)}, params=PARAMS)
         rows = jax.jit(jlora.bank.vmap(use, (None,), on_dense="allow"))(PARAMS, bank, x)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 
 
 def check_dataclass(cls: type) -> None:
-    """Checks that a class with fields is a dataclass of its own, without which it has no such argument.
+    """Checks that a class that declares fields is a dataclass itself; else the fields are no arguments.
 
     Raises:
         TypeError: if it is not.
@@ -45,7 +45,7 @@ def check_frozen(method: str, frozen: tuple[str, ...], declared: Collection[str]
         declared: the names of all arrays.
 
     Raises:
-        TypeError: if `frozen` is one string, or a name is not declared, so that the array meant would train.
+        TypeError: if `frozen` is one string, or a name is not declared, so that the intended array would train.
     """
     if isinstance(frozen, str):
         raise TypeError(f"{method}.frozen is the string {frozen!r}: return a tuple, ({frozen!r},).")
